@@ -1,0 +1,428 @@
+"""Recipes: strict YAML in, one frozen record out; every complaint carries ``file:line:column``.
+
+The schema is pydantic's; positions come from the YAML node tree, so that an error found by pydantic, or later by the plan,
+can name the line that caused it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from convert.algorithms import ALGORITHMS
+from convert.runtimes import RUNTIMES
+from formats import FORMATS
+from formats.errors import RecipeError
+from formats.scheme import SCHEMES, Quality
+
+#: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
+MAX_NODES = 20_000
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)")
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+Path_ = tuple[str | int, ...]
+
+
+def _one_of(known: Mapping[str, object], what: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"no {what} is called {value!r}{_nearest(value, known)}; known are {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _parse_size(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if not match:
+        raise ValueError(f"{value!r} is no size; write 5GB, 500MB or 2GiB")
+    number, unit = match.groups()
+    return int(float(number) * (1024 if "i" in unit else 1000) ** _UNITS[unit.rstrip("iB")])
+
+
+SchemeName = Annotated[str, _one_of(SCHEMES, "scheme")]
+Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=1_000_000)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Rule(_Section):
+    """What becomes of the tensors that `match` names; the first rule that matches a tensor wins."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """`linear` (every linear layer but the output head), the name of a module or its last parts (`lm_head`,
+    `mlp.down_proj`), a glob over whole names (`model.layers.0.*`), or `re:` and a regular expression over whole names."""
+    scheme: SchemeName | None = None
+    """How to quantize, for instance `int8-dynamic` or `fp8-dynamic`."""
+    algorithm: Annotated[str, _one_of(ALGORITHMS, "algorithm")] = "rtn"
+    """How the codes are chosen."""
+    keep: bool = False
+    """Leave these tensors as they are; `why` then says why."""
+    why: str | None = None
+    """The reason for `keep`, for the ledger, the report and the model card."""
+
+    @model_validator(mode="after")
+    def _one_fate(self) -> Rule:
+        if self.keep == (self.scheme is not None):
+            raise ValueError("a rule needs either a scheme or keep: true")
+        if self.keep and not self.why:
+            raise ValueError("keep: true needs a why")
+        if self.why and not self.keep:
+            raise ValueError("why explains keep: true; this rule quantizes")
+        return self
+
+
+class Limits(_Section):
+    """Bounds that the reloaded artifact must meet on held-out text. What is left out follows from the scheme."""
+
+    kl_nats: Annotated[float, Field(gt=0)] | None = None
+    """Mean KL divergence from the source, nats a token, at most."""
+    top1: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of tokens with the same most likely successor, at least."""
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Perplexity over the source's, at most."""
+
+
+HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
+
+
+class Target(_Section):
+    """One artifact to make."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=96)]
+    """Names the artifact's folder."""
+    format: Annotated[str, _one_of(FORMATS, "format")]
+    """How the numbers are spelled on disk."""
+    rules: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)] = (Rule(match="linear", scheme="int8-dynamic"),)
+    """What becomes of which tensor; the first match wins. The output head is kept unless a rule names it."""
+    runtimes: Annotated[tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1)] = ("transformers",)
+    """The programs that must load the artifact; it is proven in each."""
+    limits: Limits = Limits()
+    """What the reloaded artifact must meet."""
+    max_shard_size: Bytes = 5_000_000_000
+    """The largest weight file, for instance `5GB`."""
+
+    def bounds(self) -> Quality:
+        """``limits``, with what is left out taken from the loosest scheme that the rules use."""
+        defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
+        if not defaults:
+            return Quality(*(_or(self.limits, name, value) for name, value in (("kl_nats", 0.001), ("top1", 0.99), ("perplexity_ratio", 1.001))))
+        return Quality(
+            kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
+            top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
+            perplexity_ratio=_or(self.limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
+        )
+
+
+class Calibration(_Section):
+    """The text that calibrated algorithms look at."""
+
+    text: str = "sample"
+    """`sample`, or a .txt or .jsonl file."""
+    sequences: Positive = 128
+    """How many sequences are read."""
+    length: Positive = 2048
+    """Tokens in each."""
+    seed: int = 0
+    """Chooses which part of the text is read."""
+
+
+class Validation(_Section):
+    """The held-out text on which artifact and source are compared."""
+
+    text: str = "sample"
+    """`sample` (public-domain prose that comes with the tool), or a .txt or .jsonl file."""
+    tokens: Annotated[int, Field(ge=16)] = 4096
+    """How many tokens are compared."""
+    length: Annotated[int, Field(ge=8)] = 512
+    """Tokens in one sequence."""
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> Validation:
+        if self.tokens < self.length:
+            raise ValueError(f"tokens ({self.tokens}) must be at least length ({self.length})")
+        return self
+
+
+class Push(_Section):
+    """Where on the Hub the artifact belongs."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """`organisation/name`."""
+    private: bool = True
+
+
+class Recipe(_Section):
+    """One job: a model, and the artifacts to make of it."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A Hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or `sample:smollm2-135m-instruct`."""
+    dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
+    """What is not quantized is stored in this; `source` leaves it as it is (a GGUF becomes bfloat16)."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the model to run on this machine."""
+    calibration: Calibration | None = None
+    """The text that calibrated algorithms look at."""
+    validation: Validation = Validation()
+    """The held-out text on which artifact and source are compared."""
+    targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
+    """The artifacts to make; one reading of the weights serves all."""
+    push: Push | None = None
+    """Where on the Hub the artifact belongs."""
+
+    _where: dict[Path_, str] = PrivateAttr(default_factory=dict)
+    _name: str = PrivateAttr(default="recipe")
+
+    @property
+    def name(self) -> str:
+        """The recipe file's stem; artifacts lie in ``artifacts/<name>/``."""
+        return self._name
+
+    def where(self, *path: str | int) -> str:
+        """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
+        return _position(self._where, path)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain data with every default spelled out; parsing it again gives the same job."""
+        data = self.model_dump(mode="json")
+        for target, record in zip(self.targets, data["targets"], strict=True):
+            bounds = target.bounds()
+            record["limits"] = {"kl_nats": bounds.kl_nats, "top1": bounds.top1, "perplexity_ratio": bounds.perplexity_ratio}
+        return data
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given, or ``recipes/<name>.yaml`` here, or the recipe of that name that comes with the tool.
+
+    Raises :class:`RecipeError` naming the nearest recipe there is.
+    """
+    direct = Path(name)
+    if direct.is_file():
+        return direct
+    package = Path(__file__).parent
+    folders = [Path("recipes"), package / "recipes", package.parent / "recipes"]
+    for folder in folders:
+        if (path := folder / f"{name}.yaml").is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise RecipeError(f"no recipe {name!r}: neither a file nor one of {', '.join(known) or 'none'}{_nearest(name, known)}")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """Reads, overrides (``key.path=value``, the value as YAML) and validates. Raises :class:`RecipeError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    extra = [*overrides, *([f"model={model}"] if model else [])]
+    return parse_recipe(text, str(path), name=path.stem, overrides=extra)
+
+
+def parse_recipe(text: str, file: str, *, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """:func:`read_recipe` on text; ``file`` is the name to report."""
+    where: dict[Path_, str] = {}
+    data = _load(text, file, where)
+    for override in overrides:
+        _override(data, override, where)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain_all(error.errors(), where))) from None
+    recipe._where.update(where)
+    recipe._name = name
+    _cross_check(recipe)
+    return recipe
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Octavo recipe"
+    definitions = schema["$defs"]
+    for section, field, known in (
+        ("Rule", "algorithm", ALGORITHMS),
+        ("Target", "format", FORMATS),
+    ):
+        definitions[section]["properties"][field]["enum"] = list(known)
+    definitions["Rule"]["properties"]["scheme"]["anyOf"][0]["enum"] = list(SCHEMES)
+    definitions["Target"]["properties"]["runtimes"]["items"]["enum"] = list(RUNTIMES)
+    definitions["Target"]["properties"]["max_shard_size"] = {
+        **definitions["Target"]["properties"]["max_shard_size"],
+        "type": ["integer", "string"],
+    }
+    return schema
+
+
+def _cross_check(recipe: Recipe) -> None:
+    seen: dict[str, int] = {}
+    for i, target in enumerate(recipe.targets):
+        if target.name.casefold() in seen:
+            first = recipe.where("targets", seen[target.name.casefold()], "name")
+            raise RecipeError(f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one")
+        seen[target.name.casefold()] = i
+    algorithms = {rule.algorithm for target in recipe.targets for rule in target.rules if rule.scheme}
+    if recipe.calibration and not any(ALGORITHMS[name].calibrated for name in algorithms):
+        raise RecipeError(
+            f"{recipe.where('calibration')}: no rule asks for a calibrated algorithm (they use {', '.join(sorted(algorithms)) or 'none'}), "
+            "so this text would not be read; remove it"
+        )
+
+
+def _load(text: str, file: str, where: dict[Path_, str]) -> Any:
+    try:
+        root = YAML(typ="rt", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(f"{file}{position}: not valid YAML: {error.problem or error.context}") from None
+    except (YAMLError, RecursionError) as error:
+        raise RecipeError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(root, MappingNode):
+        raise RecipeError(f"{file}:1:1: a recipe is a mapping that begins with model: and targets:")
+    budget = iter(range(MAX_NODES))
+    return _construct(root, file, (), where, budget, frozenset())
+
+
+def _construct(node: Node, file: str, path: Path_, where: dict[Path_, str], budget: Iterator[int], above: frozenset[int]) -> Any:
+    here = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    if next(budget, None) is None:
+        raise RecipeError(f"{here}: the recipe unfolds to more than {MAX_NODES:,} values; its anchors repeat each other too often")
+    if id(node) in above:
+        raise RecipeError(f"{here}: this anchor contains itself")
+    above = above | {id(node)}
+    where.setdefault(path, here)
+    if isinstance(node, SequenceNode):
+        return [_construct(item, file, (*path, i), where, budget, above) for i, item in enumerate(node.value)]
+    if isinstance(node, MappingNode):
+        data: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            position = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+            key = key_node.value
+            if not isinstance(key, str) or key == "<<":
+                raise RecipeError(f"{position}: a key must be a plain word")
+            if key in data:
+                raise RecipeError(f"{position}: {key} is given a second time")
+            where[(*path, key)] = position
+            data[key] = _construct(value_node, file, (*path, key), where, budget, above)
+        return data
+    return _scalar(node, here)
+
+
+def _scalar(node: Node, here: str) -> Any:
+    kind = str(node.tag).rpartition(":")[2]
+    text: str = node.value
+    try:
+        match kind:
+            case "str":
+                return text
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text.replace("_", ""), 0)
+            case "float":
+                return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        pass
+    raise RecipeError(f"{here}: {text!r} with tag {node.tag} is not something a recipe can hold")
+
+
+def _override(data: Any, override: str, where: dict[Path_, str]) -> None:
+    key, equals, text = override.partition("=")
+    origin = f"--set {override}"
+    if not equals or not key:
+        raise RecipeError(f"{origin}: write it as key.path=value, for instance targets.0.limits.kl_nats=0.05")
+    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    value = text if key == "model" else _load_value(text, origin)
+    here = data
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(here, dict):
+            here = here.setdefault(str(part), {})
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        else:
+            raise RecipeError(f"{origin}: there is no {'.'.join(map(str, path[: depth + 1]))} in the recipe")
+    last = path[-1]
+    if isinstance(here, list) and isinstance(last, int) and last < len(here):
+        here[last] = value
+    elif isinstance(here, dict):
+        here[str(last)] = value
+    else:
+        raise RecipeError(f"{origin}: there is no {key} in the recipe")
+    for known in [known for known in where if known[: len(path)] == path]:
+        del where[known]
+    where[path] = origin
+
+
+def _load_value(text: str, origin: str) -> Any:
+    try:
+        node = YAML(typ="rt", pure=True).compose(text)
+    except (YAMLError, RecursionError):
+        raise RecipeError(f"{origin}: {text!r} is not a YAML value") from None
+    return None if node is None else _construct(node, origin, (), {}, iter(range(MAX_NODES)), frozenset())
+
+
+def _explain_all(items: Sequence[Any], where: Mapping[Path_, str]) -> list[str]:
+    """One line an error; what pydantic says of a section because of an error inside it is left out."""
+    paths = [item["loc"] for item in items]
+    causes = [item for item in items if not any(len(path) > len(item["loc"]) and path[: len(item["loc"])] == item["loc"] for path in paths)]
+    return [_explain(item, where) for item in causes]
+
+
+def _explain(item: Any, where: Mapping[Path_, str]) -> str:
+    path: Path_ = item["loc"]
+    dotted = ".".join(map(str, path))
+    position = _position(where, path)
+    match item["type"]:
+        case "extra_forbidden":
+            known = _fields_at(path[:-1])
+            return f"{position}: no key {str(path[-1])!r} here{_nearest(str(path[-1]), known)}; known are {', '.join(known)}"
+        case "missing":
+            return f"{position}: {dotted} is missing; add it"
+        case "value_error":
+            return f"{position}: {item['msg'].removeprefix('Value error, ')}"
+        case _:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            return f"{position}: {dotted}: {message}, got {item['input']!r}"
+
+
+def _fields_at(path: Path_) -> list[str]:
+    """The keys that the section at ``path`` may have."""
+    sections = {"targets": Target, "rules": Rule, "limits": Limits, "validation": Validation, "calibration": Calibration, "push": Push}
+    names = [part for part in path if isinstance(part, str)]
+    return list((sections[names[-1]] if names else Recipe).model_fields)
+
+
+def _position(where: Mapping[Path_, str], path: Sequence[str | int]) -> str:
+    for end in range(len(path), -1, -1):
+        if (found := where.get(tuple(path[:end]))) is not None:
+            return found
+    return "recipe"
+
+
+def _nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _or(limits: Limits, name: str, default: float) -> float:
+    value = getattr(limits, name)
+    return default if value is None else float(value)

@@ -1,0 +1,25 @@
+"""The programs that load an artifact as its user would; each runs in a process of its own.
+
+A program takes a request and leaves an answer, both JSON (:mod:`convert.check` says what is in them), and imports nothing else
+of this package, so that it can run under the interpreter of another virtual environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it cannot load ``formats``."""
+
+    program: str
+    formats: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+RUNTIMES = {
+    "transformers": Runtime(
+        "convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")
+    ),
+}
