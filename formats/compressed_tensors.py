@@ -76,8 +76,10 @@ def config(layers: Sequence[QuantizedLayer], kept_linears: Sequence[str]) -> dic
     for i, name in enumerate(names):
         scheme = SCHEMES[name]
         modules = [layer.module for layer in layers if layer.scheme == name]
+        # vLLM's head is a ParallelLMHead, which "Linear" does not name.
+        everywhere = ["Linear", *(layer.module for layer in layers if layer.head)]
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(names) == 1 else modules,
+            "targets": everywhere if len(names) == 1 else modules,
             "weights": _arguments(scheme.weight),
             "input_activations": None if scheme.activation is None else _arguments(scheme.activation, activation=True),
             "output_activations": None,

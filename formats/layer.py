@@ -23,8 +23,8 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One quantized linear layer of an artifact: the runtime's module, its weight tensor and its scheme's name."""
+    """One quantized linear layer of an artifact: the runtime's module, its scheme's name, and whether it is the output head."""
 
     module: str
-    weight: str
     scheme: str
+    head: bool = False

@@ -1,0 +1,211 @@
+"""What a model is made of, asked of transformers itself on the meta device: no weight, no name table, no tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from formats.errors import SourceError
+from formats.safetensors import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the checkpoint as the architecture sees it.
+
+    ``modules``: every module that uses it (two for a tied head). ``kind``: ``linear``, ``head`` (the output head, also where it is
+    tied to the embedding), ``embedding``, ``expert`` (one of several, or all of them in one 3-D tensor), ``bias``, ``norm`` for
+    what is left that is a vector, ``other``. ``transposed``: stored (in, out) as GPT-2's Conv1D does.
+    """
+
+    modules: tuple[str, ...]
+    kind: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``parameters`` by checkpoint tensor name. ``missing``: parameters of the model that no tensor of the checkpoint fills.
+
+    ``groups``: modules that were seen to read the same input (q, k, v; gate, up), None where the model could not be run on
+    the meta device. ``linears``: every linear module, whether or not the checkpoint has a tensor of its own for it.
+    ``tied_head``: the module of an output head that shares the embedding's tensor.
+    """
+
+    name: str
+    parameters: Mapping[str, Parameter]
+    missing: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...] | None
+    linears: tuple[str, ...]
+    tied_head: str | None = None
+    cache_bytes_per_token: int | None = None
+
+
+def describe(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], *, folder: Path | None = None, trust_remote_code: bool = False
+) -> Architecture | None:
+    """Builds the model on the meta device and matches its parameters with the checkpoint's tensors, by transformers' own renaming.
+
+    Returns None when transformers does not know the architecture. Raises :class:`SourceError` when the config cannot be
+    built from, or asks for code of its own that the recipe does not allow.
+    """
+    model = _build(config, folder=folder, trust_remote_code=trust_remote_code)
+    if model is None:
+        return None
+    names = _checkpoint_names(model, tensors)
+    owners: dict[int, list[str]] = {}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in by_name.items():
+        owners.setdefault(id(parameter), []).append(name)
+    kinds = _module_kinds(model)
+    parameters = {}
+    for tensor, targets in names.items():
+        aliases = [alias for target in targets if target in by_name for alias in owners[id(by_name[target])]] or list(targets)
+        modules = tuple(dict.fromkeys(alias.rpartition(".")[0] for alias in aliases))
+        parameters[tensor] = _classify(tensor, tensors[tensor], modules, aliases, kinds)
+    filled = {alias for targets in names.values() for target in targets if target in by_name for alias in owners[id(by_name[target])]}
+    head = _head_name(model)
+    tied = any(parameter.kind == "head" and len(parameter.modules) > 1 for parameter in parameters.values())
+    return Architecture(
+        name=type(model).__name__,
+        parameters=parameters,
+        missing=tuple(name for name in by_name if name not in filled),
+        groups=_observe_groups(model),
+        linears=tuple(name for name, kind in kinds.items() if kind in ("linear", "conv1d", "head")),
+        tied_head=head if tied else None,
+        cache_bytes_per_token=_cache_bytes(model.config.get_text_config()),
+    )
+
+
+def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if "auto_map" in config and model_type not in CONFIG_MAPPING:
+        if not trust_remote_code:
+            raise SourceError(f"the model needs code of its own ({config['auto_map']}); set trust_remote_code: true in the recipe if you trust it")
+        parsed = AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=True)
+    if model_type not in CONFIG_MAPPING:
+        return None
+    named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
+    try:
+        parsed = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        with torch.device("meta"):
+            if named and named[0] is not None:
+                return named[0]._from_config(parsed)
+            causal = type(parsed) in AutoModelForCausalLM._model_mapping
+            return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)
+    except Exception as error:  # noqa: BLE001  a config may be wrong in any way its class can trip over
+        raise SourceError(f"config.json: transformers cannot build a {model_type} from it ({type(error).__name__}: {error})") from None
+
+
+def _checkpoint_names(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[str, ...]]:
+    """Checkpoint tensor -> model parameters, as ``from_pretrained`` would match them; () for a tensor the model has no use for."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = {}
+    for name in tensors:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state:
+            renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
+        found[name] = (renamed,) if renamed in state else ()
+    return found
+
+
+def _module_kinds(model: Any) -> dict[str, str]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = _head_name(model)
+    kinds = {}
+    for name, module in model.named_modules():
+        if name and name == head:
+            kinds[name] = "head"
+        elif isinstance(module, Conv1D):
+            kinds[name] = "conv1d"
+        elif isinstance(module, torch.nn.Linear):
+            kinds[name] = "linear"
+        elif isinstance(module, torch.nn.Embedding):
+            kinds[name] = "embedding"
+    return kinds
+
+
+def _head_name(model: Any) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _classify(tensor: str, spec: TensorSpec, modules: tuple[str, ...], aliases: list[str], kinds: Mapping[str, str]) -> Parameter:
+    of_modules = {kinds.get(module) for module in modules}
+    if not modules:
+        return Parameter((tensor.rpartition(".")[0],), "unused")
+    if tensor.endswith("bias") or all(alias.endswith("bias") for alias in aliases):
+        return Parameter(modules, "bias")
+    if len(spec.shape) < 2:
+        return Parameter(modules, "norm")
+    if "head" in of_modules:
+        return Parameter(modules, "head")
+    if "conv1d" in of_modules:
+        return Parameter(modules, "linear", transposed=True)
+    if "linear" in of_modules:
+        return Parameter(modules, "linear")
+    if "embedding" in of_modules:
+        return Parameter(modules, "embedding")
+    # transformers 5 keeps all experts of a layer in one 3-D parameter, whether the checkpoint does or not.
+    if any(part == "experts" for module in modules for part in module.split(".")):
+        return Parameter((tensor.removesuffix(".weight"),), "expert")
+    return Parameter(modules, "other")
+
+
+def _observe_groups(model: Any) -> tuple[tuple[str, ...], ...] | None:
+    """Runs eight tokens of nothing through the model and notes which linear modules were handed the very same tensor."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    inputs: list[torch.Tensor] = []  # held, so that no identity is reused
+    seen: dict[int, list[str]] = {}
+
+    def note(name: str, tensor: torch.Tensor) -> None:
+        inputs.append(tensor)
+        seen.setdefault(id(tensor), []).append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]) if args else None)
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+    except Exception:  # noqa: BLE001  whatever a model does that has no meta kernel; the plan says that it was not observed
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(tuple(dict.fromkeys(names)) for names in seen.values())
+
+
+def _cache_bytes(config: Any) -> int | None:
+    """Bytes of keys and values a token adds, in 16 bit: 2 x layers x kv heads x head size x 2."""
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not (heads and layers and hidden):
+        return None
+    size = getattr(config, "head_dim", None) or hidden // heads
+    return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * size * 2)

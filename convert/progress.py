@@ -1,0 +1,89 @@
+"""What a person sees while long work runs: one interface, three ways to show it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Shown to the user; every method may be called from any thread."""
+
+    def stage(self, name: str, total_bytes: int) -> Advance:
+        """Opens a stage that moves ``total_bytes``; a context manager whose ``advance`` counts them."""
+
+    def say(self, message: str) -> None:
+        """One line about what happens now."""
+
+
+class Advance(Protocol):
+    def __enter__(self) -> Callable[[int], None]: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG002
+        yield lambda count: None  # noqa: ARG005
+
+    def say(self, message: str) -> None:
+        pass
+
+
+class Lines:
+    """Plain lines on standard error, for logs: at most one every ten seconds, and one at the end of each stage."""
+
+    interval_seconds = 10.0
+
+    @contextmanager
+    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        started = shown = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, shown
+            done += count
+            now = time.monotonic()
+            if now - shown >= self.interval_seconds:
+                shown = now
+                rate = done / (now - started)
+                self.say(f"{name}: {done / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {(total_bytes - done) / rate:.0f} s left")
+
+        yield advance
+        seconds = max(time.monotonic() - started, 1e-9)
+        self.say(f"{name}: {done / 1e9:.2f} GB in {seconds:.1f} s, {done / seconds / 1e9:.2f} GB/s")
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+class Bars:
+    """Progress bars with throughput and time left, on a terminal."""
+
+    @contextmanager
+    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(name, total=total_bytes)
+            yield lambda count: bar.advance(task, count)
+
+    def say(self, message: str) -> None:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print(message, style="dim")
+
+
+def choose(*, quiet: bool) -> Progress:
+    """Bars on a terminal, lines elsewhere, nothing when asked for quiet."""
+    if quiet:
+        return Quiet()
+    return Bars() if sys.stderr.isatty() else Lines()

