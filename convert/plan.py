@@ -72,6 +72,7 @@ class Entry:
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,
             "shape": list(self.tensor.shape),
+            "module": self.modules[0],
             "decision": "quantize" if self.scheme else "keep",
             **fate,
             "rule": self.rule,

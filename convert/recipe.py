@@ -150,6 +150,8 @@ class Validation(_Section):
     """How many tokens are compared."""
     length: Annotated[int, Field(ge=8)] = 512
     """Tokens in one sequence."""
+    reference: Annotated[str, Field(pattern="^(float32|source)$")] = "float32"
+    """The arithmetic of the source it is compared with: `float32`, or its own dtype where float32 does not fit in memory."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Validation:

@@ -31,13 +31,16 @@ class QTensor:
         if tuple(self.scale.shape) != expected:
             raise ValueError(f"a scale of shape {tuple(self.scale.shape)} over values {tuple(self.values.shape)}, expected {expected}")
 
-    def dequantize(self) -> torch.Tensor:
-        """float32 (out, in): codes times scales."""
+    def spread_scale(self) -> torch.Tensor:
+        """The scale of each element's tile, broadcastable over ``values``, in the dtype of ``scale``."""
         rows, columns = self.values.shape
-        scale = self.scale.float()
-        tile = self.quantization.tile
+        scale, tile = self.scale, self.quantization.tile
         if tile.rows not in (None, 1):
             scale = scale.repeat_interleave(tile.rows, dim=0)[:rows]
         if tile.columns is not None:
             scale = scale.repeat_interleave(tile.columns, dim=1)[:, :columns]
-        return self.values.float() * scale
+        return scale
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 (out, in): codes times scales."""
+        return self.values.float() * self.spread_scale().float()

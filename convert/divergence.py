@@ -1,0 +1,55 @@
+"""How far two sets of logits are apart, token by token."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from convert.report import Divergence
+from formats.errors import OctavoError
+
+#: Tokens compared at a time: 64 x 128,256 float32 logits are 33 MB.
+CHUNK = 64
+
+
+def compare_logits(source: Path, artifact: Path, tokens: np.ndarray, vocabulary: int) -> Divergence:
+    """Compares raw float32 files of shape (sequences, length, vocabulary) over ``tokens`` (sequences, length).
+
+    KL(source || artifact) is taken at every position; a perplexity over positions that have a successor in their sequence.
+    Raises :class:`OctavoError` when a file is not of that shape. NaN in ``artifact`` gives NaN results.
+    """
+    sequences, length = tokens.shape
+    expected = sequences * length * vocabulary * 4
+    for path in (source, artifact):
+        if path.stat().st_size != expected:
+            raise OctavoError(f"{path.name}: {path.stat().st_size:,} bytes of logits, expected {expected:,}: the vocabularies differ")
+    reference = np.memmap(source, np.float32, "r", shape=(sequences * length, vocabulary))
+    other = np.memmap(artifact, np.float32, "r", shape=(sequences * length, vocabulary))
+    successors = torch.from_numpy(np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1).reshape(-1))
+    kl, same, losses, source_losses = [], 0, 0.0, 0.0
+    for start in range(0, sequences * length, CHUNK):
+        p = torch.log_softmax(torch.from_numpy(np.array(reference[start : start + CHUNK])), -1)
+        q = torch.log_softmax(torch.from_numpy(np.array(other[start : start + CHUNK])), -1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        targets = successors[start : start + CHUNK]
+        known = targets >= 0
+        losses -= float(q[known, targets[known]].sum(dtype=torch.float64))
+        source_losses -= float(p[known, targets[known]].sum(dtype=torch.float64))
+    values = torch.cat(kl)
+    predicted = sequences * (length - 1)
+    return Divergence(
+        tokens=sequences * length,
+        kl_nats=float(values.double().mean()),
+        kl_nats_p99=float(values.double().quantile(0.99)),
+        top1=same / (sequences * length),
+        perplexity=_exp(losses / predicted),
+        source_perplexity=_exp(source_losses / predicted),
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

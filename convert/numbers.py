@@ -1,0 +1,94 @@
+"""Every quantized tensor of an artifact, decoded and compared with its source under the bound that its scheme implies.
+
+Run as ``python -m convert.numbers REQUEST ANSWER``, both JSON files; request: ``artifact``, ``model``, ``trust_remote_code``, ``threads``;
+answer: ``layers``, one record a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.quantize import SLAB_ELEMENTS
+from convert.report import LayerNumbers
+from convert.source import Checkpoint, SafetensorsReader, open_source
+from formats import FORMATS
+from formats.format import Format
+from formats.manifest import read_manifest
+from formats.qtensor import QTensor
+from formats.safetensors import read_folder
+from formats.scheme import SCHEMES, Grid
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answers one request."""
+    request = json.loads(Path(request_path).read_text())
+    torch.set_num_threads(1)
+    checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
+    layers = compare(Path(request["artifact"]), checkpoint, threads=request["threads"])
+    Path(answer_path).write_text(json.dumps({"layers": [asdict(layer) for layer in layers]}))
+
+
+def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[LayerNumbers]:
+    """The numbers of every quantized tensor, in the ledger's order; slab by slab, in bounded memory."""
+    manifest = read_manifest(artifact)
+    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    form = FORMATS[manifest.format]
+    entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize"]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda entry: _compare_tensor(entry, reader, checkpoint, form), entries))
+
+
+def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The largest error rounding can make of each element: half the distance between codes, plus what is clipped because the
+    scale itself was rounded (half a unit in its last place).
+
+    ``weight`` (out, in) float32; ``scale`` broadcasts over it, in the dtype it is stored in. Integers: ``scale / 2``. Floats: half a unit in the
+    last place of ``weight / scale``, and of the smallest normal below it (OCP 8-bit Floating Point Specification 1.0).
+    """
+    rounding = torch.finfo(scale.dtype).eps / 2
+    scale = scale.float()
+    if grid.kind == "int":
+        half_step = scale.expand_as(weight) / 2
+    else:
+        smallest = scale * 2.0 ** (grid.min_exponent - grid.mantissa_bits - 1)
+        half_step = torch.maximum(weight.abs() * 2.0 ** -(grid.mantissa_bits + 1), smallest)
+    clipped = (weight.abs() - grid.high * scale).clamp_(min=0)
+    allowed = torch.minimum(clipped, grid.high * scale * rounding)
+    return half_step + allowed
+
+
+def _compare_tensor(entry: dict[str, Any], artifact: SafetensorsReader, checkpoint: Checkpoint, form: Format) -> LayerNumbers:
+    name, scheme = entry["tensor"], SCHEMES[entry["scheme"]]
+    rows, columns = entry["shape"]
+    step = max(1, SLAB_ELEMENTS // columns) if scheme.weight.tile.rows == 1 else rows
+    signal = noise = worst = 0.0
+    clipped = 0
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = checkpoint.reader.read(name, start, stop).float()
+        stored = {
+            output: artifact.read(output, start * shape[0] // rows, stop * shape[0] // rows) for output, _, shape in entry["outputs"]
+        }
+        decoded: QTensor = form.decode(name, stored, scheme)
+        error = (decoded.dequantize() - weight).abs_()
+        scale = decoded.spread_scale()
+        # float32 rounding of the comparison itself is not the codes' fault
+        bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
+        worst = max(worst, float((error / bound).max()))
+        signal += float(weight.square().sum(dtype=torch.float64))
+        noise += float(error.square().sum(dtype=torch.float64))
+        clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
+    snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

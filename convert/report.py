@@ -1,0 +1,126 @@
+"""The report: every check with its value, its limit and whether it passed, as one record that goes to JSON and back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.errors import FormatError
+from formats.manifest import MANIFEST
+from formats.safetensors import json_bytes, read_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ``limit`` is None for what is only reported; such a check always passes."""
+
+    name: str
+    value: float
+    limit: float | None
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """One quantized tensor against its source: ``snr_db`` is the weight's power over the error's; ``worst`` the largest error as a
+    share of the bound its scheme implies, at most 1; ``clipped`` the share of weights beyond the largest code."""
+
+    tensor: str
+    scheme: str
+    snr_db: float
+    worst: float
+    clipped: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a runtime's logits are from the source's on the same tokens: KL in nats a token, perplexities over next tokens."""
+
+    tokens: int
+    kl_nats: float
+    kl_nats_p99: float
+    top1: float
+    perplexity: float
+    source_perplexity: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return self.perplexity / self.source_perplexity
+
+
+@dataclass(frozen=True)
+class RuntimeResult:
+    """What one runtime did with a model folder, or with the source. ``divergence`` is None for the source, and where it did not run."""
+
+    name: str
+    versions: dict[str, str]
+    device: str
+    weight_bytes: int
+    peak_bytes: int
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    continuation: str
+    divergence: Divergence | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text."""
+
+    recipe: str
+    target: str
+    manifest_sha256: str
+    checks: tuple[Check, ...]
+    layers: tuple[LayerNumbers, ...]
+    source: RuntimeResult
+    runtimes: tuple[RuntimeResult, ...]
+    validation: dict[str, Any]
+    prompt: str
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_bytes(self) -> bytes:
+        return json_bytes({"report_version": VERSION, "passed": self.passed, **asdict(self)})
+
+
+def manifest_digest(artifact: Path) -> str:
+    """sha256 of the manifest's bytes, which hold the hash of every other byte."""
+    return hashlib.sha256((artifact / MANIFEST).read_bytes()).hexdigest()
+
+
+def report_path(artifact: Path) -> Path:
+    """Reports lie beside their artifact: ``<target>.report.json``."""
+    return artifact.with_name(f"{artifact.name}.report.json")
+
+
+def read_report(path: Path) -> Report:
+    """Raises :class:`FormatError` when the file is no report of this version."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.pop("report_version", None) != VERSION:
+        raise FormatError(f"{path}: not a report of version {VERSION}; check the artifact again")
+    try:
+        raw.pop("passed")
+        return Report(
+            **{
+                **raw,
+                "checks": tuple(Check(**item) for item in raw["checks"]),
+                "layers": tuple(LayerNumbers(**item) for item in raw["layers"]),
+                "source": _runtime(raw["source"]),
+                "runtimes": tuple(_runtime(item) for item in raw["runtimes"]),
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path}: not a whole report ({error}); check the artifact again") from None
+
+
+def _runtime(raw: dict[str, Any]) -> RuntimeResult:
+    divergence = raw["divergence"]
+    return RuntimeResult(**{**raw, "divergence": Divergence(**divergence) if divergence else None})

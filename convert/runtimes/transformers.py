@@ -1,0 +1,94 @@
+"""Loads a model folder in transformers as a user would and writes down what it computes.
+
+Run as ``python -m convert.runtimes.transformers REQUEST ANSWER``, both JSON files. This module imports nothing of this package, so that
+any interpreter with transformers can run it.
+
+Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``logits`` (file to write: float32 (sequences, length,
+vocabulary), raw), ``prompt`` (token ids), ``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``,
+``trust_remote_code``.
+
+Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``weight_bytes``, ``peak_bytes``, ``load_seconds``,
+``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated`` (token ids), ``vocabulary``, ``device``, ``versions``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answers one request."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    request = json.loads(Path(request_path).read_text())
+    torch.set_num_threads(request["threads"])
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        request["artifact"], dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
+    ).to(request["device"])
+    answer = measure(model, request, load_seconds=time.perf_counter() - started)
+    Path(answer_path).write_text(json.dumps(answer))
+
+
+def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict[str, Any]:
+    """Runs the request's tokens and prompt through a loaded model; the answer described above."""
+    from importlib.metadata import version
+
+    import numpy as np
+    import torch
+
+    model.eval()
+    module_dtypes = {name: _weight_dtype(module) for name, module in model.named_modules() if _weight_dtype(module)}
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    device = request["device"]
+    tokens = torch.from_numpy(np.load(request["tokens"])).to(device)
+    seconds = 0.0
+    vocabulary = 0
+    with torch.inference_mode(), Path(request["logits"]).open("wb") as stream:
+        for sequence in tokens:
+            started = time.perf_counter()
+            logits = model(input_ids=sequence[None], use_cache=False).logits[0].float().cpu()
+            seconds += time.perf_counter() - started
+            vocabulary = logits.shape[-1]
+            logits.numpy().tofile(stream)
+        prompt = torch.tensor([request["prompt"]], device=device)
+        started = time.perf_counter()
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request["new_tokens"],
+            do_sample=False,
+        )[0, prompt.shape[1] :]
+        decode_seconds = time.perf_counter() - started
+    on_gpu = device != "cpu"
+    return {
+        "module_dtypes": module_dtypes,
+        "weight_bytes": sum(weights.values()),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "load_seconds": load_seconds,
+        "prefill_tokens_per_second": tokens.numel() / seconds,
+        "decode_tokens_per_second": len(generated) / decode_seconds,
+        "generated": generated.tolist(),
+        "vocabulary": vocabulary,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+    }
+
+
+def _weight_dtype(module: Any) -> str | None:
+    """The dtype of a module's own weight, under whichever name a quantizer keeps it."""
+    for name in ("weight", "weight_packed"):
+        tensor = getattr(module, "_parameters", {}).get(name)
+        if tensor is not None:
+            return str(tensor.dtype).removeprefix("torch.")
+    return None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
