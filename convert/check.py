@@ -16,9 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from convert.divergence import compare_logits
 from convert.progress import Progress
 from convert.recipe import Recipe, Target, Validation
-from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, manifest_digest, report_path
+from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, manifest_digest
 from convert.runtimes import RUNTIMES
 from formats.dtypes import DTYPES
 from formats.errors import InputError, MachineError, OctavoError
@@ -37,7 +40,7 @@ REPEATED_SHARE = 0.8
 class _Text:
     """Held-out tokens (sequences, length), what they were made of, and a prompt to continue."""
 
-    tokens: Any
+    tokens: np.ndarray
     record: dict[str, Any]
     prompt: str
     prompt_ids: list[int]
@@ -55,7 +58,7 @@ def require_runtimes(target: Target) -> None:
 
 
 def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu") -> list[Report]:
-    """Proves artifacts that were made by ``recipe``, in the order given, and writes each report beside its artifact.
+    """Proves artifacts that were made by ``recipe``, in the order given.
 
     The source runs once for all of them. Raises :class:`InputError` when the text is too short or the model has no
     tokenizer, :class:`MachineError` when the source does not fit in memory; a runtime that fails is a failed check, not an error.
@@ -65,8 +68,6 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
     with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
         scratch = Path(scratch_name)
         text = _validation_text(recipe.validation, artifacts[0], trust_remote_code=recipe.trust_remote_code)
-        import numpy as np
-
         np.save(scratch / "tokens.npy", text.tokens)
         progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
         request = _request(recipe, scratch, text, device)
@@ -80,7 +81,6 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
         for path, manifest in zip(artifacts, manifests, strict=True):
             target = next(item for item in recipe.targets if item.name == manifest.target)
             reports.append(_check_one(path, manifest, recipe, target, model, request, text, reference, int(answer["vocabulary"]), scratch, progress))
-            report_path(path).write_bytes(reports[-1].to_bytes())
         return reports
 
 
@@ -110,8 +110,6 @@ def _check_one(
         if answer is None:
             continue
         try:
-            from convert.divergence import compare_logits
-
             divergence = compare_logits(scratch / "source.f32", scratch / "artifact.f32", text.tokens, vocabulary)
         except OctavoError as error:
             checks.append(Check(f"{name}: logits", 0.0, 1.0, passed=False, detail=str(error)))
@@ -195,7 +193,6 @@ def _repeated_share(tokens: list[int]) -> float:
 
 
 def _validation_text(validation: Validation, artifact: Path, *, trust_remote_code: bool) -> _Text:
-    import numpy as np
     from transformers import AutoTokenizer
 
     try:

@@ -60,7 +60,7 @@ def export(plan: Plan, out: Path, progress: Progress, *, device: str = "cpu", wo
             sidecars = plan.checkpoint.sidecars()
             with _disk_errors(out):
                 writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
-                digests = _stream(plan, writers, progress, device=device, workers=workers or _cores())
+                digests = _stream(plan, writers, progress, device=device, workers=workers or cores())
                 for target in pending:
                     made[target.name] = writers[target.name].finish(plan, sidecars, digests)
         return [artifact for artifact in made.values() if artifact is not None]
@@ -192,6 +192,7 @@ class _Writer:
                 "origin": plan.checkpoint.origin,
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
+                "base_model": plan.checkpoint.base_model,
                 "files": [{"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files],
             },
             recipe=plan.recipe.resolved(),
@@ -328,6 +329,12 @@ class _SourceDigests:
         return f"blake3:{hash_file(self._checkpoint.reader.path(file), blake3.blake3())}"
 
 
+def partial_bytes(out: Path, name: str) -> int:
+    """Disk space that an interrupted run of a target already holds."""
+    folder = out / f".{name}.partial"
+    return sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors")) if folder.exists() else 0
+
+
 def _already_made(folder: Path, digest: str) -> Artifact | None:
     try:
         manifest = read_manifest(folder)
@@ -366,5 +373,6 @@ def _versions() -> dict[str, str]:
     return {"octavo": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors this process may use, and so the workers that convert."""
     return len(os.sched_getaffinity(0))

@@ -71,7 +71,8 @@ class RuntimeResult:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text."""
+    """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
+    ``card_sha256`` is the hash of the model card made from it, which no manifest covers."""
 
     recipe: str
     target: str
@@ -82,6 +83,7 @@ class Report:
     runtimes: tuple[RuntimeResult, ...]
     validation: dict[str, Any]
     prompt: str
+    card_sha256: str | None = None
 
     @property
     def passed(self) -> bool:

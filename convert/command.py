@@ -1,0 +1,325 @@
+"""The ``octavo`` command. Heavy imports stay inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from convert.pipeline import Needs
+    from convert.plan import Plan
+    from convert.recipe import Recipe
+
+app = typer.Typer(
+    help="Press a model checkpoint into eight bits, prove that it still works, and publish it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 passed; 1 made, but a limit was not met; 2 the input is wrong, nothing written; "
+    "3 this machine lacks something; 130 interrupted, run the same command again to resume.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of one in recipes/.", metavar="RECIPE", show_default=False)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Instead of the recipe's model: a Hub id (org/name[@revision]), a folder or a .gguf.", show_default=False)
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value: targets.0.limits.kl_nats=0.05", metavar="KEY=VALUE")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Where artifacts go.", show_default="artifacts/<recipe>")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one. The bytes are the same.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Also print the fate of every tensor.")] = False,
+) -> None:
+    """Say what a recipe would do: every tensor's fate, sizes, memory and disk. Reads headers only."""
+    from convert import pipeline
+
+    job = pipeline.plan(_recipe(recipe, model, overrides))
+    folder = out or Path("artifacts") / job.recipe.name
+    found = pipeline.needs(job, folder, check=True)
+    if as_json:
+        _print_json(_plan_record(job, found))
+    else:
+        _show_plan(job, found, ledger=ledger)
+
+
+@app.command()
+def convert(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    out: OutOption = None,
+    device: DeviceOption = "auto",
+    check: Annotated[bool, typer.Option(help="Prove the artifacts after making them.")] = True,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a recipe's artifacts and prove them. Run it again after an interruption: it resumes."""
+    from convert import pipeline
+    from convert.progress import choose
+
+    parsed = _recipe(recipe, model, overrides)
+    outcome = pipeline.convert(parsed, out, device=_device(device), check=check, progress=choose(quiet=quiet))
+    if not quiet:
+        for i, artifact in enumerate(outcome.artifacts):
+            target = outcome.plan.targets[i]
+            _show_artifact(artifact.path, pipeline.plain_bytes(target), outcome.reports[i] if outcome.reports else None, reused=artifact.reused)
+    raise typer.Exit(0 if outcome.passed else 1)
+
+
+@app.command()
+def check(artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe.")], device: DeviceOption = "auto", quiet: QuietOption = False) -> None:
+    """Prove artifacts again, against the limits recorded in them, and write report and model card."""
+    from convert import pipeline
+    from convert.progress import choose
+
+    reports = pipeline.prove(artifacts, progress=choose(quiet=quiet), device=_device(device))
+    if not quiet:
+        for path, report in zip(artifacts, reports, strict=True):
+            _show_artifact(path, None, report, reused=False)
+    raise typer.Exit(0 if all(report.passed for report in reports) else 1)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The folder of an artifact.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Everything but what needs every byte: under a second.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an artifact's promises offline: files, hashes, ledger, headers, scales."""
+    from dataclasses import asdict
+
+    from formats.verify import verify as verify_folder
+
+    verdict = verify_folder(artifact, quick=quick)
+    if as_json:
+        _print_json({"passed": verdict.passed, **asdict(verdict)})
+    elif verdict.passed:
+        how = f"{verdict.hashed_bytes / 1e9:.2f} GB hashed" if not quick else "hashes not looked at; leave out --quick for them"
+        print(f"{artifact}: good ({verdict.files} files, {verdict.tensors} tensors, {how})")
+    else:
+        for finding in verdict.findings:
+            print(f"{finding.where}: {finding.what}; {finding.remedy}")
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors or a .gguf file.")], as_json: JsonOption = False) -> None:
+    """Show what a folder or file holds and how it is quantized. Reads headers only."""
+    from formats.inspect import inspect as inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for key in ("path", "model", "made_by", "quantization", "metadata"):
+        if found.get(key):
+            console.print(f"[bold]{key.replace('_', ' ')}[/]  ", end="")
+            console.print(found[key] if isinstance(found[key], str) else json.dumps(found[key]), markup=False, soft_wrap=True)
+    table = Table("dtype", "kind", _right("tensors"), _right("elements"), _right("bytes"), box=None, header_style="bold")
+    for row in found["tensors"]:
+        table.add_row(row["dtype"], row["kind"], f"{row['tensors']:,}", f"{row['elements']:,}", f"{row['bytes']:,}")
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from convert.recipe import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has and what each runtime here can do."""
+    from convert.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+        return
+    for section, facts in found.items():
+        print(section)
+        for name, value in facts.items():
+            print(f"  {name:<22} {value}")
+
+
+def main() -> None:
+    """Runs the command; every error a user can cause becomes one message and an exit code, never a traceback."""
+    from formats.errors import OctavoError
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A polite kill is an interruption like any other: workers end their slab, the journal stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # typer carries click inside itself or depends on it, by version; either way this is its UsageError.
+    usage_error: Any = typer.BadParameter.__bases__[0]
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except usage_error as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(_interrupted())
+    except OctavoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read the output has gone; flushing at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _interrupted() -> int:
+    print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+    return 130
+
+
+def _recipe(name: str, model: str | None, overrides: list[str] | None) -> Recipe:
+    from convert.recipe import find_recipe, read_recipe
+
+    return read_recipe(find_recipe(name), overrides or (), model)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from formats.errors import MachineError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r} is no device; use cpu, cuda or auto", param_hint="--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA device is here; use --device cpu (the bytes are the same)")
+    return name
+
+
+def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "digest": job.digest,
+        "model": job.checkpoint.origin,
+        "commit": job.checkpoint.commit,
+        "architecture": job.architecture.name if job.architecture else None,
+        "tied_head": job.architecture.tied_head if job.architecture else None,
+        "groups": job.architecture.groups if job.architecture else None,
+        "source_bytes": job.checkpoint.size_bytes,
+        "needs": asdict(found),
+        "warnings": job.warnings(),
+        "recipe": job.recipe.resolved(),
+        "targets": [
+            {
+                "name": target.name,
+                "format": target.format,
+                "weight_bytes": target.weight_bytes,
+                "deployment_bytes": job.deployment_bytes(target),
+                "files": {shard.file: shard.size_bytes for shard in target.shards},
+                "quantization_config": target.config.get("quantization_config"),
+                "ledger": target.ledger(),
+            }
+            for target in job.targets
+        ],
+    }
+
+
+def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from convert.plan import summarize
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    at = f" at {job.checkpoint.commit[:12]}" if job.checkpoint.commit else ""
+    name = job.architecture.name if job.architecture else "an architecture transformers does not know"
+    console.print(f"{job.checkpoint.origin}{at}: {name}, {len(job.checkpoint.tensors):,} tensors, {_size(job.checkpoint.size_bytes)} in {len(job.checkpoint.files)} file(s)")
+    for target in job.targets:
+        console.print(f"\n[bold]{target.name}[/] {target.format} for {', '.join(target.runtimes)}")
+        table = Table("", _right("tensors"), _right("before"), _right("after"), "why", box=None, header_style="bold", padding=(0, 2, 0, 0))
+        for what, count, before, after, reason in summarize(target.entries):
+            table.add_row(what, f"{count:,}", _size(before), _size(after), reason)
+        before = sum(entry.plain.size_bytes for entry in target.entries)
+        table.add_row("total", f"{len(target.entries):,}", _size(before), _size(target.weight_bytes), f"{len(target.shards)} file(s), headers included", style="bold")
+        console.print(table)
+        deployment = job.deployment_bytes(target)
+        if deployment:
+            console.print("deployed   " + ", ".join(f"{_size(size)} at {length:,} tokens" for length, size in deployment.items()) + " (weights, keys and values)")
+        if ledger:
+            for entry in target.entries:
+                fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
+                console.print(f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False)
+    console.print(f"\nmemory     {_size(found.memory_bytes)} at the peak of the conversion, {_size(found.memory_free_bytes)} free")
+    download = f" (of which {_size(job.checkpoint.download_bytes)} to fetch)" if job.checkpoint.download_bytes else ""
+    console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")
+    for warning in job.warnings():
+        console.print(f"warning    {warning}", markup=False)
+
+
+def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:
+    from rich.console import Console
+
+    from formats.manifest import read_manifest
+
+    console = Console(highlight=False, soft_wrap=True)
+    manifest = read_manifest(path)
+    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors"))
+    quantized = sum(entry["decision"] == "quantize" for entry in manifest.ledger)
+    verdict = "" if report is None else "  [bold green]passed[/]" if report.passed else "  [bold red]failed[/]"
+    console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))
+    of = f" of {_size(before)} unquantized ({weights / before:.0%})" if before else ""
+    console.print(f"  size       {_size(weights)}{of}; {quantized} of {len(manifest.ledger)} tensors quantized")
+    if report is None:
+        console.print(f"  unproven   prove it with: octavo check {path}")
+        return
+    for item in report.checks:
+        limit = "" if item.limit is None else f" (limit {item.limit:g})"
+        mark = "[green]ok  [/]" if item.passed else "[red]FAIL[/]"
+        console.print(f"  {mark}  {item.name:<34} {item.value:.4g}{limit}", end="")
+        console.print(f"  {item.detail}" if item.detail else "", markup=False, style="dim")
+    for run in (report.source, *report.runtimes):
+        console.print(
+            f"  {run.name:<12} {_size(run.weight_bytes)} of weights, {_size(run.peak_bytes)} at the peak, "
+            f"{run.prefill_tokens_per_second:,.0f} tokens/s reading, {run.decode_tokens_per_second:,.1f} writing: ",
+            end="",
+        )
+        console.print(repr(run.continuation[:80]), markup=False)
+    console.print(f"  report     {path}.report.html, {path}.report.json", markup=False)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def _right(header: str) -> Any:
+    from rich.table import Column
+
+    return Column(header, justify="right")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

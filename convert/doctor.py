@@ -1,0 +1,77 @@
+"""What this machine has, and what each runtime on it can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from convert import __version__
+from convert.runtimes import RUNTIMES
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "huggingface-hub", "safetensors", "tokenizers", "gguf", "ml_dtypes")
+#: What eight-bit arithmetic on a CPU lives on, as Linux names it.
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+
+
+def examine() -> dict[str, dict[str, str]]:
+    """Facts by section, every value ready to print."""
+    return {"versions": _versions(), "machine": _machine(), "devices": _devices(), "runtimes": _runtimes()}
+
+
+def _versions() -> dict[str, str]:
+    return {"octavo": __version__, "python": platform.python_version(), **{name: _version(name) or "not installed" for name in PACKAGES}}
+
+
+def _machine() -> dict[str, str]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(".")
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": str(len(os.sched_getaffinity(0))),
+        "instructions": " ".join(sorted(_instructions())) or "none that matter here",
+        "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free",
+        "disk here": f"{disk.total / 1e9:.1f} GB, {disk.free / 1e9:.1f} GB free",
+    }
+
+
+def _devices() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"cuda": "none"}
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        native = "INT8 and FP8" if (properties.major, properties.minor) >= (8, 9) else "INT8" if (properties.major, properties.minor) >= (7, 5) else "no"
+        found[f"cuda:{i}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB, {native} tensor cores"
+    return found
+
+
+def _runtimes() -> dict[str, str]:
+    found = {}
+    for name, runtime in RUNTIMES.items():
+        missing = [package for package in runtime.needs if not _version(package)]
+        formats = ", ".join(runtime.formats)
+        found[name] = f"cannot load {formats}: pip install {' '.join(missing)}" if missing else f"loads {formats}"
+    return found
+
+
+def _instructions() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return set(INSTRUCTIONS) & set(line.split())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

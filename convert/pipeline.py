@@ -1,0 +1,134 @@
+"""The whole job as function calls; the command does nothing that is not here."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convert.architecture import describe
+from convert.card import render_card
+from convert.export import Artifact, cores, export, partial_bytes
+from convert.plan import Plan, TargetPlan, make_plan
+from convert.progress import Progress, Quiet
+from convert.quantize import working_bytes
+from convert.recipe import Recipe, parse_recipe
+from convert.report import Report, report_path
+from convert.source import open_source
+from formats.errors import MachineError
+from formats.manifest import CARD, read_manifest
+from formats.safetensors import json_bytes
+
+#: Resident memory of Python with torch and transformers loaded, before any tensor: 430 MB were seen with torch 2.13 on CPU.
+BASE_BYTES = 600_000_000
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a conversion needs of the machine, and what the machine has."""
+
+    memory_bytes: int
+    memory_free_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Artifacts and, unless the check was left out, their reports, in the plan's order."""
+
+    plan: Plan
+    artifacts: tuple[Artifact, ...]
+    reports: tuple[Report, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(report.passed for report in self.reports)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Opens the recipe's model and decides the fate of every tensor; reads headers only.
+
+    Raises :class:`~formats.errors.RecipeError`, :class:`~formats.errors.SourceError` or :class:`~formats.errors.FormatError`.
+    """
+    checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
+    return make_plan(recipe, checkpoint, architecture)
+
+
+def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
+    """What the job needs in memory and on the disk of ``out``, less what an interrupted run already took."""
+    import psutil
+
+    disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
+    memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
+    if check:
+        vocabulary = int(plan.checkpoint.config.get("vocab_size") or 0)
+        disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    return Needs(memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
+
+
+def require(found: Needs, out: Path) -> None:
+    """Raises :class:`MachineError` when the machine cannot carry the job, before any work."""
+    if found.disk_bytes > found.disk_free_bytes:
+        raise MachineError(
+            f"{out}: {found.disk_bytes / 1e9:.2f} GB of disk are needed, {found.disk_free_bytes / 1e9:.2f} are free; make room or choose another --out"
+        )
+    if found.memory_bytes > found.memory_free_bytes:
+        raise MachineError(
+            f"{found.memory_bytes / 1e9:.2f} GB of memory are needed, {found.memory_free_bytes / 1e9:.2f} are free; close something first"
+        )
+
+
+def convert(
+    recipe: Recipe, out: Path | None = None, *, device: str = "cpu", check: bool = True, progress: Progress | None = None
+) -> Outcome:
+    """Plans, quantizes, exports and proves; artifacts go to ``out/<target>`` (default ``artifacts/<recipe>``), reports beside them.
+
+    Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
+    :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
+    """
+    from convert.check import require_runtimes
+
+    progress = progress or Quiet()
+    out = out or Path("artifacts") / recipe.name
+    job = plan(recipe)
+    for warning in job.warnings():
+        progress.say(f"warning: {warning}")
+    if check:
+        for target in recipe.targets:
+            require_runtimes(target)
+    require(needs(job, out, check=check, device=device), out)
+    artifacts = export(job, out, progress, device=device)
+    reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
+    return Outcome(job, tuple(artifacts), tuple(reports))
+
+
+def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress | None = None, device: str = "cpu") -> list[Report]:
+    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes report and model card of each."""
+    from convert.check import check
+
+    recipe = recipe or recipe_of(artifacts[0])
+    reports = []
+    for path, report in zip(artifacts, check(artifacts, recipe, progress or Quiet(), device=device), strict=True):
+        manifest = read_manifest(path)
+        card = render_card(report, manifest).encode()
+        report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())
+        (path / CARD).write_bytes(card)
+        report_path(path).write_bytes(report.to_bytes())
+        reports.append(report)
+    return reports
+
+
+def recipe_of(artifact: Path) -> Recipe:
+    """The recipe that an artifact's manifest records. Raises :class:`~formats.errors.FormatError` or ``RecipeError``."""
+    manifest = read_manifest(artifact)
+    return parse_recipe(json_bytes(manifest.recipe).decode(), f"{artifact}/octavo.json", name=artifact.absolute().parent.name)
+
+
+def plain_bytes(target: TargetPlan) -> int:
+    """What the target's tensors would take unquantized."""
+    return sum(entry.plain.size_bytes for entry in target.entries)

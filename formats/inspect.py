@@ -1,0 +1,73 @@
+"""What a folder or file holds and how it is quantized, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from formats.dtypes import FLOATS
+from formats.errors import FormatError
+from formats.manifest import MANIFEST, read_manifest
+from formats.safetensors import TensorSpec, read_folder, read_header, read_json
+
+#: Last parts of names under which quantized formats keep what is not a weight.
+_QUANTIZATION_PARTS = ("scale", "scale_inv", "zero_point", "SCB", "weight_shape", "weight_format")
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Plain data: ``path``, ``model``, ``made_by``, ``quantization``, ``metadata`` where known, and ``tensors`` counted by dtype and kind.
+
+    Raises :class:`FormatError` when there is nothing at ``path`` that can be read.
+    """
+    if path.is_dir():
+        return _inspect_folder(path)
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file or folder")
+    if path.suffix == ".gguf":
+        from formats.gguf import open_gguf
+
+        gguf = open_gguf(path)
+        rows = _count((tensor.spec, tensor.kind, tensor.size_bytes) for tensor in gguf.tensors.values())
+        return {"path": str(path), "model": gguf.config(), "metadata": {"name": gguf.fields.get("general.name")}, "tensors": rows}
+    located, metadata = read_header(path)
+    return {"path": str(path), "metadata": metadata, "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values())}
+
+
+def _inspect_folder(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    located = read_folder(folder)
+    found: dict[str, Any] = {
+        "path": str(folder),
+        "model": {key: config.get(key) for key in ("architectures", "model_type", "dtype", "hidden_size", "num_hidden_layers", "vocab_size") if config.get(key)},
+        "quantization": config.get("quantization_config") or "none",
+        "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
+    }
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        found["made_by"] = {
+            "octavo": manifest.versions.get("octavo"),
+            "target": manifest.target,
+            "source": manifest.source.get("origin"),
+            "commit": manifest.source.get("commit"),
+        }
+    return found
+
+
+def _count(tensors: Iterable[tuple[TensorSpec, str, int]]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for spec, dtype, size_bytes in tensors:
+        kind = _kind(spec, dtype)
+        row = rows.setdefault((dtype, kind), {"dtype": dtype, "kind": kind, "tensors": 0, "elements": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["elements"] += spec.elements
+        row["bytes"] += size_bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def _kind(spec: TensorSpec, dtype: str) -> str:
+    if spec.name.rpartition(".")[2].removeprefix("weight_").removeprefix("input_") in _QUANTIZATION_PARTS:
+        return "scales and shapes"
+    if len(spec.shape) < 2:
+        return "vectors"
+    return "matrices" if dtype in FLOATS else "codes"
