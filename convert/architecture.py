@@ -88,13 +88,15 @@ def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if "auto_map" in config and model_type not in CONFIG_MAPPING:
         if not trust_remote_code:
-            raise SourceError(f"the model needs code of its own ({config['auto_map']}); set trust_remote_code: true in the recipe if you trust it")
+            raise SourceError(
+                f"the model needs code of its own ({config['auto_map']}); set trust_remote_code: true in the recipe if you trust it"
+            )
         parsed = AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=True)
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=True)  # type: ignore[no-untyped-call]
     if model_type not in CONFIG_MAPPING:
         return None
     named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
@@ -104,7 +106,7 @@ def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code:
             if named and named[0] is not None:
                 return named[0]._from_config(parsed)
             causal = type(parsed) in AutoModelForCausalLM._model_mapping
-            return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)
+            return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001  a config may be wrong in any way its class can trip over
         raise SourceError(f"config.json: transformers cannot build a {model_type} from it ({type(error).__name__}: {error})") from None
 
@@ -118,7 +120,7 @@ def _checkpoint_names(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name in tensors:
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if renamed not in state:

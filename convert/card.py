@@ -34,7 +34,7 @@ def render_card(report: Report, manifest: Manifest) -> str:
         tags=["octavo", manifest.format, *schemes],
     )
     body = (
-        Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True, autoescape=False)  # noqa: S701  Markdown, not HTML
+        Environment(undefined=StrictUndefined, trim_blocks=False, keep_trailing_newline=True, autoescape=False)
         .from_string(TEMPLATE.read_text(encoding="utf-8"))
         .render(
             title=title,

@@ -54,7 +54,9 @@ def require_runtimes(target: Target) -> None:
             try:
                 version(distribution)
             except PackageNotFoundError:
-                raise MachineError(f"{target.name}: runtime {name} needs {distribution}, which is not installed; run: pip install {distribution}") from None
+                raise MachineError(
+                    f"{target.name}: runtime {name} needs {distribution}, which is not installed; run: pip install {distribution}"
+                ) from None
 
 
 def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu") -> list[Report]:
@@ -80,7 +82,9 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
         reports = []
         for path, manifest in zip(artifacts, manifests, strict=True):
             target = next(item for item in recipe.targets if item.name == manifest.target)
-            reports.append(_check_one(path, manifest, recipe, target, model, request, text, reference, int(answer["vocabulary"]), scratch, progress))
+            reports.append(
+                _check_one(path, manifest, recipe, target, model, request, text, reference, int(answer["vocabulary"]), scratch, progress)
+            )
         return reports
 
 
@@ -158,7 +162,9 @@ def _check_numbers(path: Path, model: str, request: dict[str, Any], scratch: Pat
 def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> list[Check]:
     """That every module the ledger quantized is held in eight bits after loading, and not as a float."""
     promised = {
-        entry["module"]: DTYPES[SCHEMES[entry["scheme"]].weight.grid.dtype].torch_name for entry in manifest.ledger if entry["decision"] == "quantize"
+        entry["module"]: DTYPES[SCHEMES[entry["scheme"]].weight.grid.dtype].torch_name
+        for entry in manifest.ledger
+        if entry["decision"] == "quantize"
     }
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
     held = len(promised) - len(wrong)
@@ -170,7 +176,13 @@ def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Che
     return [
         Check(f"{runtime}: finite logits", float(finite), 1.0, finite),
         # A NaN compares false, so it fails here too.
-        Check(f"{runtime}: kl_nats", found.kl_nats, bounds.kl_nats, found.kl_nats <= bounds.kl_nats, f"99th percentile {found.kl_nats_p99:.4f}"),
+        Check(
+            f"{runtime}: kl_nats",
+            found.kl_nats,
+            bounds.kl_nats,
+            found.kl_nats <= bounds.kl_nats,
+            f"99th percentile {found.kl_nats_p99:.4f}",
+        ),
         Check(f"{runtime}: top1", found.top1, bounds.top1, found.top1 >= bounds.top1),
         Check(
             f"{runtime}: perplexity_ratio",
@@ -200,18 +212,28 @@ def _validation_text(validation: Validation, artifact: Path, *, trust_remote_cod
     except Exception as error:  # noqa: BLE001  tokenizers fail in as many ways as there are tokenizers
         raise InputError(f"{artifact}: its tokenizer cannot be loaded, so there is nothing to compare on ({error})") from None
     text, name = _read_text(validation.text)
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    start = (
+        [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    )
     body = validation.length - len(start)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     sequences = validation.tokens // validation.length
     if len(ids) < sequences * body:
-        raise InputError(f"validation text {name}: {len(ids):,} tokens, {sequences * body:,} are needed; give a longer text or fewer validation.tokens")
+        raise InputError(
+            f"validation text {name}: {len(ids):,} tokens, {sequences * body:,} are needed; give a longer text or fewer validation.tokens"
+        )
     tokens = np.array([[*start, *ids[i * body : (i + 1) * body]] for i in range(sequences)], dtype=np.int64)
     prompt, prompt_ids = QUESTION, tokenizer(QUESTION).input_ids
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False)
+        messages = [{"role": "user", "content": QUESTION}]
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    record = {"text": name, "tokens": int(tokens.size), "length": validation.length, "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    record = {
+        "text": name,
+        "tokens": int(tokens.size),
+        "length": validation.length,
+        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
     return _Text(tokens, record, prompt, list(prompt_ids), tokenizer)
 
 
@@ -248,7 +270,11 @@ def _run(program: str, request: dict[str, Any], scratch: Path) -> tuple[dict[str
     answer.unlink(missing_ok=True)
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", program, str(scratch / "request.json"), str(answer)], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-m", program, str(scratch / "request.json"), str(answer)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     if done.returncode == 0 and answer.exists():
         return json.loads(answer.read_text()), ""

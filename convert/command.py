@@ -28,9 +28,12 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of one in recipes/.", metavar="RECIPE", show_default=False)]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Instead of the recipe's model: a Hub id (org/name[@revision]), a folder or a .gguf.", show_default=False)
+    str | None,
+    typer.Option("--model", help="Instead of the recipe's model: a Hub id (org/name[@revision]), a folder or a .gguf.", show_default=False),
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one value: targets.0.limits.kl_nats=0.05", metavar="KEY=VALUE")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one value: targets.0.limits.kl_nats=0.05", metavar="KEY=VALUE")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Where artifacts go.", show_default="artifacts/<recipe>")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one. The bytes are the same.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -77,12 +80,18 @@ def convert(
     if not quiet:
         for i, artifact in enumerate(outcome.artifacts):
             target = outcome.plan.targets[i]
-            _show_artifact(artifact.path, pipeline.plain_bytes(target), outcome.reports[i] if outcome.reports else None, reused=artifact.reused)
+            _show_artifact(
+                artifact.path, pipeline.plain_bytes(target), outcome.reports[i] if outcome.reports else None, reused=artifact.reused
+            )
     raise typer.Exit(0 if outcome.passed else 1)
 
 
 @app.command()
-def check(artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe.")], device: DeviceOption = "auto", quiet: QuietOption = False) -> None:
+def check(
+    artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe.")],
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
     """Prove artifacts again, against the limits recorded in them, and write report and model card."""
     from convert import pipeline
     from convert.progress import choose
@@ -118,7 +127,9 @@ def verify(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors or a .gguf file.")], as_json: JsonOption = False) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors or a .gguf file.")], as_json: JsonOption = False
+) -> None:
     """Show what a folder or file holds and how it is quantized. Reads headers only."""
     from formats.inspect import inspect as inspect_path
 
@@ -252,22 +263,38 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     at = f" at {job.checkpoint.commit[:12]}" if job.checkpoint.commit else ""
     name = job.architecture.name if job.architecture else "an architecture transformers does not know"
-    console.print(f"{job.checkpoint.origin}{at}: {name}, {len(job.checkpoint.tensors):,} tensors, {_size(job.checkpoint.size_bytes)} in {len(job.checkpoint.files)} file(s)")
+    console.print(
+        f"{job.checkpoint.origin}{at}: {name}, {len(job.checkpoint.tensors):,} tensors, "
+        f"{_size(job.checkpoint.size_bytes)} in {len(job.checkpoint.files)} file(s)"
+    )
     for target in job.targets:
         console.print(f"\n[bold]{target.name}[/] {target.format} for {', '.join(target.runtimes)}")
         table = Table("", _right("tensors"), _right("before"), _right("after"), "why", box=None, header_style="bold", padding=(0, 2, 0, 0))
         for what, count, before, after, reason in summarize(target.entries):
             table.add_row(what, f"{count:,}", _size(before), _size(after), reason)
         before = sum(entry.plain.size_bytes for entry in target.entries)
-        table.add_row("total", f"{len(target.entries):,}", _size(before), _size(target.weight_bytes), f"{len(target.shards)} file(s), headers included", style="bold")
+        table.add_row(
+            "total",
+            f"{len(target.entries):,}",
+            _size(before),
+            _size(target.weight_bytes),
+            f"{len(target.shards)} file(s), headers included",
+            style="bold",
+        )
         console.print(table)
         deployment = job.deployment_bytes(target)
         if deployment:
-            console.print("deployed   " + ", ".join(f"{_size(size)} at {length:,} tokens" for length, size in deployment.items()) + " (weights, keys and values)")
+            console.print(
+                "deployed   "
+                + ", ".join(f"{_size(size)} at {length:,} tokens" for length, size in deployment.items())
+                + " (weights, keys and values)"
+            )
         if ledger:
             for entry in target.entries:
                 fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
-                console.print(f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False)
+                console.print(
+                    f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False
+                )
     console.print(f"\nmemory     {_size(found.memory_bytes)} at the peak of the conversion, {_size(found.memory_free_bytes)} free")
     download = f" (of which {_size(job.checkpoint.download_bytes)} to fetch)" if job.checkpoint.download_bytes else ""
     console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")

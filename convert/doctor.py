@@ -47,8 +47,16 @@ def _devices() -> dict[str, str]:
     found = {}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        native = "INT8 and FP8" if (properties.major, properties.minor) >= (8, 9) else "INT8" if (properties.major, properties.minor) >= (7, 5) else "no"
-        found[f"cuda:{i}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB, {native} tensor cores"
+        native = (
+            "INT8 and FP8"
+            if (properties.major, properties.minor) >= (8, 9)
+            else "INT8"
+            if (properties.major, properties.minor) >= (7, 5)
+            else "no"
+        )
+        found[f"cuda:{i}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB, {native} tensor cores"
+        )
     return found
 
 

@@ -155,7 +155,7 @@ class _Writer:
         position = item.start + piece.offset_bytes
         if position + piece.data.nbytes > item.stop:
             raise OctavoError(f"{piece.name}: more bytes than the plan promised; this is a defect of octavo, please report it")
-        view = memoryview(piece.data)
+        view = memoryview(piece.data)  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
         while view:
             count = os.pwrite(self._descriptors[file], view, position)
             view, position = view[count:], position + count
@@ -166,7 +166,9 @@ class _Writer:
         """All pieces of a source tensor are written: into the journal with it."""
         for spec in self._entries[tensor].outputs:
             if (written := self._written.pop(spec.name, 0)) != spec.size_bytes:
-                raise OctavoError(f"{spec.name}: {written:,} bytes written, {spec.size_bytes:,} promised; this is a defect of octavo, please report it")
+                raise OctavoError(
+                    f"{spec.name}: {written:,} bytes written, {spec.size_bytes:,} promised; this is a defect of octavo, please report it"
+                )
         os.write(self._journal, f"{tensor}\n".encode())
         self.done.add(tensor)
         self._release(tensor)
@@ -193,7 +195,9 @@ class _Writer:
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
                 "base_model": plan.checkpoint.base_model,
-                "files": [{"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files],
+                "files": [
+                    {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
+                ],
             },
             recipe=plan.recipe.resolved(),
             versions=_versions(),
@@ -280,7 +284,8 @@ class _Follower(Thread):
         position = 0
         while position < self._size:
             with self._condition:
-                self._condition.wait_for(lambda: self._stopped or self._frontier > position)
+                while not self._stopped and self._frontier == position:
+                    self._condition.wait()
                 if self._stopped:
                     return
                 limit = min(self._frontier - position, CHUNK_BYTES)

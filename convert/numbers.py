@@ -50,8 +50,9 @@ def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.
     """The largest error rounding can make of each element: half the distance between codes, plus what is clipped because the
     scale itself was rounded (half a unit in its last place).
 
-    ``weight`` (out, in) float32; ``scale`` broadcasts over it, in the dtype it is stored in. Integers: ``scale / 2``. Floats: half a unit in the
-    last place of ``weight / scale``, and of the smallest normal below it (OCP 8-bit Floating Point Specification 1.0).
+    ``weight`` (out, in) float32; ``scale`` broadcasts over it, in the dtype it is stored in. Integers: ``scale / 2``.
+    Floats: half a unit in the last place of ``weight / scale``, and of the smallest normal below it (OCP 8-bit Floating Point
+    Specification 1.0).
     """
     rounding = torch.finfo(scale.dtype).eps / 2
     scale = scale.float()
@@ -74,9 +75,7 @@ def _compare_tensor(entry: dict[str, Any], artifact: SafetensorsReader, checkpoi
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = checkpoint.reader.read(name, start, stop).float()
-        stored = {
-            output: artifact.read(output, start * shape[0] // rows, stop * shape[0] // rows) for output, _, shape in entry["outputs"]
-        }
+        stored = {output: artifact.read(output, start * shape[0] // rows, stop * shape[0] // rows) for output, _, shape in entry["outputs"]}
         decoded: QTensor = form.decode(name, stored, scheme)
         error = (decoded.dequantize() - weight).abs_()
         scale = decoded.spread_scale()

@@ -12,7 +12,7 @@ from convert.architecture import describe
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.plan import Plan, TargetPlan, make_plan
-from convert.progress import Progress, Quiet
+from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, parse_recipe
 from convert.report import Report, report_path
@@ -75,7 +75,8 @@ def require(found: Needs, out: Path) -> None:
     """Raises :class:`MachineError` when the machine cannot carry the job, before any work."""
     if found.disk_bytes > found.disk_free_bytes:
         raise MachineError(
-            f"{out}: {found.disk_bytes / 1e9:.2f} GB of disk are needed, {found.disk_free_bytes / 1e9:.2f} are free; make room or choose another --out"
+            f"{out}: {found.disk_bytes / 1e9:.2f} GB of disk are needed, {found.disk_free_bytes / 1e9:.2f} are free; "
+            "make room or choose another --out"
         )
     if found.memory_bytes > found.memory_free_bytes:
         raise MachineError(
@@ -83,9 +84,7 @@ def require(found: Needs, out: Path) -> None:
         )
 
 
-def convert(
-    recipe: Recipe, out: Path | None = None, *, device: str = "cpu", check: bool = True, progress: Progress | None = None
-) -> Outcome:
+def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", check: bool = True, progress: Progress = QUIET) -> Outcome:
     """Plans, quantizes, exports and proves; artifacts go to ``out/<target>`` (default ``artifacts/<recipe>``), reports beside them.
 
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
@@ -93,7 +92,6 @@ def convert(
     """
     from convert.check import require_runtimes
 
-    progress = progress or Quiet()
     out = out or Path("artifacts") / recipe.name
     job = plan(recipe)
     for warning in job.warnings():
@@ -107,13 +105,13 @@ def convert(
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
-def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress | None = None, device: str = "cpu") -> list[Report]:
+def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress = QUIET, device: str = "cpu") -> list[Report]:
     """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes report and model card of each."""
     from convert.check import check
 
     recipe = recipe or recipe_of(artifacts[0])
     reports = []
-    for path, report in zip(artifacts, check(artifacts, recipe, progress or Quiet(), device=device), strict=True):
+    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device), strict=True):
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
         report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())

@@ -137,7 +137,9 @@ class Plan:
             unnamed = [entry for entry in target.entries if entry.why == _KEEP_WHY["linear"]]
             if unnamed:
                 share = sum(entry.tensor.size_bytes for entry in unnamed) / max(self.checkpoint.size_bytes, 1)
-                found.append(f"{target.name}: no rule names {len(unnamed)} linear layers ({share:.0%} of the bytes), first {unnamed[0].tensor.name}")
+                found.append(
+                    f"{target.name}: no rule names {len(unnamed)} linear layers ({share:.0%} of the bytes), first {unnamed[0].tensor.name}"
+                )
         return found
 
     def deployment_bytes(self, target: TargetPlan) -> dict[int, int] | None:
@@ -153,7 +155,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture
     """Decides everything. Raises :class:`RecipeError` (naming the recipe's line) or :class:`SourceError`; nothing was written then."""
     if architecture is not None and architecture.missing:
         first, more = architecture.missing[0], len(architecture.missing) - 1
-        raise SourceError(f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole")
+        raise SourceError(
+            f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
+        )
     targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
 
@@ -162,7 +166,8 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
     for i, runtime in enumerate(target.runtimes):
         if target.format not in RUNTIMES[runtime].formats:
             raise RecipeError(
-                f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} does not load {target.format}; it loads {', '.join(RUNTIMES[runtime].formats)}"
+                f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} does not load {target.format}; "
+                f"it loads {', '.join(RUNTIMES[runtime].formats)}"
             )
     dtype = _model_dtype(recipe, checkpoint)
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
@@ -177,7 +182,11 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         raise SourceError(f"{checkpoint.origin}: {doubled[0]} would be written twice; the source already has a tensor of that name")
     layers = [QuantizedLayer(entry.modules[0], entry.scheme.name, head=entry.kind == "head") for entry in entries if entry.scheme]
     quantized = {layer.module for layer in layers}
-    linears = architecture.linears if architecture else [p.modules[0] for name, p in parameters.items() if len(checkpoint.tensors[name].shape) == 2]
+    linears = (
+        architecture.linears
+        if architecture
+        else [p.modules[0] for name, p in parameters.items() if len(checkpoint.tensors[name].shape) == 2]
+    )
     kept = [module for module in linears if module not in quantized]
     form = FORMATS[target.format]
     quantization = form.config(layers, kept) if layers else None
@@ -206,9 +215,11 @@ def _claim(
             raise RecipeError(f"{where}: {rule.match!r} matches nothing in {checkpoint.origin}{_suggest(rule.match, parameters)}")
         if not fresh:
             first = claims[matched[0]][1]
-            raise RecipeError(f"{where}: {rule.match!r} matches {len(matched)} tensor(s), and earlier rules take them all (the first: {first}); move it up")
+            raise RecipeError(
+                f"{where}: {rule.match!r} matches {len(matched)} tensor(s), all taken by earlier rules (the first: {first}); move it up"
+            )
         position = PurePosixPath(where).name
-        claims |= {name: (rule, f"{position} {rule.match}") for name in fresh}
+        claims |= dict.fromkeys(fresh, (rule, f"{position} {rule.match}"))
     return claims
 
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
 class Progress(Protocol):
     """Shown to the user; every method may be called from any thread."""
 
-    def stage(self, name: str, total_bytes: int) -> Advance:
-        """Opens a stage that moves ``total_bytes``; a context manager whose ``advance`` counts them."""
+    def stage(self, name: str, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Opens a stage that moves ``total_bytes``; within it, the function it gives counts them."""
 
     def say(self, message: str) -> None:
         """One line about what happens now."""
-
-
-class Advance(Protocol):
-    def __enter__(self) -> Callable[[int], None]: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 class Quiet:
@@ -33,6 +28,9 @@ class Quiet:
 
     def say(self, message: str) -> None:
         pass
+
+
+QUIET = Quiet()
 
 
 class Lines:
@@ -52,7 +50,8 @@ class Lines:
             if now - shown >= self.interval_seconds:
                 shown = now
                 rate = done / (now - started)
-                self.say(f"{name}: {done / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {(total_bytes - done) / rate:.0f} s left")
+                left = (total_bytes - done) / rate
+                self.say(f"{name}: {done / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
 
         yield advance
         seconds = max(time.monotonic() - started, 1e-9)
@@ -85,5 +84,5 @@ class Bars:
 def choose(*, quiet: bool) -> Progress:
     """Bars on a terminal, lines elsewhere, nothing when asked for quiet."""
     if quiet:
-        return Quiet()
+        return QUIET
     return Bars() if sys.stderr.isatty() else Lines()

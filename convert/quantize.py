@@ -60,7 +60,9 @@ class Piece:
     data: np.ndarray
 
 
-def plan_work(targets: Sequence[TargetPlan], tensors: Sequence[TensorSpec], done: Mapping[str, frozenset[str]], *, gpu: bool) -> Iterator[Work]:
+def plan_work(
+    targets: Sequence[TargetPlan], tensors: Sequence[TensorSpec], done: Mapping[str, frozenset[str]], *, gpu: bool
+) -> Iterator[Work]:
     """Every slab that is still to do, in the order of the source. ``done``: by target, source tensors already written."""
     by_target = {target.name: {entry.tensor.name: entry for entry in target.entries} for target in targets}
     for spec in tensors:
@@ -132,7 +134,9 @@ def _cast(values: torch.Tensor, plain: TensorSpec, work: Work) -> torch.Tensor:
     cast = values.to(getattr(torch, DTYPES[plain.dtype].torch_name))
     if not is_finite(cast):
         if is_finite(values):
-            raise NumericsError(f"{work.spec.name}: values up to {values.abs().max().item():g} exceed {plain.dtype}; set dtype: bfloat16 in the recipe")
+            raise NumericsError(
+                f"{work.spec.name}: values up to {values.abs().max().item():g} exceed {plain.dtype}; set dtype: bfloat16 in the recipe"
+            )
         raise NumericsError(_where_not_finite(values, work))
     return cast
 
@@ -143,7 +147,10 @@ def _where_not_finite(values: torch.Tensor, work: Work) -> str:
     if index:
         index[0] += work.start
     value = values[tuple(bad[0].tolist())].item()
-    return f"{work.spec.name}: {value} at index {index} ({len(bad)} such values in these rows); the checkpoint is damaged, fetch or train it again"
+    return (
+        f"{work.spec.name}: {value} at index {index} ({len(bad)} such values in rows {work.start} to {work.stop - 1}); "
+        "the checkpoint is damaged, fetch or train it again"
+    )
 
 
 def _piece(target: str, spec: TensorSpec, values: torch.Tensor, work: Work) -> Piece:

@@ -120,7 +120,9 @@ class Target(_Section):
         """``limits``, with what is left out taken from the loosest scheme that the rules use."""
         defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
         if not defaults:
-            return Quality(*(_or(self.limits, name, value) for name, value in (("kl_nats", 0.001), ("top1", 0.99), ("perplexity_ratio", 1.001))))
+            return Quality(
+                *(_or(self.limits, name, value) for name, value in (("kl_nats", 0.001), ("top1", 0.99), ("perplexity_ratio", 1.001)))
+            )
         return Quality(
             kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
             top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
@@ -277,7 +279,9 @@ def _cross_check(recipe: Recipe) -> None:
     for i, target in enumerate(recipe.targets):
         if target.name.casefold() in seen:
             first = recipe.where("targets", seen[target.name.casefold()], "name")
-            raise RecipeError(f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one")
+            raise RecipeError(
+                f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
+            )
         seen[target.name.casefold()] = i
     algorithms = {rule.algorithm for target in recipe.targets for rule in target.rules if rule.scheme}
     if recipe.calibration and not any(ALGORITHMS[name].calibrated for name in algorithms):
@@ -408,7 +412,14 @@ def _explain(item: Any, where: Mapping[Path_, str]) -> str:
 
 def _fields_at(path: Path_) -> list[str]:
     """The keys that the section at ``path`` may have."""
-    sections = {"targets": Target, "rules": Rule, "limits": Limits, "validation": Validation, "calibration": Calibration, "push": Push}
+    sections: dict[str, type[BaseModel]] = {
+        "targets": Target,
+        "rules": Rule,
+        "limits": Limits,
+        "validation": Validation,
+        "calibration": Calibration,
+        "push": Push,
+    }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)
 

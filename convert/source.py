@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -38,6 +39,7 @@ from formats.safetensors import (
 
 if TYPE_CHECKING:
     import torch
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -254,9 +256,9 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         with _hub_errors(repo, revision):
             return Path(hf_hub_download(repo, file, revision=commit))
 
+    stored = {file: siblings[file].lfs for file in shards}
     files = tuple(
-        SourceFile(file, int(siblings[file].size or 0), f"sha256:{siblings[file].lfs.sha256}" if siblings[file].lfs else None)
-        for file in shards
+        SourceFile(file, int(siblings[file].size or 0), f"sha256:{lfs.sha256}" if lfs is not None else None) for file, lfs in stored.items()
     )
     return Checkpoint(
         origin=repo,
@@ -285,7 +287,9 @@ def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoi
     except LocalEntryNotFoundError:
         raise SourceError(f"{repo}@{revision or 'main'} is not in the cache, and offline mode is on (HF_HUB_OFFLINE)") from None
     except FormatError as error:
-        raise SourceError(f"{repo}@{revision or 'main'} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}") from None
+        raise SourceError(
+            f"{repo}@{revision or 'main'} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}"
+        ) from None
     return replace(checkpoint, commit=folder.name, base_model=repo)
 
 
@@ -306,7 +310,7 @@ class SafetensorsReader:
         shape = item.spec.shape
         row_bytes = item.spec.size_bytes // max(shape[0], 1) if shape else item.spec.size_bytes
         raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
         position = item.start + start * row_bytes
         while view:
             count = os.preadv(self._file(item.file)[1], [view], position)
@@ -408,7 +412,7 @@ def _licence(card: Path) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        licence = getattr(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None)
     except ValueError:
         return None
     return str(licence) if licence else None
@@ -430,34 +434,36 @@ def _remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[s
     return parse_header(raw, file, size_bytes)[0]
 
 
-class _hub_errors:  # noqa: N801
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turns what huggingface_hub raises into one sentence that says what to do."""
-
-    def __init__(self, repo: str, revision: str | None) -> None:
-        self._repo, self._revision = repo, revision
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        from huggingface_hub import constants
-        from huggingface_hub import errors as hub
-
-        repo = self._repo
-        # OSError covers what huggingface_hub makes of a refused or dropped connection, and its own HTTP errors.
-        match error:
-            case hub.GatedRepoError():
-                message = f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, then log in with: hf auth login"
-            case hub.RepositoryNotFoundError():
-                message = f"{repo} does not exist on {constants.ENDPOINT}, or it is private; check the name, or log in with: hf auth login"
-            case hub.RevisionNotFoundError():
-                message = f"{repo} has no revision {self._revision}; see {constants.ENDPOINT}/{repo}/commits/main"
-            case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
-                message = f"{repo} is not in the cache and cannot be fetched offline; unset HF_HUB_OFFLINE or check the connection"
-            case hub.HfHubHTTPError():
-                message = f"{repo}: {constants.ENDPOINT} answered {error.response.status_code}; try again later"
-            case _ if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-                message = f"{repo}: {constants.ENDPOINT} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
-            case _:
-                return
+    try:
+        yield
+    except Exception as error:
+        message = _hub_message(error, repo, revision)
+        if message is None:
+            raise
         raise SourceError(message) from None
+
+
+def _hub_message(error: Exception, repo: str, revision: str | None) -> str | None:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    endpoint = constants.ENDPOINT
+    # Its own errors are OSErrors too, and whichever HTTP client it uses raises outside that tree when a line drops.
+    dropped = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+    match error:
+        case hub.GatedRepoError():
+            return f"{repo} is gated: ask for access at {endpoint}/{repo}, then log in with: hf auth login"
+        case hub.RepositoryNotFoundError():
+            return f"{repo} does not exist on {endpoint}, or it is private; check the name, or log in with: hf auth login"
+        case hub.RevisionNotFoundError():
+            return f"{repo} has no revision {revision}; see {endpoint}/{repo}/commits/main"
+        case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
+            return f"{repo} is not in the cache and cannot be fetched; check the connection"
+        case hub.HfHubHTTPError():
+            return f"{repo}: {endpoint} answered {error.response.status_code}; try again later"
+    if dropped:
+        return f"{repo}: {endpoint} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
+    return None

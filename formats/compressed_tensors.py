@@ -97,13 +97,11 @@ def config(layers: Sequence[QuantizedLayer], kept_linears: Sequence[str]) -> dic
 
 
 def _arguments(quantization: Quantization, *, activation: bool = False) -> dict[str, Any]:
-    strategy = {(1, None): "token" if activation else "channel", (None, None): "tensor"}[
-        quantization.tile.rows, quantization.tile.columns
-    ]
+    strategies = {PER_CHANNEL: "token" if activation else "channel"}
     return {
         "num_bits": 8,
         "type": quantization.grid.kind,
         "symmetric": quantization.symmetric,
-        "strategy": strategy,
+        "strategy": strategies[quantization.tile],
         "dynamic": quantization.dynamic,
     }

@@ -19,7 +19,7 @@ class Format(Protocol):
     """A format is a module of pure functions; :mod:`formats.compressed_tensors` shows what each of them means."""
 
     @property
-    def METADATA(self) -> Mapping[str, str]: ...
+    def METADATA(self) -> Mapping[str, str]: ...  # noqa: N802  a constant of the module
 
     def refusal(self, scheme: Scheme, *, transposed: bool) -> str | None: ...
 

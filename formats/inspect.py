@@ -31,7 +31,11 @@ def inspect(path: Path) -> dict[str, Any]:
         rows = _count((tensor.spec, tensor.kind, tensor.size_bytes) for tensor in gguf.tensors.values())
         return {"path": str(path), "model": gguf.config(), "metadata": {"name": gguf.fields.get("general.name")}, "tensors": rows}
     located, metadata = read_header(path)
-    return {"path": str(path), "metadata": metadata, "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values())}
+    return {
+        "path": str(path),
+        "metadata": metadata,
+        "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
+    }
 
 
 def _inspect_folder(folder: Path) -> dict[str, Any]:
@@ -39,7 +43,11 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     located = read_folder(folder)
     found: dict[str, Any] = {
         "path": str(folder),
-        "model": {key: config.get(key) for key in ("architectures", "model_type", "dtype", "hidden_size", "num_hidden_layers", "vocab_size") if config.get(key)},
+        "model": {
+            key: config.get(key)
+            for key in ("architectures", "model_type", "dtype", "hidden_size", "num_hidden_layers", "vocab_size")
+            if config.get(key)
+        },
         "quantization": config.get("quantization_config") or "none",
         "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
     }

@@ -28,8 +28,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``source``: origin, commit, licence, base_model (a Hub id or null), and a digest of every weight file. ``recipe``: the whole job, defaults spelled out.
-    ``ledger``: one record for every tensor of the source. ``files``: all but this one and the model card."""
+    """``source``: origin, commit, licence, base_model (a Hub id or null), and a digest of every weight file.
+
+    ``recipe``: the whole job, defaults spelled out. ``ledger``: one record for every tensor of the source. ``files``: all but this
+    one and the model card.
+    """
 
     target: str
     format: str

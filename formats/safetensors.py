@@ -235,9 +235,7 @@ def _parse_tensor(name: str, entry: Any, file: str, data_start: int) -> Located:
         raise FormatError(f"{file}: {name} has shape {shape} and offsets {offsets}; both must be natural numbers, offsets in order")
     spec = TensorSpec(name, dtype, tuple(shape))
     if offsets[1] - offsets[0] != spec.size_bytes:
-        raise FormatError(
-            f"{file}: {name} has {offsets[1] - offsets[0]:,} bytes; {dtype} of shape {shape} needs {spec.size_bytes:,}"
-        )
+        raise FormatError(f"{file}: {name} has {offsets[1] - offsets[0]:,} bytes; {dtype} of shape {shape} needs {spec.size_bytes:,}")
     return Located(spec, file, data_start + offsets[0], data_start + offsets[1])
 
 

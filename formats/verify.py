@@ -67,7 +67,10 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
         sound = [file for file in manifest.files if _size(folder / file.name) == file.size_bytes]
         codes = [item for item in tensors.values() if item.spec.dtype == "F8_E4M3"]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for found in (*pool.map(lambda file: _check_hash(folder, file), sound), *pool.map(lambda item: _check_codes(folder, item), codes)):
+            for found in (
+                *pool.map(lambda file: _check_hash(folder, file), sound),
+                *pool.map(lambda item: _check_codes(folder, item), codes),
+            ):
                 findings += found
         hashed = sum(file.size_bytes for file in sound)
     return Verdict(tuple(findings), len(manifest.files), len(tensors), hashed)
@@ -82,12 +85,15 @@ def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
         elif size is None:
             findings.append(Finding(file.name, "missing", "fetch or make the artifact again"))
         elif size != file.size_bytes:
-            findings.append(Finding(file.name, f"{size:,} bytes, the manifest says {file.size_bytes:,}", "fetch or make the artifact again"))
+            findings.append(
+                Finding(file.name, f"{size:,} bytes, the manifest says {file.size_bytes:,}", "fetch or make the artifact again")
+            )
     known = {MANIFEST, CARD, *IGNORED, *(file.name for file in manifest.files)}
-    for path in sorted(folder.iterdir()):
-        if path.name not in known:
-            findings.append(Finding(path.name, "not in the manifest", "remove it: nothing vouches for it"))
-    return findings
+    return findings + [
+        Finding(path.name, "not in the manifest", "remove it: nothing vouches for it")
+        for path in sorted(folder.iterdir())
+        if path.name not in known
+    ]
 
 
 def _check_ledger(manifest: Manifest) -> list[Finding]:
@@ -119,9 +125,17 @@ def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
     quantized = any(entry["decision"] == "quantize" for entry in manifest.ledger)
     section = config.get("quantization_config") if isinstance(config, dict) else None
     if quantized and not isinstance(section, dict):
-        return [Finding("config.json", "no quantization_config: readers would take codes for weights", "restore it, or make the artifact again")]
+        return [
+            Finding("config.json", "no quantization_config: readers would take codes for weights", "restore it, or make the artifact again")
+        ]
     if isinstance(section, dict) and section.get("quant_method") != manifest.format:
-        return [Finding("config.json", f"quant_method {section.get('quant_method')!r}, the manifest says {manifest.format}", "make the artifact again")]
+        return [
+            Finding(
+                "config.json",
+                f"quant_method {section.get('quant_method')!r}, the manifest says {manifest.format}",
+                "make the artifact again",
+            )
+        ]
     return []
 
 
@@ -133,7 +147,13 @@ def _check_scale(folder: Path, item: Located) -> list[Finding]:
     if not bad.any():
         return []
     first = int(np.flatnonzero(bad)[0])
-    return [Finding(item.spec.name, f"{int(bad.sum())} scales are not positive numbers, the first {values[first]} at {first}", "make the artifact again")]
+    return [
+        Finding(
+            item.spec.name,
+            f"{int(bad.sum())} scales are not positive numbers, the first {values[first]} at {first}",
+            "make the artifact again",
+        )
+    ]
 
 
 def _check_codes(folder: Path, item: Located) -> list[Finding]:

