@@ -34,7 +34,8 @@ class Architecture:
 
     ``groups``: modules that were seen to read the same input (q, k, v; gate, up), None where the model could not be run on
     the meta device. ``linears``: every linear module, whether or not the checkpoint has a tensor of its own for it.
-    ``tied_head``: the module of an output head that shares the embedding's tensor.
+    ``head``: the module of the output head, None for a model that predicts no tokens; ``tied``: it shares the embedding's tensor.
+    ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     """
 
     name: str
@@ -42,8 +43,10 @@ class Architecture:
     missing: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] | None
     linears: tuple[str, ...]
-    tied_head: str | None = None
-    cache_bytes_per_token: int | None = None
+    head: str | None
+    tied: bool
+    context_length: int | None
+    cache_bytes_per_token: int | None
 
 
 def describe(
@@ -69,7 +72,7 @@ def describe(
         modules = tuple(dict.fromkeys(alias.rpartition(".")[0] for alias in aliases))
         parameters[tensor] = _classify(tensor, tensors[tensor], modules, aliases, kinds)
     filled = {alias for targets in names.values() for target in targets if target in by_name for alias in owners[id(by_name[target])]}
-    head = _head_name(model)
+    text_config = model.config.get_text_config()
     tied = any(parameter.kind == "head" and len(parameter.modules) > 1 for parameter in parameters.values())
     return Architecture(
         name=type(model).__name__,
@@ -77,8 +80,10 @@ def describe(
         missing=tuple(name for name in by_name if name not in filled),
         groups=_observe_groups(model),
         linears=tuple(name for name, kind in kinds.items() if kind in ("linear", "conv1d", "head")),
-        tied_head=head if tied else None,
-        cache_bytes_per_token=_cache_bytes(model.config.get_text_config()),
+        head=_head_name(model),
+        tied=tied,
+        context_length=getattr(text_config, "max_position_embeddings", None),
+        cache_bytes_per_token=_cache_bytes(text_config),
     )
 
 

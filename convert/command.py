@@ -233,7 +233,8 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
         "model": job.checkpoint.origin,
         "commit": job.checkpoint.commit,
         "architecture": job.architecture.name if job.architecture else None,
-        "tied_head": job.architecture.tied_head if job.architecture else None,
+        "head": job.architecture.head if job.architecture else None,
+        "tied": job.architecture.tied if job.architecture else None,
         "groups": job.architecture.groups if job.architecture else None,
         "source_bytes": job.checkpoint.size_bytes,
         "needs": asdict(found),
@@ -295,7 +296,10 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
                 console.print(
                     f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False
                 )
-    console.print(f"\nmemory     {_size(found.memory_bytes)} at the peak of the conversion, {_size(found.memory_free_bytes)} free")
+    console.print(
+        f"\nmemory     {_size(found.memory_bytes)} at the peak of the conversion, {_size(found.check_memory_bytes)} of the check, "
+        f"{_size(found.memory_free_bytes)} free"
+    )
     download = f" (of which {_size(job.checkpoint.download_bytes)} to fetch)" if job.checkpoint.download_bytes else ""
     console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")
     for warning in job.warnings():

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from threading import Condition, Lock, Thread
 from convert import __version__, quantize
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
-from formats.errors import BusyError, FormatError, MachineError, OctavoError
+from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
 from formats.safetensors import Shard
+from formats.verify import verify
 
 JOURNAL = "journal"
 
@@ -54,20 +55,17 @@ def export(plan: Plan, out: Path, progress: Progress, *, device: str = "cpu", wo
     Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
     whatever reading and quantizing raise; what was finished stays for the next run.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for target in plan.targets:
-            stack.enter_context(_locked(out / f".{target.name}.lock", target.name))
-        made = {target.name: _already_made(out / target.name, plan.digest) for target in plan.targets}
-        pending = [target for target in plan.targets if made[target.name] is None]
-        if pending:
-            sidecars = plan.checkpoint.sidecars()
-            with _disk_errors(out):
-                writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
-                digests = _stream(plan, writers, progress, device=device, workers=workers or cores())
-                for target in pending:
-                    made[target.name] = writers[target.name].finish(plan, sidecars, digests)
-        return [artifact for artifact in made.values() if artifact is not None]
+    made = {target.name: _already_made(out / target.name, plan.digest) for target in plan.targets}
+    pending = [target for target in plan.targets if made[target.name] is None]
+    if pending:
+        sidecars = plan.checkpoint.sidecars()
+        with _disk_errors(out), ExitStack() as stack:
+            stack.enter_context(_cleared_on_input_error(out))
+            writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
+            digests = _stream(plan, writers, progress, device=device, workers=workers or cores())
+            for target in pending:
+                made[target.name] = writers[target.name].finish(plan, sidecars, digests)
+    return [artifact for artifact in made.values() if artifact is not None]
 
 
 def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str, workers: int) -> dict[str, str]:
@@ -134,25 +132,30 @@ class _Writer:
         self._entries = {entry.tensor.name: entry for entry in target.entries}
         self._written: Counter[str] = Counter()
         self._counting = Lock()
+        self._descriptors: dict[str, int] = {}
         self._followers: dict[str, _Follower] = {}
 
     def __enter__(self) -> _Writer:
-        self._resume()
-        self._descriptors = {shard.file: self._allocate(shard) for shard in self.target.shards}
-        self._journal = self._open_journal()
-        for shard in self.target.shards:
-            follower = _Follower(self._descriptors[shard.file], shard)
-            self._followers[shard.file] = follower
-            follower.start()
-        for name in self.done:
-            self._release(name)
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self._partial, self._final))
+            self._resume()
+            for shard in self.target.shards:
+                self._descriptors[shard.file] = stack.enter_context(_descriptor(self._partial / shard.file, os.O_RDWR | os.O_CREAT))
+                self._allocate(shard)
+            self._journal = stack.enter_context(_descriptor(self._rewrite_journal(), os.O_WRONLY | os.O_APPEND))
+            for shard in self.target.shards:
+                follower = self._followers[shard.file] = _Follower(self._descriptors[shard.file], shard)
+                stack.callback(follower.stop)
+                follower.start()
+            for name in self.done:
+                self._release(name)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for follower in self._followers.values():
-            follower.stop()
-        for descriptor in (*self._descriptors.values(), self._journal):
-            os.close(descriptor)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._stack.close()
+        if kind is not None and issubclass(kind, InputError):
+            shutil.rmtree(self._partial, ignore_errors=True)
 
     def write(self, piece: quantize.Piece) -> None:
         """Puts a piece where the plan said; thread-safe, pieces may come in any order."""
@@ -230,29 +233,24 @@ class _Writer:
             # The last element is what comes after the last newline: a line cut short by a kill, or nothing.
             self.done = set(lines[1:-1]) & set(self._entries)
             return
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
+        for path in self._partial.iterdir():
+            path.unlink()
 
-    def _open_journal(self) -> int:
-        """The journal, rewritten: a line that a kill cut short must not grow into the next one."""
+    def _rewrite_journal(self) -> Path:
+        """The journal without a line that a kill cut short, which must not grow into the next one."""
         fresh = self._partial / f"{JOURNAL}.new"
         fresh.write_text("".join(f"{line}\n" for line in (self._digest, *sorted(self.done))))
-        fresh.rename(self._partial / JOURNAL)
-        return os.open(self._partial / JOURNAL, os.O_WRONLY | os.O_APPEND)
+        return fresh.rename(self._partial / JOURNAL)
 
-    def _allocate(self, shard: Shard) -> int:
-        """Opens a shard with all its space reserved and its header written."""
-        fresh = not (self._partial / JOURNAL).exists()
-        descriptor = os.open(self._partial / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
+    def _allocate(self, shard: Shard) -> None:
+        """Reserves all the space of a shard and writes its header."""
         try:
-            os.posix_fallocate(descriptor, 0, shard.size_bytes)
+            os.posix_fallocate(self._descriptors[shard.file], 0, shard.size_bytes)
         except OSError:
-            os.close(descriptor)
-            if fresh:
+            if not self.done:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
-        os.pwrite(descriptor, shard.header, 0)
-        return descriptor
+        os.pwrite(self._descriptors[shard.file], shard.header, 0)
 
     def _release(self, tensor: str) -> None:
         for spec in self._entries[tensor].outputs:
@@ -320,6 +318,7 @@ class _SourceDigests:
         self._checkpoint = plan.checkpoint
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="blake3")
         self._pending: dict[str, Future[str]] = {}
+        self._stopped = False
 
     def __enter__(self) -> _SourceDigests:
         for file in self._checkpoint.files:
@@ -328,6 +327,7 @@ class _SourceDigests:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stopped = True
         self._pool.shutdown(cancel_futures=True)
 
     def result(self) -> dict[str, str]:
@@ -336,7 +336,8 @@ class _SourceDigests:
     def _digest(self, file: str) -> str:
         import blake3
 
-        return f"blake3:{hash_file(self._checkpoint.reader.path(file), blake3.blake3())}"
+        digest = hash_file(self._checkpoint.reader.path(file), blake3.blake3(), stop=lambda: self._stopped)
+        return f"blake3:{digest}"
 
 
 def partial_bytes(out: Path, name: str) -> int:
@@ -346,11 +347,13 @@ def partial_bytes(out: Path, name: str) -> int:
 
 
 def _already_made(folder: Path, digest: str) -> Artifact | None:
+    """The artifact of an earlier run of the same plan, if every byte of it is still there."""
     try:
         manifest = read_manifest(folder)
+        same = manifest.plan_digest == digest and verify(folder).passed
     except FormatError:
         return None
-    return Artifact(folder, manifest, reused=True) if manifest.plan_digest == digest else None
+    return Artifact(folder, manifest, reused=True) if same else None
 
 
 def _keep_freed_memory() -> None:
@@ -365,16 +368,41 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+def _locked(folder: Path, final: Path) -> Iterator[None]:
+    """Makes ``folder`` and holds it for this run alone; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _descriptor(folder, os.O_RDONLY) as descriptor:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that held it may have renamed it to its final name in between.
+            held = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
         except OSError:
-            raise BusyError(f"{path.parent / name}: another run is writing it; wait for it, or choose another --out") from None
+            held = False
+        if not held:
+            raise BusyError(f"{final}: another run is writing it; wait for it, or choose another --out")
         yield
+
+
+@contextmanager
+def _descriptor(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _cleared_on_input_error(out: Path) -> Iterator[None]:
+    """A wrong input leaves nothing behind, not even the folders that were made for its output."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        yield
+    except InputError:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager

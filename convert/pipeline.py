@@ -17,7 +17,7 @@ from convert.quantize import working_bytes
 from convert.recipe import Recipe, parse_recipe
 from convert.report import Report, report_path
 from convert.source import open_source
-from formats.errors import MachineError
+from formats.errors import InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
 
@@ -27,9 +27,10 @@ BASE_BYTES = 600_000_000
 
 @dataclass(frozen=True)
 class Needs:
-    """What a conversion needs of the machine, and what the machine has."""
+    """What a conversion needs of the machine, and what the machine has; ``check_memory_bytes`` is 0 without a check."""
 
     memory_bytes: int
+    check_memory_bytes: int
     memory_free_bytes: int
     disk_bytes: int
     disk_free_bytes: int
@@ -64,11 +65,14 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
 
     disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
     memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
+    check_memory = 0
     if check:
-        vocabulary = int(plan.checkpoint.config.get("vocab_size") or 0)
+        vocabulary = max((entry.tensor.shape[0] for target in plan.targets for entry in target.entries if entry.kind == "head"), default=0)
         disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
+        wide = plan.recipe.validation.reference == "float32"
+        check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    return Needs(memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
+    return Needs(memory, check_memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
 
 
 def require(found: Needs, out: Path) -> None:
@@ -77,6 +81,12 @@ def require(found: Needs, out: Path) -> None:
         raise MachineError(
             f"{out}: {found.disk_bytes / 1e9:.2f} GB of disk are needed, {found.disk_free_bytes / 1e9:.2f} are free; "
             "make room or choose another --out"
+        )
+    if found.check_memory_bytes > found.memory_free_bytes:
+        raise MachineError(
+            f"the check runs the source, which needs {found.check_memory_bytes / 1e9:.2f} GB of memory, "
+            f"{found.memory_free_bytes / 1e9:.2f} are free; "
+            "set validation.reference: source in the recipe, or convert with --no-check and run octavo check on a larger machine"
         )
     if found.memory_bytes > found.memory_free_bytes:
         raise MachineError(
@@ -97,6 +107,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
     if check:
+        if job.architecture is None or job.architecture.head is None:
+            raise InputError(f"{recipe.model}: it predicts no tokens, and the check compares next tokens; convert it with --no-check")
         for target in recipe.targets:
             require_runtimes(target)
     require(needs(job, out, check=check, device=device), out)

@@ -146,7 +146,7 @@ class Plan:
         """Weights plus keys and values in 16 bit, for one sequence of each length in :data:`CONTEXTS` that the model allows."""
         if self.architecture is None or self.architecture.cache_bytes_per_token is None:
             return None
-        longest = int(self.checkpoint.config.get("max_position_embeddings") or CONTEXTS[0])
+        longest = self.architecture.context_length or CONTEXTS[0]
         per_token = self.architecture.cache_bytes_per_token
         return {length: target.weight_bytes + length * per_token for length in CONTEXTS if length <= max(longest, CONTEXTS[0])}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise FormatError(f"{folder / MANIFEST}: not whole ({type(error).__name__}: {error})") from None
 
 
-def hash_file(path: Path, hasher: Any) -> str:
-    """Feeds a file to a ``hashlib``-like hasher, a mebibyte at a time, and returns its hex digest."""
+def hash_file(path: Path, hasher: Any, *, stop: Callable[[], bool] = lambda: False) -> str:
+    """Feeds a file to a ``hashlib``-like hasher, a mebibyte at a time until ``stop()``, and returns its hex digest."""
     buffer = bytearray(CHUNK_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
+        while not stop() and (count := stream.readinto(buffer)):
             hasher.update(view[:count])
     return str(hasher.hexdigest())
