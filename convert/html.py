@@ -1,0 +1,133 @@
+"""The report as one page: no network, no dates, the same bytes for the same report."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from convert.panels import EXACT_DB, draw_panels, is_drawable
+from convert.report import Check, Report
+from formats.errors import FormatError
+from formats.manifest import Manifest
+from formats.safetensors import json_bytes
+
+#: What a check counts and on which side of the limit it passes, by the last part of its name; any other is shown as it is.
+CHECKS = {
+    "promises": ("broken", "≤"),
+    "numbers": ("ratio", "≤"),
+    "largest error / bound": ("ratio", "≤"),
+    "loads and runs": ("yes or no", ""),
+    "logits": ("yes or no", ""),
+    "finite logits": ("yes or no", ""),
+    "modules in 8 bit": ("modules", "≥"),
+    "kl_nats": ("nats", "≤"),
+    "top1": ("share", "≥"),
+    "perplexity_ratio": ("ratio", "≤"),
+    "most repeated token": ("share", "<"),
+}
+WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
+
+
+@dataclass(frozen=True)
+class _CheckRow:
+    check: Check
+    value: str
+    limit: str
+    unit: str
+
+
+def render(report: Report, manifest: Manifest) -> str:
+    """One self-contained HTML page of a report and the manifest of the artifact that it is about.
+
+    Raises :class:`FormatError` when the report is about other bytes.
+    """
+    digest = hashlib.sha256(manifest.to_bytes()).hexdigest()
+    if digest != report.manifest_sha256:
+        raise FormatError(
+            f"the report of {report.target} is about another manifest ({report.manifest_sha256}, not {digest}); check the artifact again"
+        )
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "size": _size, "share": _share, "decibels": _decibels, "csp_hash": _csp_hash}
+    drawn = [layer for layer in report.layers if is_drawable(layer)]
+    weights = [file for file in manifest.files if file.name.endswith(WEIGHT_FILES)]
+    page = environment.get_template("report.html.jinja")
+    return page.render(
+        report=report,
+        runs=[report.source, *report.runtimes],
+        reference=manifest.recipe.get("validation", {}).get("reference", "source"),
+        manifest=manifest,
+        lead=_lead(report, sum(file.size_bytes for file in weights), sum(file["size_bytes"] for file in manifest.source["files"])),
+        failed=[check for check in report.checks if not check.passed],
+        checks=[_check_row(check) for check in report.checks],
+        weights=weights,
+        panels=draw_panels(drawn),
+        median_db=statistics.median(layer.snr_db for layer in drawn) if drawn else math.nan,
+        exact=sum(layer.snr_db >= EXACT_DB for layer in report.layers),
+        broken=sum(math.isnan(layer.snr_db) or layer.snr_db == -math.inf for layer in report.layers),
+        worst=sorted(report.layers, key=lambda layer: (not math.isnan(layer.snr_db), layer.snr_db, -layer.worst))[:5],
+        decisions=Counter(entry["scheme"] if entry["decision"] == "quantize" else "kept" for entry in manifest.ledger),
+        recipe=json_bytes(manifest.recipe).decode(),
+    )
+
+
+def _number(value: float, other: float | None = None) -> str:
+    """Four significant digits, or as many as tell ``value`` from ``other``: 0.050004 must not read 0.05 beside a limit of 0.05."""
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    if 1000 <= abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return next(text for digits in (4, 6, 9, 17) if (text := f"{value:.{digits}g}") and (digits == 17 or float(text) != other))
+
+
+def _size(size_bytes: int) -> str:
+    """Bytes in decimal units, as disks and the Hub count them."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.4g} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3%}" if math.isfinite(value) else _number(value)
+
+
+def _decibels(value: float) -> str:
+    return "no error" if value >= EXACT_DB else f"{value:.1f} dB" if math.isfinite(value) else _number(value)
+
+
+def _csp_hash(script: str) -> str:
+    """The source expression that lets this inline script run, and no other (Content Security Policy Level 3, 2.3.1)."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
+    sizes = f"The weights take {_size(weight_bytes)} on disk, the files of the source {_size(source_bytes)}"
+    measured = [(run.name, run.divergence) for run in report.runtimes if run.divergence]
+    if not measured:
+        return f"{sizes}; no runtime returned logits, so how far it is from the source is not known."
+    name, far = max(measured, key=lambda item: (math.isnan(item[1].kl_nats), item[1].kl_nats))
+    limit = next((check.limit for check in report.checks if check.name == f"{name}: kl_nats"), None)
+    allowed = f"; the limit is {_number(limit)}" if limit is not None else ""
+    distance = f"{_number(far.kl_nats, limit)}{' nats a token' if math.isfinite(far.kl_nats) else ''}"
+    return f"{sizes}. On {far.tokens:,} held-out tokens the KL divergence from the source, in {name}, is {distance}{allowed}."
+
+
+def _check_row(check: Check) -> _CheckRow:
+    unit, side = CHECKS.get(check.name.rpartition(": ")[2], ("", ""))
+    if unit == "yes or no":
+        return _CheckRow(check, "yes" if check.value else "no", "yes", "")
+    limit = "none" if check.limit is None else f"{side} {_number(check.limit)}".strip()
+    return _CheckRow(check, _number(check.value, check.limit), limit, unit)

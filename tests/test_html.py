@@ -1,0 +1,305 @@
+"""The page of a report: whole, escaped, alone, the same every time, and readable in a real browser."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from convert.html import render
+from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult
+from formats.errors import FormatError
+from formats.manifest import FileRecord, Manifest
+
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+NASTY = "</script><img src=x onerror=alert(1)> & \"quoted\" 'single' {{ 7 * 7 }}"
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def make_layers(count: int) -> tuple[LayerNumbers, ...]:
+    names = [f"model.layers.{i}.{projection}.weight" for i in range(count) for projection in PROJECTIONS]
+    return tuple(LayerNumbers(name, "int8-dynamic", 40 + math.sin(i), 0.99, 0.001) for i, name in enumerate(names))
+
+
+def make_run(name: str, kl_nats: float | None = None) -> RuntimeResult:
+    divergence = None if kl_nats is None else Divergence(4096, kl_nats, 0.2, 0.9, 12.5, 12.0)
+    return RuntimeResult(name, {"torch": "2.13.0"}, "cpu", 163_000_000, 1_031_000_000, 1.79, 558.0, 12.8, f"{name} says Paris.", divergence)
+
+
+def make_pair(
+    layers: Sequence[LayerNumbers] = make_layers(4), manifest: dict[str, Any] | None = None, **report: Any
+) -> tuple[Report, Manifest]:
+    """A report and the manifest that it is about, with what a test changes of either."""
+    ledger = [
+        {"tensor": layer.tensor, "dtype": "BF16", "shape": [8, 8], "module": layer.tensor.removesuffix(".weight"), "decision": "quantize"}
+        | {"scheme": layer.scheme, "algorithm": "rtn", "rule": "llama.yaml:9:9 linear", "outputs": []}
+        for layer in layers
+    ]
+    kept = {"tensor": "model.norm.weight", "dtype": "BF16", "shape": [8], "module": "model.norm", "decision": "keep", "why": "a vector"}
+    facts: dict[str, Any] = {
+        "target": "w8a8",
+        "format": "compressed-tensors",
+        "source": {
+            "origin": "someone/model",
+            "commit": "0123abcd",
+            "licence": "apache-2.0",
+            "files": [{"name": "model.safetensors", "size_bytes": 300_000_000, "digest": "blake3:aa"}],
+        },
+        "recipe": {"model": "someone/model", "validation": {"reference": "float32"}},
+        "versions": {"octavo": "0.1.0"},
+        "plan_digest": "ab" * 32,
+        "ledger_sha256": "cd" * 32,
+        "ledger": (*ledger, {**kept, "rule": "default", "outputs": []}),
+        "files": (FileRecord("config.json", 1379, "ef" * 32), FileRecord("model.safetensors", 163_000_000, "01" * 32)),
+    }
+    about = Manifest(**(facts | (manifest or {})))
+    measured: dict[str, Any] = {
+        "recipe": "llama-int8",
+        "target": "w8a8",
+        "manifest_sha256": hashlib.sha256(about.to_bytes()).hexdigest(),
+        "checks": (Check("promises", 0.0, 0.0, True, "all kept"), Check("transformers: kl_nats", 0.0358, 0.05, True)),
+        "layers": tuple(layers),
+        "source": make_run("source"),
+        "runtimes": (make_run("transformers", 0.0358),),
+        "validation": {"text": "Moby-Dick", "tokens": 4096, "tokens_sha256": "99" * 32},
+        "prompt": "What is the capital of France?",
+    }
+    return Report(**(measured | report)), about
+
+
+class Page(HTMLParser):
+    """Holds the text and the attributes of a page; a tag that is closed out of order, or never, is a failed assertion."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pieces: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.pieces).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.pieces.append(data)
+
+
+def test_says_verdict_sizes_and_distance() -> None:
+    text = Page(render(*make_pair())).text
+    assert "✓ passed : all 2 checks" in text
+    assert "The weights take 163 MB on disk, the files of the source 300 MB. On 4,096 held-out tokens" in text
+    assert "is 0.0358 nats a token; the limit is 0.05." in text
+    assert "someone/model@0123abcd" in text
+    assert "28 int8-dynamic, 1 kept" in text
+
+
+def test_says_failed_in_words_and_names_what() -> None:
+    checks = (Check("transformers: kl_nats", 0.050004, 0.05, False), Check("promises", 0.0, 0.0, True))
+    text = Page(render(*make_pair(checks=checks))).text
+    assert "✗ failed : 1 of 2 checks failed (transformers: kl_nats)" in text
+    assert "0.050004 nats ≤ 0.05 ✗ failed" in text, "a failed value must not be rounded to its limit"
+
+
+def test_refuses_a_report_of_other_bytes() -> None:
+    report, manifest = make_pair()
+    with pytest.raises(FormatError, match="another manifest"):
+        render(report, replace(manifest, format="onnx"))
+
+
+def test_escapes_whatever_comes_from_outside() -> None:
+    layers = (LayerNumbers(f"model.layers.0.{NASTY}.weight", NASTY, 30.0, 0.5, 0.0), *make_layers(1))
+    run = replace(make_run(NASTY, 0.01), versions={NASTY: NASTY}, device=NASTY, continuation=NASTY)
+    source = {"origin": NASTY, "commit": NASTY, "licence": NASTY, "files": [{"name": NASTY, "size_bytes": 1, "digest": NASTY}]}
+    report, manifest = make_pair(
+        layers,
+        manifest={"source": source, "recipe": {NASTY: NASTY}, "format": NASTY},
+        recipe=NASTY,
+        target=NASTY,
+        prompt=NASTY,
+        runtimes=(run,),
+        validation={NASTY: NASTY},
+        checks=(Check(NASTY, 1.0, 1.0, False, NASTY),),
+    )
+    page = Page(render(report, manifest))
+    assert page.text.count(NASTY) >= 15
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 1
+
+
+def test_needs_nothing_but_itself() -> None:
+    written = render(*make_pair())
+    page = Page(written)
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    assert not [attrs for _, attrs in page.tags if any(key in attrs for key in ("src", "srcset", "action"))]
+    assert all((attrs[key] or "").startswith("#") for _, attrs in page.tags for key in ("href", "xlink:href") if key in attrs)
+    assert "@import" not in written
+    assert re.findall(r"url\((?!#)", written) == []
+    policy = next(attrs["content"] or "" for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';")
+
+
+def test_same_report_same_bytes_and_matplotlib_left_as_it_was() -> None:
+    before = dict(matplotlib.rcParams)
+    first = render(*make_pair())
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"axes.grid": True, "font.size": 20.0, "svg.hashsalt": "other"}):
+        assert render(*make_pair()) == first
+
+
+def test_structure_is_one_that_assistive_tools_can_follow() -> None:
+    page = Page(render(*make_pair()))
+    assert [tag for tag, _ in page.tags if tag in ("h1", "h2")] == ["h1"] + ["h2"] * 6
+    assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)), "drawings must not share the names of their parts"
+    used = {(attrs["xlink:href"] or "")[1:] for tag, attrs in page.tags if tag == "use"}
+    assert used
+    assert used <= set(ids)
+
+
+@pytest.mark.parametrize("palette", [0, 1], ids=["light", "dark"])
+def test_contrast_is_wcag_aa(palette: int) -> None:
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    colours = dict(re.findall(r"--(\w+): #(\w{6});", re.findall(r":root \{(.*?)\}", render(*make_pair()), re.DOTALL)[palette]))
+    for name in ("text", "muted", "accent", "pass", "fail"):
+        for ground in ("page", "card"):
+            dark, light = sorted([luminance(colours[name]), luminance(colours[ground])])
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
+
+
+def test_everything_kept() -> None:
+    page = Page(render(*make_pair(())))
+    assert "No tensor is quantized" in page.text
+    assert not [tag for tag, _ in page.tags if tag == "svg"]
+
+
+def test_weights_that_could_not_be_compared() -> None:
+    checks = (Check("numbers", math.inf, 1.0, False, "killed by signal 9"),)
+    text = Page(render(*make_pair(layers=make_layers(1), checks=checks))).text
+    assert "infinite ratio" in text
+    report, manifest = make_pair()
+    assert "could not be compared" in Page(render(replace(report, layers=()), manifest)).text
+
+
+def test_no_runtime_ran() -> None:
+    checks = (Check("vllm: loads and runs", 0.0, 1.0, False, "it was killed by signal 9"),)
+    text = Page(render(*make_pair(runtimes=(), checks=checks))).text
+    assert "no runtime returned logits" in text
+    assert "vllm: loads and runs no yes ✗ failed it was killed by signal 9" in text
+
+
+def test_numbers_that_are_none() -> None:
+    checks = (
+        Check("a: kl_nats", math.nan, 0.05, False),
+        Check("b: perplexity_ratio", math.inf, 1.05, False),
+        Check("new", -math.inf, None, True),
+    )
+    layers = (
+        *make_layers(1),
+        LayerNumbers("model.layers.9.q.weight", "int8", math.nan, math.nan, math.nan),
+        LayerNumbers("model.layers.8.q.weight", "int8", 999.0, 0.0, 0.0),
+    )
+    text = Page(render(*make_pair(layers, checks=checks, runtimes=(make_run("a", math.nan), make_run("b", 0.01))))).text
+    assert "not a number nats ≤ 0.05" in text
+    assert "infinite ratio ≤ 1.05" in text
+    assert "new minus infinite none" in text
+    assert "in a, is not a number; the limit is 0.05." in text, "the worst runtime speaks for all"
+    assert "Without any error, and not drawn: 1 tensor." in text
+    assert "Without a finite measure, and not drawn: 1 tensor." in text
+    assert "model.layers.9.q.weight int8 not a number not a number not a number" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["model.layers.0.mlp.up_proj.weight"], ["up_proj"]),
+        (["transformer.h.3.attn.c_attn.weight", "lm_head.weight", "head"], ["c_attn", "outside the layers"]),
+        (["model.layers.3.mlp.experts.0.w1.weight", "model.layers.3.mlp.experts.1.w1.weight"], ["w1"]),
+        (["0.weight", "...", "", "7", "a.99999999999999999999.weight"], ["other", "outside the layers"]),
+        ([f"layers.0.kind{i}.weight" for i in range(40)], [f"kind{i}" for i in range(12)] + ["all other kinds"]),
+    ],
+)
+def test_kinds_are_read_from_any_names(names: list[str], kinds: list[str]) -> None:
+    layers = [LayerNumbers(name, "int8", 30.0 + i, 0.5, 0.0) for i, name in enumerate(names)]
+    page = render(*make_pair(layers))
+    Page(page)
+    assert re.findall(r"<figcaption><span><strong>(.*?)</strong>", page) == kinds
+
+
+def test_page_of_a_huge_mixture_of_experts_stays_small() -> None:
+    names = [f"model.layers.{i}.mlp.experts.{j}.{k}_proj.weight" for i in range(300) for j in range(8) for k in ("up", "gate", "down")]
+    report, manifest = make_pair()
+    layers = tuple(LayerNumbers(name, "int8", 30.0 + i % 17, 0.5, 0.0) for i, name in enumerate(names))
+    assert len(render(replace(report, layers=layers), manifest)) < 200_000
+
+
+def chromium(folder: Path, *options: str) -> str:
+    """Runs a headless browser that talks to nobody, and returns what it wrote."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not on PATH, so no browser can lay the page out; on Debian: apt-get install chromium")
+    quiet = ["no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic", "hide-scrollbars"]
+    switches = [f"--{name}" for name in ("headless", "no-sandbox", "disable-gpu", *quiet)]
+    command = [program, *switches, f"--user-data-dir={folder / 'profile'}", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
+    long = LayerNumbers("model.layers.0." + "very_long_name" * 12 + ".weight", "int8-dynamic", 12.0, 0.5, 0.1)
+    checks = (Check("vllm: loads and runs", 0.0, 1.0, False, "x" * 600), *make_pair()[0].checks)
+    page = render(*make_pair((long, *make_layers(30)), checks=checks, prompt="y" * 900))
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    for width, height in ((390, 844), (1280, 900)):
+        picture = tmp_path / f"{width}.png"
+        chromium(tmp_path, f"--window-size={width},{height}", f"--screenshot={picture}", (tmp_path / "page.html").as_uri())
+        assert struct.unpack(">II", picture.read_bytes()[16:24]) == (width, height)
+    # A frame is as narrow as it is told, where a window has a least width. The page's own policy holds inside it.
+    frames = "".join(f'<iframe width="{width}" height="800" srcdoc="{html.escape(page)}"></iframe>' for width in (360, 1280))
+    measure = """onload = () => { document.body.dataset.found = [...document.querySelectorAll("iframe")].map(frame => {
+        const page = frame.contentDocument, root = page.documentElement, box = page.getElementById("filter");
+        page.querySelector("details").open = true;
+        box.value = "LAYERS.7. down"; box.dispatchEvent(new Event("input"));
+        const rows = [...page.querySelectorAll("#ledger tbody tr")].filter(row => !row.hidden);
+        return [root.clientWidth, root.scrollWidth, rows.length, page.getElementById("count").textContent].join(" ");
+    }).join("; "); }"""
+    (tmp_path / "frames.html").write_text(f"<!doctype html><body>{frames}<script>{measure}</script>", encoding="utf-8")
+    written = chromium(tmp_path, "--dump-dom", (tmp_path / "frames.html").as_uri())
+    found = re.search(r'data-found="([^"]*)"', written)
+    assert found
+    assert found[1] == "360 360 1 1 of 212 tensors; 1280 1280 1 1 of 212 tensors"
