@@ -21,7 +21,7 @@ import numpy as np
 from convert.divergence import compare_logits
 from convert.progress import Progress
 from convert.recipe import Recipe, Target, Validation
-from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, manifest_digest
+from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import RUNTIMES
 from formats.dtypes import DTYPES
 from formats.errors import InputError, MachineError, OctavoError
@@ -110,17 +110,17 @@ def _check_one(
         progress.say(f"{target.name}: running it in {name}")
         runtime_request = {**request, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32")}
         answer, failure = _run(RUNTIMES[name].program, runtime_request, scratch)
-        checks.append(Check(f"{name}: loads and runs", float(answer is not None), 1.0, answer is not None, failure))
+        checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
         if answer is None:
             continue
         try:
             divergence = compare_logits(scratch / "source.f32", scratch / "artifact.f32", text.tokens, vocabulary)
         except OctavoError as error:
-            checks.append(Check(f"{name}: logits", 0.0, 1.0, passed=False, detail=str(error)))
+            checks.append(holds(f"{name}: finite logits", False, str(error)))
             continue
         result = _result(name, answer, text, divergence)
         results.append(result)
-        checks += _check_modules(name, manifest, answer["module_dtypes"])
+        checks.append(_check_modules(name, manifest, answer["module_dtypes"]))
         checks += _check_quality(name, divergence, target.bounds())
         checks.append(_check_continuation(name, answer["generated"], reference, result))
     return Report(
@@ -139,27 +139,28 @@ def _check_one(
 def _check_promises(path: Path) -> Check:
     done = subprocess.run([sys.executable, "-m", "formats.verify", str(path)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return Check("promises", math.inf, 0.0, passed=False, detail=_last_lines(done.stderr))
+        return at_most("promises", math.inf, 0, "broken", _last_lines(done.stderr))
     findings = json.loads(done.stdout)["findings"]
     detail = "; ".join(f"{item['where']}: {item['what']}" for item in findings[:3])
-    return Check("promises", float(len(findings)), 0.0, not findings, detail or "files, hashes, ledger and config agree")
+    return at_most("promises", len(findings), 0, "broken", detail or "files, hashes, ledger and config agree")
 
 
 def _check_numbers(path: Path, model: str, request: dict[str, Any], scratch: Path) -> tuple[list[LayerNumbers], list[Check]]:
+    name = "numbers: largest error / bound"
     answer, failure = _run("convert.numbers", {**request, "artifact": str(path), "model": model}, scratch)
     if answer is None:
-        return [], [Check("numbers", math.inf, 1.0, passed=False, detail=failure)]
+        return [], [at_most(name, math.nan, 1, "ratio", failure)]
     layers = [LayerNumbers(**item) for item in answer["layers"]]
     if not layers:
         return [], []
-    worst = sorted(layers, key=lambda layer: (-layer.worst, layer.snr_db))[:5]
-    detail = ", ".join(f"{layer.tensor} {layer.snr_db:.1f} dB" for layer in sorted(layers, key=lambda layer: layer.snr_db)[:5])
-    return layers, [
-        Check("numbers: largest error / bound", worst[0].worst, 1.0, worst[0].worst <= 1.0, f"lowest signal to noise: {detail}"),
-    ]
+    by_error = sorted(layers, key=lambda layer: (-layer.worst, layer.snr_db))
+    over = [f"{layer.tensor} {layer.worst:.3g}" for layer in by_error if not layer.worst <= 1]
+    weakest = [f"{layer.tensor} {layer.snr_db:.1f} dB" for layer in sorted(layers, key=lambda layer: layer.snr_db)]
+    detail = f"beyond the bound: {', '.join(over[:5])}" if over else f"lowest signal to noise: {', '.join(weakest[:5])}"
+    return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> list[Check]:
+def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> Check:
     """That every module the ledger quantized is held in eight bits after loading, and not as a float."""
     promised = {
         entry["module"]: DTYPES[SCHEMES[entry["scheme"]].weight.grid.dtype].torch_name
@@ -167,37 +168,27 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> 
         if entry["decision"] == "quantize"
     }
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
-    held = len(promised) - len(wrong)
-    return [Check(f"{runtime}: modules in 8 bit", float(held), float(len(promised)), not wrong, "; ".join(wrong[:3]))]
+    return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(wrong[:3]))
 
 
 def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Check]:
     finite = math.isfinite(found.kl_nats) and math.isfinite(found.perplexity)
+    tail = f"99th percentile {found.kl_nats_p99:.4f}" if finite else ""
+    perplexities = f"{found.perplexity:.3f} against {found.source_perplexity:.3f}"
     return [
-        Check(f"{runtime}: finite logits", float(finite), 1.0, finite),
-        # A NaN compares false, so it fails here too.
-        Check(
-            f"{runtime}: kl_nats",
-            found.kl_nats,
-            bounds.kl_nats,
-            found.kl_nats <= bounds.kl_nats,
-            f"99th percentile {found.kl_nats_p99:.4f}",
-        ),
-        Check(f"{runtime}: top1", found.top1, bounds.top1, found.top1 >= bounds.top1),
-        Check(
-            f"{runtime}: perplexity_ratio",
-            found.perplexity_ratio,
-            bounds.perplexity_ratio,
-            found.perplexity_ratio <= bounds.perplexity_ratio,
-            f"{found.perplexity:.3f} against {found.source_perplexity:.3f}",
-        ),
+        holds(f"{runtime}: finite logits", finite),
+        at_most(f"{runtime}: kl_nats", found.kl_nats, bounds.kl_nats, "nats", tail),
+        at_least(f"{runtime}: top1", found.top1, bounds.top1, "share"),
+        at_most(f"{runtime}: perplexity_ratio", found.perplexity_ratio, bounds.perplexity_ratio, "ratio", perplexities),
     ]
 
 
 def _check_continuation(runtime: str, generated: list[int], reference: RuntimeResult, result: RuntimeResult) -> Check:
+    """That greedy decoding does not end in one repeated token where the source's does not."""
     share = _repeated_share(generated)
-    degenerate = len(generated) >= 8 and share >= REPEATED_SHARE and result.continuation != reference.continuation
-    return Check(f"{runtime}: most repeated token", share, REPEATED_SHARE, not degenerate, result.continuation.strip()[:120])
+    degenerate = len(generated) >= 8 and share > REPEATED_SHARE and result.continuation != reference.continuation
+    detail = f"one token makes up {share:.0%} of {result.continuation.strip()[:120]!r}"
+    return holds(f"{runtime}: continuation not degenerate", not degenerate, detail)
 
 
 def _repeated_share(tokens: list[int]) -> float:
@@ -230,6 +221,7 @@ def _validation_text(validation: Validation, artifact: Path, *, trust_remote_cod
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     record = {
         "text": name,
+        "reference": validation.reference,
         "tokens": int(tokens.size),
         "length": validation.length,
         "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),

@@ -323,9 +323,9 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         console.print(f"  unproven   prove it with: octavo check {path}")
         return
     for item in report.checks:
-        limit = "" if item.limit is None else f" (limit {item.limit:g})"
+        value = ("yes" if item.value else "no") if item.bound == "holds" else f"{item.value:.4g} ({item.bound} {item.limit:g} {item.unit})"
         mark = "[green]ok  [/]" if item.passed else "[red]FAIL[/]"
-        console.print(f"  {mark}  {item.name:<34} {item.value:.4g}{limit}", end="")
+        console.print(f"  {mark}  {item.name:<40} {value}", end="")
         console.print(f"  {item.detail}" if item.detail else "", markup=False, style="dim")
     for run in (report.source, *report.runtimes):
         console.print(

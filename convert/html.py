@@ -18,20 +18,8 @@ from formats.errors import FormatError
 from formats.manifest import Manifest
 from formats.safetensors import json_bytes
 
-#: What a check counts and on which side of the limit it passes, by the last part of its name; any other is shown as it is.
-CHECKS = {
-    "promises": ("broken", "≤"),
-    "numbers": ("ratio", "≤"),
-    "largest error / bound": ("ratio", "≤"),
-    "loads and runs": ("yes or no", ""),
-    "logits": ("yes or no", ""),
-    "finite logits": ("yes or no", ""),
-    "modules in 8 bit": ("modules", "≥"),
-    "kl_nats": ("nats", "≤"),
-    "top1": ("share", "≥"),
-    "perplexity_ratio": ("ratio", "≤"),
-    "most repeated token": ("share", "<"),
-}
+#: How a bound is written before its limit.
+SIGNS = {"at most": "\u2264", "at least": "\u2265"}
 WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
 
 
@@ -63,7 +51,6 @@ def render(report: Report, manifest: Manifest) -> str:
     return page.render(
         report=report,
         runs=[report.source, *report.runtimes],
-        reference=manifest.recipe.get("validation", {}).get("reference", "source"),
         manifest=manifest,
         lead=_lead(report, sum(file.size_bytes for file in weights), sum(file["size_bytes"] for file in manifest.source["files"])),
         failed=[check for check in report.checks if not check.passed],
@@ -126,8 +113,6 @@ def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
 
 
 def _check_row(check: Check) -> _CheckRow:
-    unit, side = CHECKS.get(check.name.rpartition(": ")[2], ("", ""))
-    if unit == "yes or no":
+    if check.bound == "holds":
         return _CheckRow(check, "yes" if check.value else "no", "yes", "")
-    limit = "none" if check.limit is None else f"{side} {_number(check.limit)}".strip()
-    return _CheckRow(check, _number(check.value, check.limit), limit, unit)
+    return _CheckRow(check, _number(check.value, check.limit), f"{SIGNS[check.bound]} {_number(check.limit)}", check.unit)

@@ -11,6 +11,7 @@ from pathlib import Path
 from convert.architecture import describe
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
+from convert.html import render
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
@@ -118,7 +119,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
 
 
 def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress = QUIET, device: str = "cpu") -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes report and model card of each."""
+    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes reports and model card of each."""
     from convert.check import check
 
     recipe = recipe or recipe_of(artifacts[0])
@@ -129,6 +130,7 @@ def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: 
         report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())
         (path / CARD).write_bytes(card)
         report_path(path).write_bytes(report.to_bytes())
+        report_path(path).with_suffix(".html").write_text(render(report, manifest), encoding="utf-8")
         reports.append(report)
     return reports
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from formats.errors import FormatError
 from formats.manifest import MANIFEST
@@ -13,16 +14,36 @@ from formats.safetensors import json_bytes, read_json
 
 VERSION = 1
 
+_Record = TypeVar("_Record")
+
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. ``limit`` is None for what is only reported; such a check always passes."""
+    """One thing that was looked at: ``value`` in ``unit`` must be ``bound`` (``at most``, ``at least``) ``limit``; with ``bound``
+    ``holds`` it is 1 for yes and 0 for no. Made by :func:`at_most`, :func:`at_least` and :func:`holds`."""
 
     name: str
     value: float
-    limit: float | None
+    bound: str
+    limit: float
+    unit: str
     passed: bool
-    detail: str = ""
+    detail: str
+
+
+def at_most(name: str, value: float, limit: float, unit: str, detail: str = "") -> Check:
+    """A value with an upper limit; NaN fails."""
+    return Check(name, value, "at most", limit, unit, value <= limit, detail)
+
+
+def at_least(name: str, value: float, limit: float, unit: str, detail: str = "") -> Check:
+    """A value with a lower limit; NaN fails."""
+    return Check(name, value, "at least", limit, unit, value >= limit, detail)
+
+
+def holds(name: str, fact: bool, detail: str = "") -> Check:
+    """A yes or a no."""
+    return Check(name, float(fact), "holds", 1.0, "", fact, detail)
 
 
 @dataclass(frozen=True)
@@ -87,10 +108,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        """Every check passed, and there were some."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_bytes(self) -> bytes:
-        return json_bytes({"report_version": VERSION, "passed": self.passed, **asdict(self)})
+        """JSON, in which a number that is not finite is null."""
+        return json_bytes(_finite({"report_version": VERSION, "passed": self.passed, **asdict(self)}))
 
 
 def manifest_digest(artifact: Path) -> str:
@@ -113,8 +136,8 @@ def read_report(path: Path) -> Report:
         return Report(
             **{
                 **raw,
-                "checks": tuple(Check(**item) for item in raw["checks"]),
-                "layers": tuple(LayerNumbers(**item) for item in raw["layers"]),
+                "checks": tuple(_record(Check, item) for item in raw["checks"]),
+                "layers": tuple(_record(LayerNumbers, item) for item in raw["layers"]),
                 "source": _runtime(raw["source"]),
                 "runtimes": tuple(_runtime(item) for item in raw["runtimes"]),
             }
@@ -125,4 +148,16 @@ def read_report(path: Path) -> Report:
 
 def _runtime(raw: dict[str, Any]) -> RuntimeResult:
     divergence = raw["divergence"]
-    return RuntimeResult(**{**raw, "divergence": Divergence(**divergence) if divergence else None})
+    return RuntimeResult(**{**raw, "divergence": _record(Divergence, divergence) if divergence else None})
+
+
+def _record(kind: type[_Record], raw: dict[str, Any]) -> _Record:
+    return kind(**{key: math.nan if value is None else value for key, value in raw.items()})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ import matplotlib
 import pytest
 
 from convert.html import render
-from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult
+from convert.report import Divergence, LayerNumbers, Report, RuntimeResult, at_most, holds
 from formats.errors import FormatError
 from formats.manifest import FileRecord, Manifest
 
@@ -77,11 +77,11 @@ def make_pair(
         "recipe": "llama-int8",
         "target": "w8a8",
         "manifest_sha256": hashlib.sha256(about.to_bytes()).hexdigest(),
-        "checks": (Check("promises", 0.0, 0.0, True, "all kept"), Check("transformers: kl_nats", 0.0358, 0.05, True)),
+        "checks": (at_most("promises", 0, 0, "broken", "all kept"), at_most("transformers: kl_nats", 0.0358, 0.05, "nats")),
         "layers": tuple(layers),
         "source": make_run("source"),
         "runtimes": (make_run("transformers", 0.0358),),
-        "validation": {"text": "Moby-Dick", "tokens": 4096, "tokens_sha256": "99" * 32},
+        "validation": {"text": "Moby-Dick", "reference": "float32", "tokens": 4096, "tokens_sha256": "99" * 32},
         "prompt": "What is the capital of France?",
     }
     return Report(**(measured | report)), about
@@ -126,7 +126,7 @@ def test_says_verdict_sizes_and_distance() -> None:
 
 
 def test_says_failed_in_words_and_names_what() -> None:
-    checks = (Check("transformers: kl_nats", 0.050004, 0.05, False), Check("promises", 0.0, 0.0, True))
+    checks = (at_most("transformers: kl_nats", 0.050004, 0.05, "nats"), at_most("promises", 0, 0, "broken"))
     text = Page(render(*make_pair(checks=checks))).text
     assert "✗ failed : 1 of 2 checks failed (transformers: kl_nats)" in text
     assert "0.050004 nats ≤ 0.05 ✗ failed" in text, "a failed value must not be rounded to its limit"
@@ -149,8 +149,8 @@ def test_escapes_whatever_comes_from_outside() -> None:
         target=NASTY,
         prompt=NASTY,
         runtimes=(run,),
-        validation={NASTY: NASTY},
-        checks=(Check(NASTY, 1.0, 1.0, False, NASTY),),
+        validation={NASTY: NASTY, "reference": "float32"},
+        checks=(holds(NASTY, False, NASTY),),
     )
     page = Page(render(report, manifest))
     assert page.text.count(NASTY) >= 15
@@ -210,7 +210,7 @@ def test_everything_kept() -> None:
 
 
 def test_weights_that_could_not_be_compared() -> None:
-    checks = (Check("numbers", math.inf, 1.0, False, "killed by signal 9"),)
+    checks = (at_most("numbers", math.inf, 1, "ratio", "killed by signal 9"),)
     text = Page(render(*make_pair(layers=make_layers(1), checks=checks))).text
     assert "infinite ratio" in text
     report, manifest = make_pair()
@@ -218,7 +218,7 @@ def test_weights_that_could_not_be_compared() -> None:
 
 
 def test_no_runtime_ran() -> None:
-    checks = (Check("vllm: loads and runs", 0.0, 1.0, False, "it was killed by signal 9"),)
+    checks = (holds("vllm: loads and runs", False, "it was killed by signal 9"),)
     text = Page(render(*make_pair(runtimes=(), checks=checks))).text
     assert "no runtime returned logits" in text
     assert "vllm: loads and runs no yes ✗ failed it was killed by signal 9" in text
@@ -226,9 +226,9 @@ def test_no_runtime_ran() -> None:
 
 def test_numbers_that_are_none() -> None:
     checks = (
-        Check("a: kl_nats", math.nan, 0.05, False),
-        Check("b: perplexity_ratio", math.inf, 1.05, False),
-        Check("new", -math.inf, None, True),
+        at_most("a: kl_nats", math.nan, 0.05, "nats"),
+        at_most("b: perplexity_ratio", math.inf, 1.05, "ratio"),
+        at_most("new", -math.inf, 0, ""),
     )
     layers = (
         *make_layers(1),
@@ -238,7 +238,7 @@ def test_numbers_that_are_none() -> None:
     text = Page(render(*make_pair(layers, checks=checks, runtimes=(make_run("a", math.nan), make_run("b", 0.01))))).text
     assert "not a number nats ≤ 0.05" in text
     assert "infinite ratio ≤ 1.05" in text
-    assert "new minus infinite none" in text
+    assert "new minus infinite ≤ 0" in text
     assert "in a, is not a number; the limit is 0.05." in text, "the worst runtime speaks for all"
     assert "Without any error, and not drawn: 1 tensor." in text
     assert "Without a finite measure, and not drawn: 1 tensor." in text
@@ -282,7 +282,7 @@ def chromium(folder: Path, *options: str) -> str:
 
 def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
     long = LayerNumbers("model.layers.0." + "very_long_name" * 12 + ".weight", "int8-dynamic", 12.0, 0.5, 0.1)
-    checks = (Check("vllm: loads and runs", 0.0, 1.0, False, "x" * 600), *make_pair()[0].checks)
+    checks = (holds("vllm: loads and runs", False, "x" * 600), *make_pair()[0].checks)
     page = render(*make_pair((long, *make_layers(30)), checks=checks, prompt="y" * 900))
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     for width, height in ((390, 844), (1280, 900)):
