@@ -432,7 +432,7 @@ def _position(where: Mapping[Path_, str], path: Sequence[str | int]) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) or [name for name in known if name.startswith(word)]
     return f" (did you mean {close[0]}?)" if close else ""
 
 

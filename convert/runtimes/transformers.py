@@ -15,7 +15,6 @@ Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anyth
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -71,7 +70,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     return {
         "module_dtypes": module_dtypes,
         "weight_bytes": sum(weights.values()),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
         "load_seconds": load_seconds,
         "prefill_tokens_per_second": tokens.numel() / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds,
@@ -80,6 +79,12 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
     }
+
+
+def _peak_bytes() -> int:
+    """The largest resident memory of this process; ``ru_maxrss`` would begin with that of the process it was forked from."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
 def _weight_dtype(module: Any) -> str | None:

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from convert import pipeline
+from convert.architecture import describe
+from convert.plan import Plan, make_plan
+from convert.source import open_source
+from formats.errors import RecipeError, SourceError
+from formats.safetensors import TensorSpec
+from families import FAMILIES, save_family
+
+HEAD_KEPT = """\
+model: {model}
+targets:
+  - name: q
+    format: compressed-tensors
+    rules:
+      - {{match: lm_head, keep: true, why: because}}
+      - {{match: linear, scheme: {scheme}}}
+"""
+
+
+def plan_of(recipe: Any) -> Plan:
+    return pipeline.plan(recipe)
+
+
+def test_the_ledger_has_one_entry_for_every_tensor_of_the_source(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    target = plan_of(recipe_for(folder)).targets[0]
+    source = open_source(str(folder)).tensors
+    assert [entry.tensor.name for entry in target.entries] == list(source)
+    assert all((entry.scheme is None) != (entry.why == "") for entry in target.entries)
+    assert sum(len(entry.outputs) for entry in target.entries) == sum(len(shard.tensors) for shard in target.shards)
+
+
+def test_linears_are_quantized_and_everything_else_is_kept_with_a_reason(make_llama: Any, recipe_for: Any) -> None:
+    entries = {entry.tensor.name: entry for entry in plan_of(recipe_for(make_llama())).targets[0].entries}
+    quantized = {name for name, entry in entries.items() if entry.scheme}
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert quantized == {name for name in entries if name.split(".")[-2] in linears}
+    assert entries["lm_head.weight"].why.startswith("the output head")
+    assert entries["model.embed_tokens.weight"].why.startswith("an embedding")
+    assert entries["model.norm.weight"].why.startswith("a vector")
+
+
+def test_what_reads_the_same_input_is_seen_and_not_named(make_llama: Any, recipe_for: Any) -> None:
+    groups = plan_of(recipe_for(make_llama())).architecture.groups
+    assert ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj") in groups
+    assert ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj") in groups
+
+
+def test_a_tied_head_is_known_ignored_and_cannot_be_quantized(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama(tie_word_embeddings=True)
+    job = plan_of(recipe_for(folder, text=HEAD_KEPT))
+    assert job.architecture.tied
+    assert job.architecture.head == "lm_head"
+    assert job.targets[0].config["quantization_config"]["ignore"] == ["lm_head"]
+    kept = next(entry for entry in job.targets[0].entries if entry.why == "because")
+    assert kept.tensor.name == "model.embed_tokens.weight"
+    with pytest.raises(RecipeError, match=r"test.yaml:6:9: model.embed_tokens.weight cannot be int8-dynamic: it is also model.embed_tokens"):
+        plan_of(recipe_for(folder, text=HEAD_KEPT.replace("keep: true, why: because", "scheme: int8-dynamic")))
+
+
+def test_an_untied_head_is_quantized_only_when_named(make_llama: Any, recipe_for: Any) -> None:
+    text = HEAD_KEPT.replace("keep: true, why: because", "scheme: int8-dynamic")
+    config = plan_of(recipe_for(make_llama(), text=text)).targets[0].config["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert config["ignore"] == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ("- {match: down_prj, scheme: int8-dynamic}", r"test.yaml:6:9: 'down_prj' matches nothing in .* \(did you mean down_proj\?\)"),
+        ("- {match: linear, scheme: int8-dynamic}\n      - {match: down_proj, keep: true, why: x}", r"test.yaml:7:9: 'down_proj' matches 2 tensor\(s\), all taken"),
+        ("- {match: model.norm, scheme: int8-dynamic}", r"test.yaml:6:9: model.norm.weight cannot be int8-dynamic: it is not the weight of a linear"),
+        ("- {match: 're:(', scheme: int8-dynamic}", r"test.yaml:6:9: 're:\(' is no regular expression"),
+    ],
+)
+def test_rules_that_cannot_hold_name_their_line(make_llama: Any, recipe_for: Any, rules: str, expected: str) -> None:
+    text = "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      " + rules.replace("{", "{{").replace("}", "}}")
+    with pytest.raises(RecipeError, match=expected):
+        plan_of(recipe_for(make_llama(), text=text))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("linear", 14), ("down_proj", 2), ("mlp.down_proj", 2), ("model.layers.0.*", 7), ("re:.*\\.[01]\\.mlp\\..*", 6), ("*.layers.1.mlp.up_proj", 1)],
+)
+def test_the_ways_to_name_a_module(make_llama: Any, recipe_for: Any, pattern: str, count: int) -> None:
+    vectors = "- {{match: '*norm', keep: true, why: v}}\n      "
+    text = "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      " + vectors + "- {{match: '" + pattern + "', scheme: fp8-dynamic}}\n"
+    assert len(plan_of(recipe_for(make_llama(), text=text)).targets[0].quantized) == count
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_family(family, tmp_path)
+    checkpoint = open_source(str(folder))
+    found = describe(checkpoint.config, checkpoint.tensors)
+    model = getattr(transformers, found.name).from_pretrained(folder, dtype="auto")
+    assert found.missing == ()
+    assert not [name for name, parameter in found.parameters.items() if parameter.kind == "unused"]
+    head = model.get_output_embeddings()
+    assert (found.head is None) == (head is None)
+    if head is not None:
+        assert model.get_submodule(found.head) is head
+        assert found.tied == (head.weight is model.get_input_embeddings().weight)
+    expected = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and module is not head}
+    seen = {parameter.modules[0] for parameter in found.parameters.values() if parameter.kind == "linear"}
+    assert seen == expected
+    assert found.groups is not None
+    assert {name for group in found.groups for name in group} == set(found.linears)
+
+
+def test_experts_are_known_and_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:
+    folder = save_family("mixtral", tmp_path)
+    with pytest.raises(RecipeError, match=r"experts.*cannot be int8-dynamic: experts of a mixture are not written yet"):
+        plan_of(recipe_for(folder))
+
+
+def test_a_transposed_weight_is_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:
+    with pytest.raises(RecipeError, match=r"c_attn.weight cannot be int8-dynamic: its weight is stored transposed"):
+        plan_of(recipe_for(save_family("gpt2", tmp_path)))
+
+
+def test_a_model_of_70_billion_is_planned_from_its_headers(recipe_for: Callable[..., Any]) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "max_position_embeddings": 131072,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"}))
+    specs = {name: TensorSpec(name, "BF16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    checkpoint = fake_checkpoint(config, specs)
+    target = make_plan(recipe_for("x/y"), checkpoint, describe(config, specs)).targets[0]
+    linear_elements = 80 * (8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    rows = 80 * (8192 * 2 + 2 * 1024 + 2 * 28672 + 8192)
+    kept = 2 * (2 * 128256 * 8192 + 8192 * 161)
+    tensors = sum(item.spec.size_bytes for shard in target.shards for item in shard.tensors)
+    assert tensors == linear_elements + 2 * rows + kept
+    assert len(target.shards) > 10
+
+
+def test_what_transformers_does_not_know_is_quantized_by_name_only(recipe_for: Any) -> None:
+    specs = {name: TensorSpec(name, "BF16", shape) for name, shape in {"a.weight": (8, 8), "b.weight": (8, 8), "c.weight": (8,)}.items()}
+    checkpoint = fake_checkpoint({"model_type": "unheard-of"}, specs)
+    with pytest.raises(RecipeError, match="does not know this architecture, so rules must name tensors"):
+        make_plan(recipe_for("x/y"), checkpoint, describe(checkpoint.config, specs))
+    job = make_plan(recipe_for("x/y", text=HEAD_KEPT.replace("lm_head", "b").replace("linear", "a")), checkpoint, None)
+    assert [entry.tensor.name for entry in job.targets[0].quantized] == ["a.weight"]
+    assert job.targets[0].config["quantization_config"]["ignore"] == ["b"]
+    assert "does not know the architecture 'unheard-of'" in job.warnings()[0]
+
+
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(make_llama: Any, recipe_for: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SourceError, match=r"model.layers.1.mlp.up_proj.weight of LlamaForCausalLM .* is in no weight file"):
+        plan_of(recipe_for(folder))
+
+
+def test_a_tensor_the_model_has_no_use_for_is_kept_and_said_so(make_llama: Any, recipe_for: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "rotary.inv_freq": torch.ones(4, 4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    entry = next(entry for entry in plan_of(recipe_for(folder)).targets[0].entries if entry.tensor.name == "rotary.inv_freq")
+    assert entry.why == "no parameter of the architecture"
+
+
+def test_a_config_that_transformers_cannot_build_is_the_config_s_fault(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    with pytest.raises(SourceError, match=r"config.json: transformers cannot build a llama from it"):
+        plan_of(recipe_for(folder))
+
+
+def fake_checkpoint(config: dict[str, Any], specs: dict[str, TensorSpec]) -> Any:
+    """A checkpoint of headers alone: a plan must not touch anything else of it."""
+    from convert.source import Checkpoint, SourceFile
+
+    return Checkpoint("x/y", "0" * 40, config, specs, (SourceFile("f", 1),), dict.fromkeys(specs, "f"), None, None)  # type: ignore[arg-type]

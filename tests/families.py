@@ -1,0 +1,44 @@
+"""Small random models of the families that have to be understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+FFN = {"intermediate_size": 96}
+GQA = {"num_key_value_heads": 2}
+
+#: family -> (model class, config class, settings); all of transformers.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, **FFN, **GQA}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**SMALL, **FFN, **GQA}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SMALL, **FFN, **GQA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SMALL, **FFN, **GQA, "head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SMALL, **FFN, **GQA, "pad_token_id": 0}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SMALL, **FFN}),
+    "opt": ("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
+    "bert": ("BertModel", "BertConfig", {**SMALL, **FFN}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SMALL, **FFN, **GQA, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**SMALL, **FFN, **GQA, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    ),
+}
+
+
+def save_family(name: str, folder: Path) -> Path:
+    """Saves a random model of a family in bfloat16 and returns its folder."""
+    import torch
+    import transformers
+
+    model_class, config_class, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).to(torch.bfloat16)
+    model.save_pretrained(folder / name)
+    return folder / name
