@@ -1,0 +1,66 @@
+"""What is converted, and the command that converts it: shared by the scripts that measure octavo."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import run_measured
+
+from formats.safetensors import read_folder, read_header
+
+RECIPES = {"int8": "recipes/llama-int8.yaml", "fp8": "recipes/llama-fp8.yaml"}
+EIGHT_BIT = ("I8", "F8_E4M3")
+LINEARS_PER_LAYER = 7
+#: What the tools under test would otherwise try to reach, and wait for.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+SHAPE = ("hidden", "ffn", "heads", "kv_heads", "vocab")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A random Llama on disk, as benchmarks/make_llama.py writes it."""
+
+    model: Path
+    layers: int
+
+    @property
+    def size_bytes(self) -> int:
+        """All tensors."""
+        return sum(item.spec.size_bytes for item in read_folder(self.model).values())
+
+    @property
+    def largest_tensor_bytes(self) -> int:
+        return max(item.spec.size_bytes for item in read_folder(self.model).values())
+
+
+def add_shape_options(parser: argparse.ArgumentParser, *, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int) -> None:
+    """The dimensions of the random Llama, with these defaults."""
+    for name, default in zip(SHAPE, (hidden, ffn, heads, kv_heads, vocab), strict=True):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+
+
+def make_workload(workdir: Path, args: argparse.Namespace, layers: int) -> Workload:
+    """A Llama of ``layers`` layers and the dimensions in ``args``, taken from ``workdir`` or written there by a process of its own."""
+    extents = {name: str(getattr(args, name)) for name in SHAPE}
+    model = workdir / f"llama-{layers}x{'-'.join(extents.values())}"
+    if not model.exists():
+        options = [text for name, extent in extents.items() for text in (f"--{name.replace('_', '-')}", extent)]
+        program = Path(__file__).with_name("make_llama.py")
+        run_measured([args.python, str(program), str(model), "--layers", str(layers), *options])
+    return Workload(model, layers)
+
+
+def octavo_command(python: str, scheme: str, model: Path, out: Path, device: str | None) -> list[str]:
+    """The command line that is measured: the conversion alone, since no peer proves what it made."""
+    command = [python, "-m", "convert", "convert", RECIPES[scheme], "--model", str(model), "--out", str(out), "--no-check", "--quiet"]
+    return command + (["--device", device] if device else [])
+
+
+def require_converted(workload: Workload, out: Path, tool: str) -> None:
+    """Raises :class:`SystemExit` unless ``out`` has as many 8-bit tensors as the blocks have linears: what did less is not measured."""
+    dtypes = [item.spec.dtype for path in out.rglob("*.safetensors") for item in read_header(path)[0].values()]
+    found, expected = sum(dtype in EIGHT_BIT for dtype in dtypes), workload.layers * LINEARS_PER_LAYER
+    if found != expected:
+        raise SystemExit(f"{tool} wrote {found} 8-bit tensors, expected {expected}: it did not do the work that is measured")
