@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before anything imports huggingface_hub: it would ask its endpoint, or the real Hub, for things no test is about.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 Make = Callable[..., Path]
 
