@@ -17,7 +17,7 @@ from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, parse_recipe
 from convert.report import Report, report_path
-from convert.source import open_source
+from convert.source import Checkpoint, SourceDigests, open_source
 from formats.errors import InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
@@ -55,9 +55,7 @@ def plan(recipe: Recipe) -> Plan:
 
     Raises :class:`~formats.errors.RecipeError`, :class:`~formats.errors.SourceError` or :class:`~formats.errors.FormatError`.
     """
-    checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
-    return make_plan(recipe, checkpoint, architecture)
+    return _plan(recipe, open_source(recipe.model, trust_remote_code=recipe.trust_remote_code))
 
 
 def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
@@ -101,19 +99,12 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
     :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
     """
-    from convert.check import require_runtimes
-
     out = out or Path("artifacts") / recipe.name
-    job = plan(recipe)
-    for warning in job.warnings():
-        progress.say(f"warning: {warning}")
-    if check:
-        if job.architecture is None or job.architecture.head is None:
-            raise InputError(f"{recipe.model}: it predicts no tokens, and the check compares next tokens; convert it with --no-check")
-        for target in recipe.targets:
-            require_runtimes(target)
-    require(needs(job, out, check=check, device=device), out)
-    artifacts = export(job, out, progress, device=device)
+    checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    with SourceDigests(checkpoint) as digests:
+        job = _plan(recipe, checkpoint)
+        _require_all(job, out, progress, check=check, device=device)
+        artifacts = export(job, out, progress, digests=digests, device=device)
     reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 
@@ -144,3 +135,24 @@ def recipe_of(artifact: Path) -> Recipe:
 def plain_bytes(target: TargetPlan) -> int:
     """What the target's tensors would take unquantized."""
     return sum(entry.plain.size_bytes for entry in target.entries)
+
+
+def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
+    return make_plan(recipe, checkpoint, architecture)
+
+
+def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:
+    """Says the plan's warnings, and stops where the job could not be carried to its end."""
+    from convert.check import require_runtimes
+
+    for warning in job.warnings():
+        progress.say(f"warning: {warning}")
+    if check:
+        if job.architecture is None or job.architecture.head is None:
+            raise InputError(
+                f"{job.checkpoint.origin}: it predicts no tokens, and the check compares next tokens; convert it with --no-check"
+            )
+        for target in job.recipe.targets:
+            require_runtimes(target)
+    require(needs(job, out, check=check, device=device), out)

@@ -11,17 +11,19 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from formats.dtypes import DTYPES
 from formats.errors import FormatError, MachineError, SourceError
 from formats.gguf import GgufFile, open_gguf
+from formats.manifest import hash_file
 from formats.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -84,6 +86,10 @@ SIDECARS = (
     "*.tiktoken",
 )
 
+#: Pauses before a request to the Hub is tried again, where it does not say itself how long to wait.
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
+
+_T = TypeVar("_T")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HEADER_GUESS_BYTES = 256 * 1024
@@ -218,15 +224,21 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     patterns = [*SIDECARS, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
     if constants.HF_HUB_OFFLINE:
         return _open_hub_cached(repo, revision, code=code)
+
+    def download(file: str) -> Path:
+        # Always by commit: a branch that moves between two requests would leave one commit's bytes under another's name.
+        with _hub_errors(repo, revision):
+            return Path(_retried(lambda: hf_hub_download(repo, file, revision=commit)))
+
     with _hub_errors(repo, revision):
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        info = _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
         commit = str(info.sha)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
         wanted = [name for name in siblings if any(PurePosixPath(name).match(pattern) for pattern in patterns) and "/" not in name]
         if "config.json" not in siblings:
             raise SourceError(f"{repo}: no config.json in revision {commit[:12]}; it is not a transformers model")
         with ThreadPoolExecutor(8) as pool:
-            paths = dict(zip(wanted, pool.map(lambda name: Path(hf_hub_download(repo, name, revision=commit)), wanted), strict=True))
+            paths = dict(zip(wanted, pool.map(download, wanted), strict=True))
         folder = paths["config.json"].parent
         config = _read_config(folder / "config.json", repo)
         if INDEX_FILE in siblings:
@@ -244,17 +256,17 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
 
         def header(file: str) -> dict[str, Located]:
             local = cached[file]
-            return read_header(local, file)[0] if local else _remote_header(repo, commit, file, int(siblings[file].size or 0))
+            return (
+                read_header(local, file)[0]
+                if local
+                else _retried(lambda: _remote_header(repo, commit, file, int(siblings[file].size or 0)))
+            )
 
         with ThreadPoolExecutor(8) as pool:
             headers = dict(zip(shards, pool.map(header, shards), strict=True))
     if not weight_map:
         weight_map = dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
     located = join_shards(weight_map, headers, f"{repo}/{INDEX_FILE}")
-
-    def fetch(file: str) -> Path:
-        with _hub_errors(repo, revision):
-            return Path(hf_hub_download(repo, file, revision=commit))
 
     stored = {file: siblings[file].lfs for file in shards}
     files = tuple(
@@ -267,7 +279,7 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         tensors={name: item.spec for name, item in located.items()},
         files=files,
         file_of={name: item.file for name, item in located.items()},
-        reader=SafetensorsReader(located, fetch),
+        reader=SafetensorsReader(located, download),
         sidecars=lambda: _read_sidecars(folder, code=code),
         folder=folder,
         licence=_licence(folder / "README.md"),
@@ -277,20 +289,35 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
 
 
 def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
-    """A Hub model without the Hub: whatever snapshot of it the cache holds."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
+    """A Hub model without the Hub: the snapshot of it that the cache holds."""
+    folder = _cached_snapshot(repo, revision)
+    if folder is None:
+        raise SourceError(f"{repo}@{revision or 'main'} is not in the cache, and offline mode is on (HF_HUB_OFFLINE)")
     try:
-        folder = Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)).parent
         checkpoint = _open_folder(folder, origin=repo, code=code)
-    except LocalEntryNotFoundError:
-        raise SourceError(f"{repo}@{revision or 'main'} is not in the cache, and offline mode is on (HF_HUB_OFFLINE)") from None
     except FormatError as error:
         raise SourceError(
-            f"{repo}@{revision or 'main'} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}"
+            f"{repo}@{folder.name[:12]} is not whole in the cache, and offline mode is on (HF_HUB_OFFLINE): {error}"
         ) from None
     return replace(checkpoint, commit=folder.name, base_model=repo)
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """The folder of a cached revision; without a revision the newest, since what is fetched by commit leaves no branch behind."""
+    from huggingface_hub import hf_hub_download, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)).parent
+    except LocalEntryNotFoundError:
+        if revision is not None:
+            return None
+    try:
+        cached = [entry for entry in scan_cache_dir().repos if entry.repo_id == repo and entry.repo_type == "model"]
+    except CacheNotFound:
+        return None
+    snapshots = sorted((snapshot for entry in cached for snapshot in entry.revisions), key=lambda snapshot: snapshot.last_modified)
+    return snapshots[-1].snapshot_path if snapshots else None
 
 
 class SafetensorsReader:
@@ -351,6 +378,40 @@ class GgufReader:
 
     def path(self, file: str) -> Path:  # noqa: ARG002
         return self._gguf.path
+
+
+class SourceDigests:
+    """BLAKE3 of every weight file whose origin does not vouch for a sha256, computed beside everything else.
+
+    Begun before the plan is made, it reads ahead of the conversion, so that slow disks are busy while libraries load. BLAKE3 because
+    it costs a third of sha256 here (5.0 against 1.8 GB/s on one core), and nobody else needs to agree with it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="blake3")
+        self._pending: dict[str, Future[str]] = {}
+        self._stopped = False
+
+    def __enter__(self) -> SourceDigests:
+        for file in self._checkpoint.files:
+            if file.digest is None:
+                self._pending[file.name] = self._pool.submit(self._digest, file.name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def result(self) -> dict[str, str]:
+        """By file name, ``sha256:...`` or ``blake3:...``; waits for those still under way."""
+        return {file.name: file.digest or self._pending[file.name].result() for file in self._checkpoint.files}
+
+    def _digest(self, file: str) -> str:
+        import blake3
+
+        digest = hash_file(self._checkpoint.reader.path(file), blake3.blake3(), stop=lambda: self._stopped)
+        return f"blake3:{digest}"
 
 
 def _read_config(path: Path, origin: str) -> dict[str, Any]:
@@ -422,6 +483,24 @@ def _cached(found: Any) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def _retried(request: Callable[[], _T]) -> _T:
+    """Tries again when the Hub is busy (429, 5xx) or the line drops: huggingface_hub itself does so for some requests only."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever it is built on
+
+    for wait_seconds in RETRY_SECONDS:
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429 and error.response.status_code < 500:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked), 300.0) if asked.isdigit() else wait_seconds)
+        except httpx.TransportError:
+            time.sleep(wait_seconds)
+    return request()
+
+
 def _remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[str, Located]:
     from huggingface_hub import HfFileSystem
 
@@ -449,10 +528,9 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 def _hub_message(error: Exception, repo: str, revision: str | None) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever it is built on
 
     endpoint = constants.ENDPOINT
-    # Its own errors are OSErrors too, and whichever HTTP client it uses raises outside that tree when a line drops.
-    dropped = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
     match error:
         case hub.GatedRepoError():
             return f"{repo} is gated: ask for access at {endpoint}/{repo}, then log in with: hf auth login"
@@ -464,6 +542,6 @@ def _hub_message(error: Exception, repo: str, revision: str | None) -> str | Non
             return f"{repo} is not in the cache and cannot be fetched; check the connection"
         case hub.HfHubHTTPError():
             return f"{repo}: {endpoint} answered {error.response.status_code}; try again later"
-    if dropped:
-        return f"{repo}: {endpoint} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
+        case OSError() | httpx.TransportError():
+            return f"{repo}: {endpoint} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
     return None

@@ -111,13 +111,16 @@ def reshard(folder: Path, count: int) -> None:
 
 
 @pytest.fixture
-def recipe_for(tmp_path: Path) -> Callable[..., Any]:
+def recipe_for() -> Callable[..., Any]:
     """``recipe_for(model, scheme=..., text=...)``: a parsed recipe for a model; ``text`` replaces the whole YAML."""
     from convert.recipe import parse_recipe
 
     def make(model: Path | str, scheme: str = "int8-dynamic", text: str | None = None, **overrides: str) -> Any:
         return parse_recipe(
-            (text or RECIPE).format(model=model, scheme=scheme), "test.yaml", name="test", overrides=[f"{k}={v}" for k, v in overrides.items()]
+            (text or RECIPE).format(model=model, scheme=scheme),
+            "test.yaml",
+            name="test",
+            overrides=[f"{k}={v}" for k, v in overrides.items()],
         )
 
     return make

@@ -26,7 +26,18 @@ from formats.verify import verify
 
 #: Enough tensors that a kill lands between them, small enough that thirty kills stay cheap.
 MANY = {"num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 512}
-RECIPE = "model: {model}\ntargets:\n  - {{name: a, format: compressed-tensors, max_shard_size: 5MB}}\n  - name: b\n    format: compressed-tensors\n    rules: [{{match: linear, scheme: fp8-dynamic}}]\n"
+RECIPE = """\
+model: {model}
+targets:
+  - {{name: a, format: compressed-tensors, max_shard_size: 5MB}}
+  - {{name: b, format: compressed-tensors, rules: [{{match: linear, scheme: fp8-dynamic}}]}}
+"""
+TWICE = """\
+model: {model}
+targets:
+  - {{name: a, format: compressed-tensors}}
+  - {{name: b, format: compressed-tensors, max_shard_size: 1MB}}
+"""
 
 
 def make(recipe: Any, out: Path, **options: Any) -> list[Path]:
@@ -63,7 +74,9 @@ def test_what_is_kept_is_kept_to_the_bit_and_what_is_quantized_decodes_near_the_
             assert torch.equal(written[name], tensor)
 
 
-def test_threads_shards_and_slabs_do_not_change_a_byte(make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_shards_and_slabs_do_not_change_a_byte(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, many = make_llama(**MANY), make_llama(**MANY, shards=5)
     reference = make(recipe_for(one, text=RECIPE), tmp_path / "1", workers=1)
     monkeypatch.setattr("convert.quantize.SLAB_ELEMENTS", 1000)
@@ -107,8 +120,7 @@ def test_a_source_that_changed_is_converted_anew(make_llama: Any, recipe_for: An
 
 
 def test_targets_that_share_a_scheme_share_the_codes(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
-    text = "model: {model}\ntargets:\n  - {{name: a, format: compressed-tensors}}\n  - {{name: b, format: compressed-tensors, max_shard_size: 1MB}}\n"
-    first, second = (weights(path) for path in make(recipe_for(make_llama(), text=text), tmp_path / "out"))
+    first, second = (weights(path) for path in make(recipe_for(make_llama(), text=TWICE), tmp_path / "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -148,7 +160,9 @@ def test_values_that_do_not_fit_the_dtype_asked_for_are_an_error(make_llama: Any
         make(recipe_for(folder, dtype="float16"), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("source", "wanted", "stored"), [("float32", "source", "F32"), ("float32", "bfloat16", "BF16"), ("bfloat16", "float16", "F16")])
+@pytest.mark.parametrize(
+    ("source", "wanted", "stored"), [("float32", "source", "F32"), ("float32", "bfloat16", "BF16"), ("bfloat16", "float16", "F16")]
+)
 def test_what_is_kept_takes_the_dtype_the_recipe_wants(
     make_llama: Any, recipe_for: Any, tmp_path: Path, source: str, wanted: str, stored: str
 ) -> None:
@@ -241,7 +255,9 @@ def test_finished_tensors_are_not_done_again(make_llama: Any, tmp_path: Path, mo
     assert not (tmp_path / "out" / "a").exists()
     finished = set((tmp_path / "out" / ".a.partial" / "journal").read_text().splitlines()[1:])
     assert len(finished) > 90
-    monkeypatch.setattr(export_module.quantize, "run", lambda work, *args, **options: (seen.append(work.spec.name), run(work, *args, **options))[1])
+    monkeypatch.setattr(
+        export_module.quantize, "run", lambda work, *args, **options: (seen.append(work.spec.name), run(work, *args, **options))[1]
+    )
     seen.clear()
     export_module.export(job, tmp_path / "out", QUIET)
     assert not finished & set(seen)

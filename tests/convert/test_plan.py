@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES, save_family
 
 from convert import pipeline
 from convert.architecture import describe
@@ -15,7 +16,6 @@ from convert.plan import Plan, make_plan
 from convert.source import open_source
 from formats.errors import RecipeError, SourceError
 from formats.safetensors import TensorSpec
-from families import FAMILIES, save_family
 
 HEAD_KEPT = """\
 model: {model}
@@ -65,7 +65,9 @@ def test_a_tied_head_is_known_ignored_and_cannot_be_quantized(make_llama: Any, r
     assert job.targets[0].config["quantization_config"]["ignore"] == ["lm_head"]
     kept = next(entry for entry in job.targets[0].entries if entry.why == "because")
     assert kept.tensor.name == "model.embed_tokens.weight"
-    with pytest.raises(RecipeError, match=r"test.yaml:6:9: model.embed_tokens.weight cannot be int8-dynamic: it is also model.embed_tokens"):
+    with pytest.raises(
+        RecipeError, match=r"test.yaml:6:9: model.embed_tokens.weight cannot be int8-dynamic: it is also model.embed_tokens"
+    ):
         plan_of(recipe_for(folder, text=HEAD_KEPT.replace("keep: true, why: because", "scheme: int8-dynamic")))
 
 
@@ -80,24 +82,45 @@ def test_an_untied_head_is_quantized_only_when_named(make_llama: Any, recipe_for
     ("rules", "expected"),
     [
         ("- {match: down_prj, scheme: int8-dynamic}", r"test.yaml:6:9: 'down_prj' matches nothing in .* \(did you mean down_proj\?\)"),
-        ("- {match: linear, scheme: int8-dynamic}\n      - {match: down_proj, keep: true, why: x}", r"test.yaml:7:9: 'down_proj' matches 2 tensor\(s\), all taken"),
-        ("- {match: model.norm, scheme: int8-dynamic}", r"test.yaml:6:9: model.norm.weight cannot be int8-dynamic: it is not the weight of a linear"),
+        (
+            "- {match: linear, scheme: int8-dynamic}\n      - {match: down_proj, keep: true, why: x}",
+            r"test.yaml:7:9: 'down_proj' matches 2 tensor\(s\), all taken",
+        ),
+        (
+            "- {match: model.norm, scheme: int8-dynamic}",
+            r"test.yaml:6:9: model.norm.weight cannot be int8-dynamic: it is not the weight of a linear",
+        ),
         ("- {match: 're:(', scheme: int8-dynamic}", r"test.yaml:6:9: 're:\(' is no regular expression"),
     ],
 )
 def test_rules_that_cannot_hold_name_their_line(make_llama: Any, recipe_for: Any, rules: str, expected: str) -> None:
-    text = "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      " + rules.replace("{", "{{").replace("}", "}}")
+    text = "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      " + rules.replace("{", "{{").replace(
+        "}", "}}"
+    )
     with pytest.raises(RecipeError, match=expected):
         plan_of(recipe_for(make_llama(), text=text))
 
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("linear", 14), ("down_proj", 2), ("mlp.down_proj", 2), ("model.layers.0.*", 7), ("re:.*\\.[01]\\.mlp\\..*", 6), ("*.layers.1.mlp.up_proj", 1)],
+    [
+        ("linear", 14),
+        ("down_proj", 2),
+        ("mlp.down_proj", 2),
+        ("model.layers.0.*", 7),
+        ("re:.*\\.[01]\\.mlp\\..*", 6),
+        ("*.layers.1.mlp.up_proj", 1),
+    ],
 )
 def test_the_ways_to_name_a_module(make_llama: Any, recipe_for: Any, pattern: str, count: int) -> None:
     vectors = "- {{match: '*norm', keep: true, why: v}}\n      "
-    text = "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      " + vectors + "- {{match: '" + pattern + "', scheme: fp8-dynamic}}\n"
+    text = (
+        "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules:\n      "
+        + vectors
+        + "- {{match: '"
+        + pattern
+        + "', scheme: fp8-dynamic}}\n"
+    )
     assert len(plan_of(recipe_for(make_llama(), text=text)).targets[0].quantized) == count
 
 
@@ -114,7 +137,11 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     if head is not None:
         assert model.get_submodule(found.head) is head
         assert found.tied == (head.weight is model.get_input_embeddings().weight)
-    expected = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and module is not head}
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and module is not head
+    }
     seen = {parameter.modules[0] for parameter in found.parameters.values() if parameter.kind == "linear"}
     assert seen == expected
     assert found.groups is not None
@@ -133,10 +160,8 @@ def test_a_transposed_weight_is_refused_by_name(tmp_path: Path, recipe_for: Any)
 
 
 def test_a_model_of_70_billion_is_planned_from_its_headers(recipe_for: Callable[..., Any]) -> None:
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "max_position_embeddings": 131072,
-    }  # fmt: skip
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False, **sizes}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"}))
     specs = {name: TensorSpec(name, "BF16", tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
