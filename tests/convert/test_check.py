@@ -1,0 +1,193 @@
+"""The whole job on small models, in the real runtime, in processes of its own; and artifacts that must not pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import pipeline
+from convert.check import TEXTS, _read_text
+from convert.divergence import compare_logits
+from convert.numbers import compare
+from convert.report import read_report, report_path
+from formats.errors import InputError, OctavoError
+from formats.manifest import CARD
+
+
+def failed(report: Any) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+@pytest.fixture(scope="module")
+def converted(make_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from convert.recipe import parse_recipe
+
+    text = f"""
+model: {make_llama(max_position_embeddings=512)}
+validation: {{tokens: 256, length: 64}}
+targets:
+  - {{name: w8a8, format: compressed-tensors, limits: &l {{kl_nats: 0.5, top1: 0.2, perplexity_ratio: 1.5}}}}
+  - {{name: fp8, format: compressed-tensors, rules: [{{match: linear, scheme: fp8-dynamic}}], limits: *l}}
+  - {{name: plain, format: compressed-tensors, rules: [{{match: linear, keep: true, why: as it was}}], limits: *l}}
+"""
+    return pipeline.convert(parse_recipe(text, "all.yaml", name="all"), tmp_path_factory.mktemp("out"))
+
+
+def test_a_good_artifact_passes_and_its_report_says_why(converted: Any) -> None:
+    assert converted.passed, [failed(report) for report in converted.reports]
+    for report, artifact in zip(converted.reports, converted.artifacts, strict=True):
+        assert read_report(report_path(artifact.path)) == report
+        assert {run.name for run in report.runtimes} == {"transformers"}
+        assert (artifact.path / CARD).read_text().startswith("---\n")
+    quantized = [check for check in converted.reports[0].checks if check.name == "transformers: modules in 8 bit"]
+    assert quantized[0].value == 14
+
+
+def test_an_artifact_that_keeps_everything_is_the_source(converted: Any) -> None:
+    divergence = converted.reports[2].runtimes[0].divergence
+    assert divergence.kl_nats < 1e-3, "bfloat16 against float32 arithmetic is all that is left"
+    assert converted.reports[0].runtimes[0].divergence.kl_nats > divergence.kl_nats
+
+
+def test_the_divergence_is_what_transformers_itself_computes(converted: Any, make_llama: Any) -> None:
+    """The oracle runs the source and the decoded weights in this process, without any of our programs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report, path = converted.reports[1], converted.artifacts[1].path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer((TEXTS / "validation.txt").read_text(), add_special_tokens=False, verbose=False).input_ids[:256]
+    tokens = torch.tensor(ids).view(4, 64)
+    source = AutoModelForCausalLM.from_pretrained(converted.plan.checkpoint.origin, dtype=torch.float32)
+    artifact = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    with torch.inference_mode():
+        p, q = (torch.log_softmax(model(tokens).logits.double(), -1) for model in (source, artifact))
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    nll = -p[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
+    divergence = report.runtimes[0].divergence
+    assert divergence.kl_nats == pytest.approx(kl, rel=0.02)
+    assert divergence.source_perplexity == pytest.approx(float(nll.exp()), rel=1e-3)
+    assert divergence.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=0.02)
+
+
+def test_the_card_is_valid_for_the_hub_and_states_only_what_was_measured(converted: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(converted.artifacts[0].path / CARD)
+    assert card.data.library_name == "transformers"
+    assert "int8-dynamic" in card.data.tags
+    divergence = converted.reports[0].runtimes[0].divergence
+    assert f"{divergence.kl_nats:.4f}" in card.text
+    assert f"{divergence.perplexity:.2f}" in card.text
+
+
+def test_a_limit_that_is_not_met_fails_and_is_named(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    outcome = pipeline.convert(recipe_for(make_llama(), **{"targets.0.limits.kl_nats": "1e-9"}), tmp_path / "out")
+    assert not outcome.passed
+    assert failed(outcome.reports[0]) == {"transformers: kl_nats"}
+    assert outcome.artifacts[0].path.exists(), "it is made all the same"
+
+
+def shift_codes(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["model.layers.1.mlp.up_proj.weight"][5] += 1
+    return "model.layers.1.mlp.up_proj.weight"
+
+
+def double_scale(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["model.layers.0.self_attn.q_proj.weight_scale"][0] *= 2
+    return "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("change", [shift_codes, double_scale])
+def test_codes_and_scales_that_are_off_are_caught_by_the_numbers(make_llama: Any, recipe_for: Any, tmp_path: Path, change: Any) -> None:
+    outcome = pipeline.convert(recipe_for(make_llama()), tmp_path / "out", check=False)
+    path, source = outcome.artifacts[0].path, outcome.plan.checkpoint
+    assert all(layer.worst <= 1 for layer in compare(path, source, threads=2))
+    tensors = load_file(path / "model.safetensors")
+    changed = change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert [layer.tensor for layer in compare(path, source, threads=2) if layer.worst > 1] == [changed]
+
+
+def test_an_artifact_that_would_load_as_floats_is_caught(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    outcome = pipeline.convert(recipe_for(make_llama()), tmp_path / "out", check=False)
+    path = outcome.artifacts[0].path
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    (report,) = pipeline.prove([path])
+    assert {"promises", "transformers: modules in 8 bit"} <= failed(report)
+
+
+def test_a_runtime_that_cannot_load_it_is_a_failed_check_and_no_crash(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    outcome = pipeline.convert(recipe_for(make_llama()), tmp_path / "out", check=False)
+    path = outcome.artifacts[0].path
+    (path / "model.safetensors").write_bytes(b"garbage!")
+    (report,) = pipeline.prove([path])
+    assert {"promises", "numbers: largest error / bound", "transformers: loads and runs"} <= failed(report)
+
+
+def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("not much")
+    with pytest.raises(InputError, match=r"validation text .*short.txt: 8 tokens, 256 are needed"):
+        pipeline.convert(recipe_for(make_llama(), **{"validation.text": str(tmp_path / "short.txt")}), tmp_path / "out")
+
+
+def test_a_jsonl_text_is_read_by_its_text_key(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert _read_text(str(tmp_path / "t.jsonl")) == ("one\n\ntwo", "t.jsonl")
+    (tmp_path / "t.jsonl").write_text('{"body": "x"}')
+    with pytest.raises(InputError, match='each line must be a JSON object with a "text"'):
+        _read_text(str(tmp_path / "t.jsonl"))
+
+
+def test_a_model_that_predicts_no_tokens_is_converted_and_not_compared(tmp_path: Path, recipe_for: Any) -> None:
+    from families import save_family
+
+    folder = save_family("bert", tmp_path)
+    with pytest.raises(InputError, match="it predicts no tokens"):
+        pipeline.convert(recipe_for(folder), tmp_path / "out")
+    assert pipeline.convert(recipe_for(folder), tmp_path / "out", check=False).artifacts[0].path.exists()
+
+
+# --- the measure itself ---
+
+
+def write(path: Path, logits: np.ndarray) -> Path:
+    logits.astype(np.float32).tofile(path)
+    return path
+
+
+def test_the_divergence_of_a_model_from_itself_is_nothing(tmp_path: Path) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 70, 11)) * 5
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 70))
+    found = compare_logits(write(tmp_path / "a", logits), write(tmp_path / "b", logits), tokens, 11)
+    assert (found.kl_nats, found.top1, found.perplexity_ratio) == (pytest.approx(0, abs=1e-9), 1.0, 1.0)
+
+
+def test_the_divergence_agrees_with_scipy_free_arithmetic_in_float64(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b, tokens = rng.normal(size=(3, 50, 7)), rng.normal(size=(3, 50, 7)), rng.integers(0, 7, (3, 50))
+    found = compare_logits(write(tmp_path / "a", a), write(tmp_path / "b", b), tokens, 7)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    assert found.kl_nats == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-5)
+    assert found.kl_nats_p99 == pytest.approx(np.quantile((p * np.log(p / q)).sum(-1), 0.99), rel=1e-5)
+    assert found.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+    taken = np.take_along_axis(q[:, :-1], tokens[:, 1:, None], -1)
+    assert found.perplexity == pytest.approx(np.exp(-np.log(taken).mean()), rel=1e-5)
+
+
+def test_nan_logits_and_another_vocabulary_do_not_pass(tmp_path: Path) -> None:
+    logits = np.zeros((1, 8, 5))
+    tokens = np.zeros((1, 8), dtype=np.int64)
+    broken = logits.copy()
+    broken[0, 3, 2] = np.nan
+    found = compare_logits(write(tmp_path / "a", logits), write(tmp_path / "b", broken), tokens, 5)
+    assert np.isnan(found.kl_nats)
+    with pytest.raises(OctavoError, match="the vocabularies differ"):
+        compare_logits(write(tmp_path / "a", logits), write(tmp_path / "b", np.zeros((1, 8, 6))), tokens, 5)

@@ -1,0 +1,166 @@
+"""The command as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False, env={**os.environ, **environment})
+
+
+def recipe(folder: Path, model: Path | str, extra: str = "") -> Path:
+    path = folder / "job.yaml"
+    path.write_text(
+        f"model: {model}\nvalidation: {{tokens: 128, length: 64}}\ntargets:\n  - name: q\n    format: compressed-tensors\n"
+        f"    limits: {{kl_nats: 1.0, top1: 0.0, perplexity_ratio: 9.0}}\n{extra}"
+    )
+    return path
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'numpy', 'pydantic', 'huggingface_hub'}"
+    program = f"import sys, convert.command; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "convert" in octavo("--help").stdout
+
+
+def test_the_readme_shows_the_help_there_is() -> None:
+    readme = (ROOT / "docs" / "command.md").read_text()
+    for command in ("", "plan", "convert", "check", "verify", "inspect", "schema", "doctor"):
+        shown = octavo(*([command] if command else []), "--help", COLUMNS="100", TERMINAL_WIDTH="100").stdout.strip()
+        assert shown in readme, f"docs/command.md is not what `octavo {command} --help` prints; run: make docs"
+
+
+def test_a_job_from_recipe_to_proof(make_llama: Any, tmp_path: Path) -> None:
+    done = octavo("convert", recipe(tmp_path, make_llama()), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "artifacts" / "job"
+    assert {path.name for path in folder.iterdir()} == {"q", "q.report.json", "q.report.html"}
+    assert "passed" in done.stdout
+    assert "kl_nats" in done.stdout
+    assert "converting: 0.00 GB" in done.stderr, "plain lines where there is no terminal"
+    assert octavo("verify", folder / "q").returncode == 0
+    assert json.loads(octavo("inspect", folder / "q", "--json").stdout)["made_by"]["target"] == "q"
+    again = octavo("convert", recipe(tmp_path, make_llama()), "--quiet", cwd=tmp_path)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+
+
+def test_a_limit_missed_is_exit_code_1(make_llama: Any, tmp_path: Path) -> None:
+    done = octavo("convert", recipe(tmp_path, make_llama()), "--set", "targets.0.limits.kl_nats=1e-9", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "FAIL  transformers: kl_nats" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert", "nothing-like-it"], 2, "error: no recipe 'nothing-like-it'"),
+        (["convert", "{bad}"], 2, "no key 'rulez' here (did you mean rules?)"),
+        (["convert", "{good}", "--model", "/nowhere"], 2, "error: /nowhere: no such folder or file"),
+        (["convert", "{good}", "--set", "nonsense"], 2, "error: --set nonsense: write it as key.path=value"),
+        (["convert", "{good}", "--device", "tpu"], 2, "'tpu' is no device"),
+        (["convert", "{good}", "--device", "cuda"], 3, "no CUDA device is here"),
+        (["plan", "{good}", "--set", "targets.0.rules=[{match: nowhere, scheme: int8-dynamic}]"], 2, "'nowhere' matches nothing"),
+        (["verify", "/nowhere"], 2, "error: /nowhere/octavo.json: cannot be read"),
+        (["inspect", "/nowhere"], 2, "error: /nowhere: no such file or folder"),
+        (["check", "/nowhere"], 2, "error: /nowhere/octavo.json: cannot be read"),
+        (["frobnicate"], 2, "No such command 'frobnicate'"),
+        (["convert"], 2, "Missing argument 'RECIPE'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_an_exit_code(make_llama: Any, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    good = recipe(tmp_path, make_llama())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.read_text() + "    rulez: []\n")
+    done = octavo(*(argument.format(good=good, bad=bad) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"job.yaml", "bad.yaml"}, "nothing was written"
+
+
+def test_a_damaged_weight_is_named_and_nothing_is_written(make_llama: Any, tmp_path: Path) -> None:
+    folder = make_llama()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = octavo("convert", recipe(tmp_path, folder), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: model.layers.0.mlp.up_proj.weight: nan at index [2, 3]")
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+def test_a_damaged_artifact_is_exit_code_1(make_llama: Any, tmp_path: Path) -> None:
+    assert octavo("convert", recipe(tmp_path, make_llama()), "--no-check", "--quiet", cwd=tmp_path).returncode == 0
+    path = tmp_path / "artifacts" / "job" / "q"
+    (path / "config.json").write_text("{}")
+    done = octavo("verify", path)
+    assert done.returncode == 1
+    assert "config.json: " in done.stdout
+
+
+def test_the_plan_is_a_table_for_people_and_json_for_programs(make_llama: Any, tmp_path: Path) -> None:
+    job = recipe(tmp_path, make_llama())
+    shown = octavo("plan", job, "--ledger", cwd=tmp_path)
+    assert "int8-dynamic" in shown.stdout
+    assert "model.layers.0.mlp.up_proj.weight [96, 64] BF16 -> int8-dynamic rtn (default rule: linear)" in shown.stdout
+    plan = json.loads(octavo("plan", job, "--json", cwd=tmp_path).stdout)
+    assert len(plan["targets"][0]["ledger"]) == 21
+    assert plan["needs"]["disk_bytes"] > plan["targets"][0]["weight_bytes"]
+    assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(make_llama: Any, tmp_path: Path, kind: signal.Signals) -> None:
+    job = recipe(tmp_path, make_llama(vocab_size=100_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convert", "convert", str(job), "--no-check"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    journal = tmp_path / "artifacts" / "job" / ".q.partial" / "journal"
+    deadline = time.monotonic() + 120
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "interrupted; run the same command again to go on where it stopped"
+    assert "Traceback" not in errors
+    assert octavo("convert", job, "--no-check", "--quiet", cwd=tmp_path).returncode == 0
+
+
+def test_doctor_names_versions_devices_and_runtimes() -> None:
+    found = json.loads(octavo("doctor", "--json").stdout)
+    assert found["versions"]["torch"][0].isdigit()
+    assert found["runtimes"]["transformers"] == "loads compressed-tensors"
+
+
+@pytest.mark.slow
+def test_recipes_of_the_issue_pass_on_the_sample(tmp_path: Path) -> None:
+    """The main job, on the real model; a quarter of the usual tokens, because the full check is the command's own business."""
+    for name in ("llama-int8", "llama-fp8"):
+        done = octavo("convert", name, "--set", "validation.tokens=1024", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Paris" in done.stdout
