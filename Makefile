@@ -9,12 +9,12 @@ OUT ?=
 SET ?=
 WORKERS ?= 2
 
-.PHONY: help setup convert plan test lint format schema clean
+.PHONY: help setup convert plan test lint format schema docs clean
 
 help:
 	@echo "make convert RECIPE=llama-int8 [MODEL=org/name|folder] [OUT=folder] [SET=key=value]   make and prove an artifact"
 	@echo "make plan RECIPE=llama-int8 [MODEL=...]                                                say what that would do"
-	@echo "make test | lint | format | schema | clean"
+	@echo "make test | lint | format | schema | docs | clean"
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,12 @@ format: setup
 
 schema: setup
 	$(BIN)/octavo schema > recipes/recipe.schema.json
+
+# docs/command.md shows what --help prints; a test holds it.
+docs: setup
+	@{ echo '# The command'; echo; echo 'What `--help` prints, written by `make docs`.'; \
+	for command in '' plan convert check verify inspect schema doctor; do \
+	echo; echo "## octavo $$command"; echo; echo '```'; COLUMNS=100 $(BIN)/octavo $$command --help; echo '```'; done; } > docs/command.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

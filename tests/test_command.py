@@ -39,11 +39,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo("--help").stdout
 
 
-def test_the_readme_shows_the_help_there_is() -> None:
-    readme = (ROOT / "docs" / "command.md").read_text()
-    for command in ("", "plan", "convert", "check", "verify", "inspect", "schema", "doctor"):
-        shown = octavo(*([command] if command else []), "--help", COLUMNS="100", TERMINAL_WIDTH="100").stdout.strip()
-        assert shown in readme, f"docs/command.md is not what `octavo {command} --help` prints; run: make docs"
+@pytest.mark.parametrize("command", ["", "plan", "convert", "check", "verify", "inspect", "schema", "doctor"])
+def test_the_docs_show_the_help_there_is(command: str) -> None:
+    shown = octavo(*command.split(), "--help", COLUMNS="100").stdout.replace("python -m convert", "octavo").strip()
+    assert shown in (ROOT / "docs" / "command.md").read_text(), "docs/command.md is out of date; run: make docs"
 
 
 def test_a_job_from_recipe_to_proof(make_llama: Any, tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_a_mistake_is_one_message_and_an_exit_code(make_llama: Any, tmp_path: Pa
     good = recipe(tmp_path, make_llama())
     bad = tmp_path / "bad.yaml"
     bad.write_text(good.read_text() + "    rulez: []\n")
-    done = octavo(*(argument.format(good=good, bad=bad) for argument in arguments), cwd=tmp_path)
+    done = octavo(*(argument.replace("{good}", str(good)).replace("{bad}", str(bad)) for argument in arguments), cwd=tmp_path)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
