@@ -218,7 +218,11 @@ def json_bytes(value: object) -> bytes:
 def read_json(path: Path) -> Any:
     """The JSON of a small file. Raises :class:`FormatError` naming the file."""
     try:
-        return json.loads(path.read_bytes())
+        text = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json_bytes(value)  # half a surrogate pair, which could not be written or hashed again
+        return value
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
