@@ -7,8 +7,10 @@ by the ``gguf`` package. llama.cpp stores the rows of q and k in the order its r
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,9 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_BLOCK_NAME = re.compile(r"blk\.(?P<block>0|[1-9][0-9]{0,5})\.(?P<role>\w+)")
+_EMBEDDING = "model.embed_tokens.weight"
+_FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class GgufFile:
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
+        if start == stop:  # no blocks, of which the gguf package makes an error
+            return np.empty((0, *tensor.spec.shape[1:]), np.float32)
         rows = tensor.spec.shape[0]
         # Rows of a head trade places, so whole heads are read.
         head = rows // tensor.heads if tensor.heads else 1
@@ -76,28 +83,27 @@ class GgufFile:
         return np.array(values[start - first : stop - first], dtype=np.float32, order="C")
 
     def config(self) -> dict[str, Any]:
-        """``config.json`` of the Llama this file holds."""
-        get = self._get
-        heads = int(get("llama.attention.head_count"))
-        hidden = int(get("llama.embedding_length"))
+        """``config.json`` of the Llama this file holds. Raises :class:`FormatError` when a key is missing or no number."""
+        number, count = partial(_number, self.path, self.fields), partial(_count, self.path, self.fields)
+        heads = count("llama.attention.head_count")
         tokens = {
-            key: int(self.fields[f"tokenizer.ggml.{name}_token_id"])
+            key: count(f"tokenizer.ggml.{name}_token_id", lowest=0)
             for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
             if f"tokenizer.ggml.{name}_token_id" in self.fields
         }
-        theta = float(get("llama.rope.freq_base", 10000.0))
+        theta = float(number("llama.rope.freq_base", 10000.0))
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": int(get("llama.feed_forward_length")),
-            "num_hidden_layers": int(get("llama.block_count")),
+            "hidden_size": count("llama.embedding_length"),
+            "intermediate_size": count("llama.feed_forward_length"),
+            "num_hidden_layers": count("llama.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": int(get("llama.attention.head_count_kv", heads)),
-            "head_dim": int(get("llama.attention.key_length", get("llama.rope.dimension_count", hidden // heads))),
-            "vocab_size": self.tensors["model.embed_tokens.weight"].spec.shape[0],
-            "max_position_embeddings": int(get("llama.context_length")),
-            "rms_norm_eps": _shortest(get("llama.attention.layer_norm_rms_epsilon")),
+            "num_key_value_heads": count("llama.attention.head_count_kv", heads),
+            "head_dim": self.tensors[_FIRST_QUERY].spec.shape[0] // heads,
+            "vocab_size": self.tensors[_EMBEDDING].spec.shape[0],
+            "max_position_embeddings": count("llama.context_length"),
+            "rms_norm_eps": _shortest(number("llama.attention.layer_norm_rms_epsilon")),
             "rope_theta": theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": theta},
             "hidden_act": "silu",
@@ -111,50 +117,95 @@ class GgufFile:
     def _descriptor(self) -> int:
         return os.open(self.path, os.O_RDONLY)
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        value = self.fields.get(key, default)
-        if value is None:
-            raise FormatError(f"{self.path}: {key} is missing; the file does not describe a Llama")
-        return value
-
 
 def open_gguf(path: Path) -> GgufFile:
     """Reads the header of a GGUF file. Raises :class:`FormatError` for another family, a block type not in :data:`TYPES`,
-    or anything that would be lost (scaled rotary embeddings, experts, biases)."""
-    from gguf import GGUFReader
-
+    or anything that would be lost (scaled or partial rotary embeddings, experts, biases, the other parts of a split file)."""
+    reader = _read(path)
+    if reader.byte_order == "S":
+        raise FormatError(f"{path}: a GGUF in the other byte order; convert from the original checkpoint")
     try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.ggml.") or len(field.data) == 1
+        }
+    except ValueError as error:
         raise FormatError(f"{path}: not a readable GGUF file ({error})") from None
-    fields = {
-        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.") or len(field.data) == 1
-    }
     family = fields.get("general.architecture")
     if family != "llama":
         raise FormatError(f"{path}: a GGUF of the {family} family; only llama is read, convert from the original checkpoint")
-    if fields.get("llama.expert_count") or fields.get("llama.rope.scaling.type", "none") != "none":
+    # llama.cpp takes a factor without a type for a linear one, and knows it under an older name too (llama-model.cpp, load_hparams).
+    factors = [fields.get(f"llama.rope.{key}") or 1 for key in ("scaling.factor", "scale_linear")]
+    if fields.get("llama.expert_count") or fields.get("llama.rope.scaling.type", "none") != "none" or factors != [1, 1]:
         raise FormatError(f"{path}: a GGUF with experts or scaled rotary embeddings; convert from the original checkpoint")
-    tensors = {}
-    for tensor in reader.tensors:
-        name, role = _huggingface_name(tensor.name)
-        kind = tensor.tensor_type.name
-        if name is None:
-            raise FormatError(f"{path}: {tensor.name} has no counterpart in a Llama checkpoint and would be lost")
-        if kind not in TYPES:
-            raise FormatError(f"{path}: {tensor.name} is of type {kind}; read are {', '.join(TYPES)}")
-        shape = tuple(int(extent) for extent in reversed(tensor.shape))
-        heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}.get(role)
-        tensors[name] = GgufTensor(
-            TensorSpec(name, "F32", shape),
-            kind,
-            int(tensor.data_offset),
-            int(tensor.n_bytes),
-            int(fields.get(heads, fields["llama.attention.head_count"])) if heads else 0,
-        )
-    if "model.embed_tokens.weight" not in tensors:
-        raise FormatError(f"{path}: token_embd.weight is missing")
+    if fields.get("split.count", 1) not in (0, 1):
+        raise FormatError(f"{path}: one part of a split GGUF; join the parts with llama-gguf-split --merge")
+    tensors = dict(_tensor(path, fields, tensor) for tensor in reader.tensors)
+    for name, spelled in ((_EMBEDDING, "token_embd.weight"), (_FIRST_QUERY, "blk.0.attn_q.weight")):
+        if name not in tensors:
+            raise FormatError(f"{path}: {spelled} is missing")
+    width = tensors[_FIRST_QUERY].spec.shape[0] // _count(path, fields, "llama.attention.head_count")
+    for key in ("llama.attention.key_length", "llama.rope.dimension_count"):
+        if fields.get(key, width) != width:
+            raise FormatError(f"{path}: heads are {width} wide and {key} is {fields[key]}; a Llama checkpoint cannot say so")
     return GgufFile(path, fields, tensors)
+
+
+def _read(path: Path) -> Any:
+    """The gguf package's reader, which takes what lies beyond the end of the file for nothing; here it is an error.
+
+    Without it an array that claims 2**60 numbers keeps the reader busy for as long as there is memory.
+    """
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) != count:
+                raise ValueError(f"{count} numbers at byte {offset}, the file ends after {len(found)}")
+            return found
+
+    try:
+        return Reader(path)
+    except (OSError, ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:
+        raise FormatError(f"{path}: not a readable GGUF file ({error})") from None
+
+
+def _tensor(path: Path, fields: dict[str, Any], tensor: Any) -> tuple[str, GgufTensor]:
+    name, role = _huggingface_name(tensor.name)
+    kind = tensor.tensor_type.name
+    if name is None:
+        raise FormatError(f"{path}: {tensor.name} has no counterpart in a Llama checkpoint and would be lost")
+    if kind not in TYPES:
+        raise FormatError(f"{path}: {tensor.name} is of type {kind}; read are {', '.join(TYPES)}")
+    shape = tuple(int(extent) for extent in reversed(tensor.shape))
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise FormatError(f"{path}: {tensor.name} is of shape {list(shape)}; a Llama has vectors and matrices only")
+    heads = 0
+    if role in ("attn_q", "attn_k"):
+        heads = _count(path, fields, "llama.attention.head_count")
+        if role == "attn_k":
+            heads = _count(path, fields, "llama.attention.head_count_kv", heads)
+        if shape[0] % (2 * heads):
+            raise FormatError(f"{path}: {tensor.name} has {shape[0]} rows, which are not {heads} heads of an even width")
+    return name, GgufTensor(TensorSpec(name, "F32", shape), kind, int(tensor.data_offset), int(tensor.n_bytes), heads)
+
+
+def _number(path: Path, fields: dict[str, Any], key: str, default: float | None = None, *, lowest: float = 1e-30) -> float:
+    value = fields.get(key, default)
+    if value is None:
+        raise FormatError(f"{path}: {key} is missing; the file does not describe a Llama")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value < 2**63:
+        raise FormatError(f"{path}: {key} is {reprlib.repr(value)}, not the one number that a Llama has there")
+    return value
+
+
+def _count(path: Path, fields: dict[str, Any], key: str, default: int | None = None, *, lowest: int = 1) -> int:
+    value = _number(path, fields, key, default, lowest=lowest)
+    if not isinstance(value, int):
+        raise FormatError(f"{path}: {key} is {value}, not a whole number")
+    return value
 
 
 def _huggingface_name(name: str) -> tuple[str | None, str]:
@@ -163,10 +214,9 @@ def _huggingface_name(name: str) -> tuple[str | None, str]:
         return None, ""
     if stem in _TOP:
         return f"{_TOP[stem]}.weight", stem
-    if stem.startswith("blk."):
-        _, block, role = stem.split(".", 2)
-        if role in _BLOCK:
-            return f"model.layers.{block}.{_BLOCK[role]}.weight", role
+    found = _BLOCK_NAME.fullmatch(stem)
+    if found and found["role"] in _BLOCK:
+        return f"model.layers.{found['block']}.{_BLOCK[found['role']]}.weight", found["role"]
     return None, ""
 
 

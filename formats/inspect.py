@@ -12,7 +12,7 @@ from formats.manifest import MANIFEST, read_manifest
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
 
 #: Last parts of names under which quantized formats keep what is not a weight.
-_QUANTIZATION_PARTS = ("scale", "scale_inv", "zero_point", "SCB", "weight_shape", "weight_format")
+_QUANTIZATION_PARTS = ("scale", "scale_inv", "zero_point", "SCB", "shape", "format")
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -40,6 +40,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _inspect_folder(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     located = read_folder(folder)
     found: dict[str, Any] = {
         "path": str(folder),

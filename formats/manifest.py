@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from formats.errors import FormatError
 from formats.safetensors import json_bytes, read_json
@@ -16,6 +16,8 @@ MANIFEST = "octavo.json"
 CARD = "README.md"
 VERSION = 1
 CHUNK_BYTES = 1 << 20
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,41 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(raw, dict) or raw.get("manifest_version") != VERSION:
         raise FormatError(f"{folder / MANIFEST}: not a manifest of version {VERSION}; it was made by another version of octavo")
     try:
-        files = tuple(FileRecord(str(item["name"]), int(item["size_bytes"]), str(item["sha256"])) for item in raw["files"])
-        ledger = tuple(raw["ledger"])
-        outputs = [(str(name), str(dtype), list(shape)) for entry in ledger for name, dtype, shape in entry["outputs"]]
-        del outputs
         return Manifest(
-            target=raw["target"],
-            format=raw["format"],
-            source=dict(raw["source"]),
-            recipe=dict(raw["recipe"]),
-            versions=dict(raw["versions"]),
-            plan_digest=raw["plan_digest"],
-            ledger_sha256=raw["ledger_sha256"],
-            ledger=ledger,
-            files=files,
+            target=_is(str, raw, "target"),
+            format=_is(str, raw, "format"),
+            source=_is(dict, raw, "source"),
+            recipe=_is(dict, raw, "recipe"),
+            versions=_is(dict, raw, "versions"),
+            plan_digest=_is(str, raw, "plan_digest"),
+            ledger_sha256=_is(str, raw, "ledger_sha256"),
+            ledger=tuple(_ledger_entry(entry) for entry in _is(list, raw, "ledger")),
+            files=tuple(
+                FileRecord(_is(str, item, "name"), _is(int, item, "size_bytes"), _is(str, item, "sha256"))
+                for item in _is(list, raw, "files")
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{folder / MANIFEST}: not whole ({type(error).__name__}: {error})") from None
+
+
+def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, if it has what an entry has; see ``convert.plan.Entry.record``."""
+    for key in ("tensor", "dtype", "module", "rule", *(("scheme", "algorithm") if entry["decision"] == "quantize" else ("why",))):
+        _is(str, entry, key)
+    if entry["decision"] not in ("quantize", "keep"):
+        raise ValueError(f"{entry['tensor']}: a decision is quantize or keep, not {entry['decision']!r}")
+    for name, dtype, shape in [(entry["tensor"], entry["dtype"], entry["shape"]), *_is(list, entry, "outputs")]:
+        if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
+            raise TypeError(f"{entry['tensor']}: an output is a name, a dtype and a shape")
+    return entry
+
+
+def _is(kind: type[_Kind], record: Any, key: str) -> _Kind:
+    value = record[key]
+    if type(value) is not kind:
+        raise TypeError(f"{key} must be a {kind.__name__}")
+    return value
 
 
 def hash_file(path: Path, hasher: Any, *, stop: Callable[[], bool] = lambda: False) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,14 +74,15 @@ def parse_header(raw: bytes, file: str, size_bytes: int) -> tuple[dict[str, Loca
     if len(body) < length:
         raise FormatError(f"{file}: the header should have {length:,} bytes, {len(body):,} are there; the file is truncated")
     try:
-        header = json.loads(body, object_pairs_hook=_no_duplicates)
+        # Of bytes, json.loads would guess an encoding; the format knows one, and no byte order mark.
+        header = json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: the header is not the JSON object it must be ({error})") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not body.startswith(b"{"):
         raise FormatError(f"{file}: the header is not the JSON object it must be")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{file}: __metadata__ must map strings to strings")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) and _is_text(value) for value in metadata.values()):
+        raise FormatError(f"{file}: __metadata__ must map strings to strings (half a surrogate pair is none)")
     data_start = 8 + length
     located = sorted(
         (_parse_tensor(name, entry, file, data_start) for name, entry in header.items()), key=lambda item: (item.start, item.stop)
@@ -130,9 +132,16 @@ def shard_files(index: Mapping[str, Any], origin: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{origin}: no weight_map of tensors to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != PurePosixPath(file).name or file in ("", ".", "..") or "\\" in file:
+        if not is_plain_name(file):
             raise FormatError(f"{origin}: {name} is said to lie in {file!r}, which is not a file of this folder")
     return weight_map
+
+
+def is_plain_name(file: object) -> bool:
+    """Whether ``file`` names a file of the folder it is looked up in, wherever that folder lies: no path, nothing special."""
+    if not isinstance(file, str) or file in ("", ".", "..") or file != PurePosixPath(file).name:
+        return False
+    return not any(sign in file for sign in "\\\0") and _is_text(file)
 
 
 def read_folder(folder: Path) -> dict[str, Located]:
@@ -146,7 +155,7 @@ def read_folder(folder: Path) -> dict[str, Located]:
             raise FormatError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
         return read_header(folder / SINGLE_FILE)[0]
     weight_map = shard_files(read_json(index_path), str(index_path))
-    missing = sorted(file for file in set(weight_map.values()) if not (folder / file).exists())
+    missing = sorted(file for file in set(weight_map.values()) if not os.path.exists(folder / file))
     if missing:
         raise FormatError(f"{folder}: {len(missing)} shard(s) named by the index are missing: {', '.join(missing[:3])}; fetch them again")
     headers = {file: read_header(folder / file)[0] for file in sorted(set(weight_map.values()))}
@@ -209,7 +218,11 @@ def json_bytes(value: object) -> bytes:
 def read_json(path: Path) -> Any:
     """The JSON of a small file. Raises :class:`FormatError` naming the file."""
     try:
-        return json.loads(path.read_bytes())
+        text = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json_bytes(value)  # half a surrogate pair, which could not be written or hashed again
+        return value
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -221,21 +234,46 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"{key!r} comes twice")
+        if not _is_text(key):
+            raise ValueError(f"{key!r} has half a surrogate pair, which UTF-8 cannot hold")
         found[key] = value
     return found
+
+
+def _parse_int(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("-0 is no natural number")  # but Python's int makes one of it
+    return int(digits)
+
+
+def _is_text(value: str) -> bool:
+    """JSON can spell half a surrogate pair and Python reads it, but no file, terminal or other reader can have it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_tensor(name: str, entry: Any, file: str, data_start: int) -> Located:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{file}: {name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise FormatError(f"{file}: {name} is of dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(f"{file}: {name} is of dtype {reprlib.repr(dtype)}; known are {', '.join(DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{file}: {name} has shape {shape} and offsets {offsets}; both must be natural numbers, offsets in order")
+        found = f"shape {reprlib.repr(shape)} and offsets {reprlib.repr(offsets)}"
+        raise FormatError(f"{file}: {name} has {found}; both must be natural numbers, offsets in order")
+    elements = 1
+    for extent in shape:
+        # Stops here, not at the end: the product of a million large extents takes hours and is no number anybody can print.
+        elements *= extent
+        if elements * DTYPES[dtype].bits >= 2**63:
+            raise FormatError(f"{file}: {name} has shape {reprlib.repr(shape)}: more elements than any file can hold")
     spec = TensorSpec(name, dtype, tuple(shape))
     if offsets[1] - offsets[0] != spec.size_bytes:
-        raise FormatError(f"{file}: {name} has {offsets[1] - offsets[0]:,} bytes; {dtype} of shape {shape} needs {spec.size_bytes:,}")
+        count = offsets[1] - offsets[0]
+        raise FormatError(f"{file}: {name} has {count:,} bytes; {dtype} of shape {reprlib.repr(shape)} needs {spec.size_bytes:,}")
     return Located(spec, file, data_start + offsets[0], data_start + offsets[1])
 
 

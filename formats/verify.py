@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from formats.dtypes import numpy_dtype
 from formats.errors import FormatError
 from formats.manifest import CARD, CHUNK_BYTES, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
-from formats.safetensors import Located, read_folder, read_json
+from formats.safetensors import Located, is_plain_name, read_folder, read_json
 
 #: Files that a Hub client or a version-control system leaves beside an artifact.
 IGNORED = (".git", ".gitattributes", ".cache")
@@ -59,12 +60,16 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
         tensors = read_folder(folder)
     except FormatError as error:
         findings.append(Finding(str(folder), str(error), "fetch or make the artifact again"))
-    findings += _check_promises(manifest, tensors)
+    else:
+        findings += _check_promises(manifest, tensors)
     findings += _check_config(folder, manifest)
-    findings += [finding for item in tensors.values() if item.spec.name.endswith("_scale") for finding in _check_scale(folder, item)]
+    # Only scales that were written here: a model may have parameters of that name (CLIP's logit_scale), and they may be negative.
+    quantized = {name for entry in manifest.ledger if entry["decision"] == "quantize" for name, _, _ in entry["outputs"]}
+    scales = [item for name, item in tensors.items() if name in quantized and name.endswith("_scale")]
+    findings += [finding for item in scales for finding in _check_scale(folder, item)]
     hashed = 0
     if not quick:
-        sound = [file for file in manifest.files if _size(folder / file.name) == file.size_bytes]
+        sound = [file for file in manifest.files if is_plain_name(file.name) and _size(folder / file.name) == file.size_bytes]
         codes = [item for item in tensors.values() if item.spec.dtype == "F8_E4M3"]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for found in (
@@ -79,10 +84,10 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
 def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
     findings = []
     for file in manifest.files:
-        size = _size(folder / file.name)
-        if "/" in file.name or file.name in ("..", "."):
-            findings.append(Finding(file.name, "the manifest names a path outside the folder", "do not use this artifact"))
-        elif size is None:
+        # Before anything is opened: what a manifest names outside may be a device that never ends.
+        if not is_plain_name(file.name):
+            findings.append(Finding(file.name, "the manifest names what is not a file of this folder", "do not use this artifact"))
+        elif (size := _size(folder / file.name)) is None:
             findings.append(Finding(file.name, "missing", "fetch or make the artifact again"))
         elif size != file.size_bytes:
             findings.append(
@@ -122,8 +127,10 @@ def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
         config = read_json(folder / "config.json")
     except FormatError as error:
         return [Finding("config.json", str(error), "fetch or make the artifact again")]
+    if not isinstance(config, dict):
+        return [Finding("config.json", "not a JSON object", "fetch or make the artifact again")]
     quantized = any(entry["decision"] == "quantize" for entry in manifest.ledger)
-    section = config.get("quantization_config") if isinstance(config, dict) else None
+    section = config.get("quantization_config")
     if quantized and not isinstance(section, dict):
         return [
             Finding("config.json", "no quantization_config: readers would take codes for weights", "restore it, or make the artifact again")
@@ -166,8 +173,11 @@ def _check_codes(folder: Path, item: Located) -> list[Finding]:
 
 
 def _check_hash(folder: Path, file: FileRecord) -> list[Finding]:
-    if hash_file(folder / file.name, hashlib.sha256()) == file.sha256:
-        return []
+    try:
+        if hash_file(folder / file.name, hashlib.sha256()) == file.sha256:
+            return []
+    except OSError as error:
+        return [Finding(file.name, f"cannot be read ({error.strerror})", "fetch or make the artifact again")]
     return [Finding(file.name, "its sha256 is not the manifest's: bytes have changed", "fetch or make the artifact again")]
 
 
@@ -187,10 +197,12 @@ def _read(folder: Path, item: Located) -> Any:
 
 
 def _size(path: Path) -> int | None:
+    """Of a regular file (Hub clients link to them); None where there is none."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
         return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def main(folder: str, *options: str) -> None:
