@@ -113,8 +113,8 @@ class Target(_Section):
     """The programs that must load the artifact; it is proven in each."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
-    max_shard_size: Bytes = 5_000_000_000
-    """The largest weight file, for instance `5GB`."""
+    max_shard_size: Bytes = 2_000_000_000
+    """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
 
     def bounds(self) -> Quality:
         """``limits``, with what is left out taken from the loosest scheme that the rules use."""
