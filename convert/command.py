@@ -185,7 +185,9 @@ def main() -> None:
     # typer carries click inside itself or depends on it, by version; either way this is its UsageError.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        # typer answers Ctrl-C itself, with this code and no word.
+        sys.exit(_interrupted() if code == 130 else code)
     except usage_error as error:
         error.show()
         sys.exit(error.exit_code)

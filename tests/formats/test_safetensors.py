@@ -444,7 +444,6 @@ def test_the_good_folder_that_the_others_were_made_of_is_read(tmp_path: Path) ->
         "..\\1.safetensors",
         "C:\\1.safetensors",
         "1\0.safetensors",
-        "\ud800",
         None,
         3,
         ["1.safetensors"],
