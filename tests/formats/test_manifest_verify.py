@@ -533,8 +533,8 @@ def test_a_manifest_that_lacks_a_key_or_has_a_number_there_is_refused_by_it(arti
 @pytest.mark.parametrize(
     "changes",
     [
-        {"decision": "quantise"},
-        {"decision": None},
+        {"decision": "quantise", "why": "a typo"},
+        {"decision": None, "why": "nobody decided"},
         {"scheme": None},
         {"algorithm": 3},
         {"module": None},

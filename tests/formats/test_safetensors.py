@@ -496,12 +496,17 @@ def test_an_index_that_lies_is_refused(case: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(raised.value)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff", b'{"weight_map": 1}', b"{}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[1]", b"\xff", b'{"weight_map": 1}', b"{}", b"[" * 100_000, rb'{"weight_map": {"a": "\ud800"}}'],
+    ids=lambda text: text[:30],
+)
 def test_an_index_that_is_no_index_is_refused(tmp_path: Path, text: bytes) -> None:
     folder_of(tmp_path, TWO)
     (tmp_path / INDEX_FILE).write_bytes(text)
-    with pytest.raises(FormatError, match=INDEX_FILE):
+    with pytest.raises(FormatError, match=INDEX_FILE) as raised:
         read_folder(tmp_path)
+    str(raised.value).encode()
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -520,6 +525,12 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
 def test_shard_files_refuses_what_is_no_index(index: Any) -> None:
     with pytest.raises(FormatError, match="there: no weight_map"):
         shard_files(index, "there")
+
+
+def test_read_json_takes_a_byte_order_mark_and_whole_surrogate_pairs(tmp_path: Path) -> None:
+    """Editors leave the one, JSON writers that keep to ASCII the other."""
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + rb'{"a": "\ud83d\ude00", "b": "\\ud800"}')
+    assert read_json(tmp_path / "config.json") == {"a": "\N{GRINNING FACE}", "b": "\\ud800"}
 
 
 def test_read_json_names_the_file(tmp_path: Path) -> None:
