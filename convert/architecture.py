@@ -8,10 +8,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import SourceError
+from formats.layer import Attention
 from formats.safetensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Part:
+    """The weight of one linear layer inside a tensor of the checkpoint.
+
+    Of the tensor as rows of its last axis it is rows ``[start, stop)``, (out, in). With ``columns`` it is stored the other way round,
+    (in, out): those rows are input features, and output features are the columns ``[columns[0], columns[1])``.
+    """
+
+    module: str
+    start: int
+    stop: int
+    columns: tuple[int, int] | None = None
+
+    def shape(self, tensor: TensorSpec) -> tuple[int, int]:
+        """(out, in)."""
+        if self.columns is None:
+            return self.stop - self.start, tensor.matrix_shape[1]
+        return self.columns[1] - self.columns[0], self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -20,12 +41,12 @@ class Parameter:
 
     ``modules``: every module that uses it (two for a tied head). ``kind``: ``linear``, ``head`` (the output head, also where it is
     tied to the embedding), ``embedding``, ``expert`` (one of several, or all of them in one 3-D tensor), ``bias``, ``norm`` for
-    what is left that is a vector, ``other``. ``transposed``: stored (in, out) as GPT-2's Conv1D does.
+    what is left that is a vector, ``other``. ``parts``: the linear layers whose weights it holds, none for what cannot be quantized.
     """
 
     modules: tuple[str, ...]
     kind: str
-    transposed: bool = False
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class Architecture:
     the meta device. ``linears``: every linear module, whether or not the checkpoint has a tensor of its own for it.
     ``head``: the module of the output head, None for a model that predicts no tokens; ``tied``: it shares the embedding's tensor.
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
+    ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     """
 
     name: str
@@ -47,6 +69,7 @@ class Architecture:
     tied: bool
     context_length: int | None
     cache_bytes_per_token: int | None
+    attentions: tuple[Attention, ...] | None
 
 
 def describe(
@@ -73,17 +96,19 @@ def describe(
         parameters[tensor] = _classify(tensor, tensors[tensor], modules, aliases, kinds)
     filled = {alias for targets in names.values() for target in targets if target in by_name for alias in owners[id(by_name[target])]}
     text_config = model.config.get_text_config()
+    groups, attentions = _observe(model)
     tied = any(parameter.kind == "head" and len(parameter.modules) > 1 for parameter in parameters.values())
     return Architecture(
         name=type(model).__name__,
         parameters=parameters,
         missing=tuple(name for name in by_name if name not in filled),
-        groups=_observe_groups(model),
+        groups=groups,
         linears=tuple(name for name, kind in kinds.items() if kind in ("linear", "conv1d", "head")),
         head=_head_name(model),
         tied=tied,
         context_length=getattr(text_config, "max_position_embeddings", None),
         cache_bytes_per_token=_cache_bytes(text_config),
+        attentions=attentions,
     )
 
 
@@ -166,11 +191,11 @@ def _classify(tensor: str, spec: TensorSpec, modules: tuple[str, ...], aliases: 
     if len(spec.shape) < 2:
         return Parameter(modules, "norm")
     if "head" in of_modules:
-        return Parameter(modules, "head")
+        return Parameter(modules, "head", whole(spec, modules[0]))
     if "conv1d" in of_modules:
-        return Parameter(modules, "linear", transposed=True)
+        return Parameter(modules, "linear", (Part(modules[0], 0, spec.shape[0], columns=(0, spec.shape[1])),))
     if "linear" in of_modules:
-        return Parameter(modules, "linear")
+        return Parameter(modules, "linear", whole(spec, modules[0]))
     if "embedding" in of_modules:
         return Parameter(modules, "embedding")
     # transformers 5 keeps all experts of a layer in one 3-D parameter, whether the checkpoint does or not.
@@ -179,32 +204,54 @@ def _classify(tensor: str, spec: TensorSpec, modules: tuple[str, ...], aliases: 
     return Parameter(modules, "other")
 
 
-def _observe_groups(model: Any) -> tuple[tuple[str, ...], ...] | None:
-    """Runs eight tokens of nothing through the model and notes which linear modules were handed the very same tensor."""
+def whole(spec: TensorSpec, module: str) -> tuple[Part, ...]:
+    """The part that is all of a matrix (out, in); none when the tensor is no matrix."""
+    return (Part(module, 0, spec.shape[0]),) if len(spec.shape) == 2 else ()
+
+
+def _observe(model: Any) -> tuple[tuple[tuple[str, ...], ...] | None, tuple[Attention, ...] | None]:
+    """Runs eight tokens of nothing through the model, and notes which linear modules were handed the very same tensor, and which
+    module was at work when keys and values went into the cache."""
     import torch
+    from transformers import DynamicCache
     from transformers.pytorch_utils import Conv1D
 
     inputs: list[torch.Tensor] = []  # held, so that no identity is reused
     seen: dict[int, list[str]] = {}
+    at_work: list[str] = []
+    attentions: list[Attention] = []
 
-    def note(name: str, tensor: torch.Tensor) -> None:
-        inputs.append(tensor)
-        seen.setdefault(id(tensor), []).append(name)
+    def enter(name: str, module: Any, args: Any) -> None:
+        at_work.append(name)
+        if args and isinstance(module, (torch.nn.Linear, Conv1D)):
+            inputs.append(args[0])
+            seen.setdefault(id(args[0]), []).append(name)
 
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]) if args else None)
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    ]
+    def leave(*_: Any) -> None:
+        at_work.pop()
+
+    class Watcher(DynamicCache):
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            attentions.append(Attention(at_work[-1], layer_idx, key_states.shape[1]))
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: enter(name, module, args)))
+        hooks.append(module.register_forward_hook(leave))
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
-            model.eval()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
+            if model.can_generate():
+                model.eval()(input_ids=ids, past_key_values=Watcher(), use_cache=True)
+            else:
+                model.eval()(input_ids=ids)
     except Exception:  # noqa: BLE001  whatever a model does that has no meta kernel; the plan says that it was not observed
-        return None
+        return None, None
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(tuple(dict.fromkeys(names)) for names in seen.values())
+    return tuple(tuple(dict.fromkeys(names)) for names in seen.values()), tuple(attentions) or None
 
 
 def _cache_bytes(config: Any) -> int | None:

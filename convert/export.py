@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Condition, Lock, Thread
 
 from convert import __version__, quantize
+from convert.calibrate import NO_STATS, Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
 from convert.source import SourceDigests
@@ -51,11 +52,18 @@ class Artifact:
 
 
 def export(
-    plan: Plan, out: Path, progress: Progress, *, digests: SourceDigests | None = None, device: str = "cpu", workers: int | None = None
+    plan: Plan,
+    out: Path,
+    progress: Progress,
+    *,
+    stats: Stats = NO_STATS,
+    digests: SourceDigests | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
 ) -> list[Artifact]:
     """Makes every artifact of the plan in ``out/<target>``, or finds it made, and returns them in the plan's order.
 
-    ``digests`` of the source, if somebody began them already.
+    ``stats``: what calibration saw, for targets that need it; ``digests`` of the source, if somebody began them already.
 
     Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
     whatever reading and quantizing raise; what was finished stays for the next run.
@@ -68,17 +76,22 @@ def export(
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
-            _stream(plan, writers, progress, device=device, workers=workers or cores())
+            _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
             for target in pending:
-                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result())
+                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats)
     return [artifact for artifact in made.values() if artifact is not None]
 
 
-def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str, workers: int) -> None:
+def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, stats: Stats, *, device: str, workers: int) -> None:
     """Runs all work through a pool of workers."""
     import torch
 
     targets = {name: writer.target for name, writer in writers.items()}
+    for writer in writers.values():
+        for entry, piece in quantize.cache_pieces(writer.target, stats):
+            if entry.tensor.name not in writer.done:
+                writer.write(piece)
+                writer.finished(entry.tensor.name)
     done = {name: frozenset(writer.done) for name, writer in writers.items()}
     work = list(quantize.plan_work(list(targets.values()), list(plan.checkpoint.tensors.values()), done, gpu=device != "cpu"))
     _keep_freed_memory()
@@ -91,7 +104,7 @@ def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, d
         ):
 
             def one(item: quantize.Work) -> quantize.Work:
-                for piece in quantize.run(item, plan.checkpoint, targets, device=device):
+                for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device):
                     writers[piece.target].write(piece)
                 return item
 
@@ -189,7 +202,7 @@ class _Writer:
         for follower in self._followers.values():
             follower.join()
 
-    def finish(self, plan: Plan, sidecars: Mapping[str, bytes], digests: Mapping[str, str]) -> Artifact:
+    def finish(self, plan: Plan, sidecars: Mapping[str, bytes], digests: Mapping[str, str], stats: Stats) -> Artifact:
         """Writes everything that is not a weight, the manifest last, and gives the folder its final name."""
         missing = [entry.tensor.name for entry in self.target.entries if entry.tensor.name not in self.done]
         if missing:
@@ -212,6 +225,7 @@ class _Writer:
                 ],
             },
             recipe=plan.recipe.resolved(),
+            calibration=stats.record if self.target.calibrated else None,
             versions=_versions(),
             plan_digest=plan.digest,
             ledger_sha256=ledger_digest(ledger),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from convert.architecture import Part
 from convert.quantize import SLAB_ELEMENTS
 from convert.report import LayerNumbers
 from convert.source import Checkpoint, SafetensorsReader, open_source
@@ -23,7 +25,7 @@ from formats import FORMATS
 from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
-from formats.safetensors import read_folder
+from formats.safetensors import TensorSpec, read_folder
 from formats.scheme import SCHEMES, Grid
 
 
@@ -42,8 +44,13 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
     form = FORMATS[manifest.format]
     entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize"]
+    parts = [
+        (entry, Part(module, start, stop, columns and tuple(columns)))
+        for entry in entries
+        for module, start, stop, columns in entry["parts"]
+    ]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda entry: _compare_tensor(entry, reader, checkpoint, form), entries))
+        return list(pool.map(lambda item: _compare_part(item[0], item[1], reader, checkpoint, form), parts))
 
 
 def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -66,17 +73,21 @@ def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.
     return half_step + allowed
 
 
-def _compare_tensor(entry: dict[str, Any], artifact: SafetensorsReader, checkpoint: Checkpoint, form: Format) -> LayerNumbers:
-    name, scheme = entry["tensor"], SCHEMES[entry["scheme"]]
-    rows, columns = entry["shape"]
-    step = max(1, SLAB_ELEMENTS // columns) if scheme.weight.tile.rows == 1 else rows
+def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader, checkpoint: Checkpoint, form: Format) -> LayerNumbers:
+    source = checkpoint.tensors[entry["tensor"]]
+    scheme = SCHEMES[entry["scheme"]]
+    outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
+    rows, columns = part.shape(source)
+    mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
     signal = noise = worst = 0.0
     clipped = 0
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        weight = checkpoint.reader.read(name, start, stop).float()
-        stored = {output: artifact.read(output, start * shape[0] // rows, stop * shape[0] // rows) for output, _, shape in entry["outputs"]}
-        decoded: QTensor = form.decode(name, stored, scheme)
+    for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows):
+        if part.columns is None:
+            weight = checkpoint.reader.read(source.name, part.start + start, part.start + stop).float()
+        else:
+            weight = checkpoint.reader.read(source.name, part.start, part.stop)[:, slice(*part.columns)].T.float()
+        stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
+        decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         error = (decoded.dequantize() - weight).abs_()
         scale = decoded.spread_scale()
         # float32 rounding of the comparison itself is not the codes' fault
@@ -86,7 +97,21 @@ def _compare_tensor(entry: dict[str, Any], artifact: SafetensorsReader, checkpoi
         noise += float(error.square().sum(dtype=torch.float64))
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
     snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
     return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
+
+
+def _slabs(part: Part, rows: int, columns: int, multiple: int | None) -> Iterator[tuple[int, int]]:
+    step = rows if part.columns is not None or multiple is None else max(1, SLAB_ELEMENTS // columns // multiple) * multiple
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _read_rows(artifact: SafetensorsReader, spec: TensorSpec, start: int, stop: int, rows: int) -> torch.Tensor:
+    """What a tensor beside a weight of ``rows`` rows says of those in ``[start, stop)``, which begins and ends where tiles do."""
+    own = spec.matrix_shape[0]
+    read = artifact.read(spec.name, own * start // rows, own if stop == rows else own * stop // rows)
+    return read.reshape(-1) if len(spec.shape) == 1 else read
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
+from convert.calibrate import calibrate
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.html import render
@@ -65,11 +66,12 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
     memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
     check_memory = 0
+    if check or any(target.calibrated for target in plan.targets):
+        wide = plan.recipe.validation.reference == "float32"
+        check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
     if check:
         vocabulary = max((entry.tensor.shape[0] for target in plan.targets for entry in target.entries if entry.kind == "head"), default=0)
         disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
-        wide = plan.recipe.validation.reference == "float32"
-        check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     return Needs(memory, check_memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
 
@@ -104,7 +106,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
-        artifacts = export(job, out, progress, digests=digests, device=device)
+        artifacts = export(job, out, progress, stats=calibrate(job, progress), digests=digests, device=device)
     reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 

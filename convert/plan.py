@@ -15,14 +15,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert import __version__
-from convert.architecture import Architecture, Parameter
+from convert.architecture import Architecture, Parameter, Part, whole
 from convert.recipe import HEAD_WHY, Recipe, Rule, Target
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
 from formats.dtypes import FLOATS, from_torch_name
 from formats.errors import RecipeError, SourceError
-from formats.layer import QuantizedLayer
+from formats.layer import Contents, QuantizedLayer
 from formats.model_config import spell
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
 from formats.scheme import SCHEMES, Quality, Scheme
@@ -46,19 +46,30 @@ _KEEP_WHY = {
 class Entry:
     """The fate of one source tensor in one target: quantized by ``scheme`` and ``algorithm``, or kept because of ``why``.
 
-    ``plain`` is the tensor as it is stored when kept, ``outputs`` are the tensors it becomes on disk; ``rule`` is what decided, as
-    ``recipe.yaml:line:column match``.
+    ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
+    disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. Of kind ``cache`` it is a scale that no source tensor
+    becomes, and ``tensor`` the scale itself.
     """
 
     tensor: TensorSpec
     plain: TensorSpec
     modules: tuple[str, ...]
     kind: str
+    parts: tuple[Part, ...]
     scheme: Scheme | None
     algorithm: str | None
     rule: str
     why: str
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def decision(self) -> str:
+        return "quantize" if self.scheme else "add" if self.kind == "cache" else "keep"
+
+    def layers(self) -> list[QuantizedLayer]:
+        """The linear layers it is quantized as."""
+        scheme = self.scheme.name if self.scheme else ""
+        return [QuantizedLayer(part.module, scheme, part.shape(self.tensor), head=self.kind == "head") for part in self.parts]
 
     @property
     def size_bytes(self) -> int:
@@ -67,13 +78,16 @@ class Entry:
 
     def record(self) -> dict[str, Any]:
         """The entry as plain data, for the manifest."""
-        fate = {"scheme": self.scheme.name, "algorithm": self.algorithm} if self.scheme else {"why": self.why}
+        fate: dict[str, Any] = {"why": self.why}
+        if self.scheme:
+            parts = [[part.module, part.start, part.stop, part.columns] for part in self.parts]
+            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "parts": parts}
         return {
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,
             "shape": list(self.tensor.shape),
             "module": self.modules[0],
-            "decision": "quantize" if self.scheme else "keep",
+            "decision": self.decision,
             **fate,
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
@@ -92,6 +106,7 @@ class TargetPlan:
     dtype: str
     runtimes: tuple[str, ...]
     bounds: Quality
+    contents: Contents
 
     @cached_property
     def quantized(self) -> tuple[Entry, ...]:
@@ -102,10 +117,23 @@ class TargetPlan:
         """Bytes of all weight files, headers included: exactly what will lie on disk."""
         return sum(shard.size_bytes for shard in self.shards)
 
+    @property
+    def static(self) -> tuple[str, ...]:
+        """Modules whose inputs calibration must have seen."""
+        return tuple(layer.module for entry in self.quantized if entry.scheme and entry.scheme.static for layer in entry.layers())
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.static) or self.contents.cache is not None
+
     def texts(self) -> dict[str, bytes]:
-        """The files that the plan alone decides: ``config.json`` and, for several shards, the index."""
+        """The files that the plan alone decides: ``config.json``, what the format puts beside it and, for several shards, the index."""
         index = index_json(self.shards)
-        return {"config.json": json_bytes(dict(self.config)), **({"model.safetensors.index.json": index} if index else {})}
+        return {
+            "config.json": json_bytes(dict(self.config)),
+            **FORMATS[self.format].side_files(self.contents),
+            **({"model.safetensors.index.json": index} if index else {}),
+        }
 
     def ledger(self) -> list[dict[str, Any]]:
         return [entry.record() for entry in self.entries]
@@ -176,30 +204,52 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype)
         for name, spec in checkpoint.tensors.items()
     )
+    entries += _cache_entries(recipe, index, target, architecture, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if doubled:
         raise SourceError(f"{checkpoint.origin}: {doubled[0]} would be written twice; the source already has a tensor of that name")
-    layers = [QuantizedLayer(entry.modules[0], entry.scheme.name, head=entry.kind == "head") for entry in entries if entry.scheme]
+    layers = [layer for entry in entries if entry.scheme for layer in entry.layers()]
     quantized = {layer.module for layer in layers}
-    linears = (
-        architecture.linears
-        if architecture
-        else [p.modules[0] for name, p in parameters.items() if len(checkpoint.tensors[name].shape) == 2]
+    linears = architecture.linears if architecture else [part.module for p in parameters.values() for part in p.parts]
+    contents = Contents(
+        layers=layers,
+        kept=[module for module in linears if module not in quantized],
+        dtype=dtype,
+        cache=target.kv_cache,
+        attentions=(architecture.attentions if architecture else None) or (),
     )
-    kept = [module for module in linears if module not in quantized]
     form = FORMATS[target.format]
-    quantization = form.config(layers, kept) if layers else None
     return TargetPlan(
         name=target.name,
         format=target.format,
         entries=entries,
-        shards=lay_out(specs, form.METADATA, target.max_shard_size),
-        config=spell(checkpoint.config, dtype, quantization),
+        shards=lay_out(specs, lambda group: form.metadata(group, contents), target.max_shard_size),
+        config=spell(checkpoint.config, dtype, form.config(contents) if layers or target.kv_cache else None),
         dtype=dtype,
         runtimes=target.runtimes,
         bounds=target.bounds(),
+        contents=contents,
     )
+
+
+def _cache_entries(recipe: Recipe, index: int, target: Target, architecture: Architecture | None, dtype: str) -> tuple[Entry, ...]:
+    """The scales of keys and values, which no tensor of the source becomes."""
+    if target.kv_cache is None:
+        return ()
+    where = recipe.where("targets", index, "kv_cache")
+    if architecture is None or not architecture.attentions:
+        raise RecipeError(f"{where}: no attention of this model was seen to write to the cache; leave kv_cache out")
+    found: list[Entry] = []
+    for attention in architecture.attentions:
+        specs = FORMATS[target.format].cache_tensors(attention, target.kv_cache, dtype)
+        if specs is None:
+            raise RecipeError(f"{where}: {target.format} has no place for scales of a kv_cache in {target.kv_cache}; leave it out")
+        found += (
+            Entry(spec, spec, (attention.module,), "cache", (), None, None, PurePosixPath(where).name, f"the scale of its {what}", (spec,))
+            for spec, what in zip(specs, ("keys", "values"), strict=True)
+        )
+    return tuple(found)
 
 
 def _claim(
@@ -238,28 +288,34 @@ def _enter(
     plain = TensorSpec(spec.name, _float_dtype(spec.dtype, wanted, checkpoint), spec.shape)
     if rule is None or rule.scheme is None:
         why = (rule.why or "") if rule else _KEEP_WHY[parameter.kind]
-        return Entry(spec, plain, parameter.modules, parameter.kind, None, None, label, why, (plain,))
+        return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,))
     scheme = SCHEMES[rule.scheme]
     position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
     refusal = _refusal(spec, parameter, scheme, target.format)
     if refusal:
         raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
-    outputs = FORMATS[target.format].layer_tensors(TensorSpec(spec.name, dtype, spec.shape), scheme)
-    return Entry(spec, plain, parameter.modules, parameter.kind, scheme, rule.algorithm, label, "", outputs)
+    outputs = tuple(
+        output
+        for part in parameter.parts
+        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", dtype, part.shape(spec)), scheme)
+    )
+    return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, scheme, rule.algorithm, label, "", outputs)
 
 
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name: str) -> str | None:
     if parameter.kind == "head" and len(parameter.modules) > 1:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
-    if parameter.kind == "expert":
-        return "experts of a mixture are not written yet; keep them with a rule"
-    if parameter.kind not in ("linear", "head", "unknown"):
+    if parameter.kind not in ("linear", "head", "expert", "unknown"):
         return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"
-    if len(spec.shape) != 2 or spec.elements == 0 or not spec.name.endswith(".weight"):
-        return f"a weight must be a matrix called *.weight, this is of shape {list(spec.shape)}"
+    if not parameter.parts or spec.elements == 0:
+        return f"no linear layer was found in it, of shape {list(spec.shape)}"
     if spec.dtype not in FLOATS:
         return f"it is stored as {spec.dtype}, and only {', '.join(FLOATS)} can be quantized"
-    return FORMATS[format_name].refusal(scheme, transposed=parameter.transposed)
+    for part in parameter.parts:
+        refused = FORMATS[format_name].refusal(scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert")
+        if refused:
+            return refused
+    return None
 
 
 def _matches(pattern: str, name: str, parameter: Parameter, where: str) -> bool:
@@ -293,7 +349,7 @@ def _parameter(spec: TensorSpec, architecture: Architecture | None) -> Parameter
     module, _, last = spec.name.rpartition(".")
     if last != "weight" or len(spec.shape) != 2:
         return Parameter((module or spec.name,), "bias" if last == "bias" else "norm" if len(spec.shape) < 2 else "other")
-    return Parameter((module,), "unknown")
+    return Parameter((module,), "unknown", whole(spec, module))
 
 
 def _model_dtype(recipe: Recipe, checkpoint: Checkpoint) -> str:

@@ -6,8 +6,10 @@ rows alone, which is every per-channel and per-group scheme, a tensor of any siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +19,13 @@ from formats import FORMATS
 from formats.dtypes import DTYPES
 from formats.errors import NumericsError
 from formats.safetensors import TensorSpec
+from formats.scheme import CACHES, Quantization
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from convert.architecture import Part
+    from convert.calibrate import Stats
     from convert.plan import Entry, TargetPlan
     from convert.source import Checkpoint
     from formats.qtensor import QTensor
@@ -46,8 +51,7 @@ class Work:
 
     @property
     def size_bytes(self) -> int:
-        rows = max(self.spec.shape[0], 1) if self.spec.shape else 1
-        return self.spec.size_bytes * (self.stop - self.start) // rows
+        return self.spec.size_bytes * (self.stop - self.start) // max(self.spec.matrix_shape[0], 1)
 
 
 @dataclass(frozen=True)
@@ -63,48 +67,96 @@ class Piece:
 def plan_work(
     targets: Sequence[TargetPlan], tensors: Sequence[TensorSpec], done: Mapping[str, frozenset[str]], *, gpu: bool
 ) -> Iterator[Work]:
-    """Every slab that is still to do, in the order of the source. ``done``: by target, source tensors already written."""
+    """Every slab that is still to do, in the order of the source. ``done``: by target, source tensors already written.
+
+    A slab never crosses the end of a part; it is a whole part where rows cannot be told apart (one scale for all, or transposed).
+    """
     by_target = {target.name: {entry.tensor.name: entry for entry in target.entries} for target in targets}
     for spec in tensors:
         wanted = {name: of[spec.name] for name, of in by_target.items() if spec.name not in done[name]}
         if not wanted:
             continue
-        rows = spec.shape[0] if spec.shape else 1
+        rows, columns = spec.matrix_shape
+        multiples = [_row_multiple(entry) for entry in wanted.values()]
         step = rows
-        if rows and all(_row_wise(entry) for entry in wanted.values()):
-            step = max(1, (GPU_SLAB_ELEMENTS if gpu else SLAB_ELEMENTS) * rows // max(spec.elements, 1))
-        starts = range(0, rows, max(step, 1)) if rows else (0,)
-        for start in starts:
-            stop = min(start + step, rows)
-            yield Work(spec, start, stop, wanted, last=stop == rows)
+        if None not in multiples:
+            multiple = math.lcm(*(m for m in multiples if m))
+            step = max(1, (GPU_SLAB_ELEMENTS if gpu else SLAB_ELEMENTS) // max(columns, 1) // multiple) * multiple
+        edges = sorted({0, rows, *(edge for entry in wanted.values() if entry.scheme for p in entry.parts for edge in (p.start, p.stop))})
+        for low, high in pairwise(edges) if rows else [(0, 0)]:
+            for start in range(low, high, step) if rows else (0,):
+                stop = min(start + step, high)
+                yield Work(spec, start, stop, wanted, last=stop == rows)
 
 
-def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], *, device: str) -> list[Piece]:
+def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], stats: Stats, *, device: str) -> list[Piece]:
     """Reads the rows, quantizes or copies them, and encodes them for each target.
 
-    Targets that agree on scheme, algorithm and scale dtype share the codes.
+    Targets that agree on how the weight is quantized, on the algorithm and on the dtype of scales share the codes.
     Raises :class:`NumericsError`, naming the tensor, on NaN or Inf.
     """
     values = checkpoint.reader.read(work.spec.name, work.start, work.stop)
     pieces: list[Piece] = []
-    codes: dict[tuple[str, str, str], QTensor] = {}
+    codes: dict[tuple[str, Quantization, str, str], QTensor] = {}
     for name, entry in work.entries.items():
-        target = targets[name]
         if entry.scheme is None:
-            pieces.append(_piece(name, entry.plain, _cast(values, entry.plain, work), work))
+            pieces.append(_piece(name, entry.plain, work.start, work.spec.matrix_shape[0], _cast(values, entry.plain, work)))
             continue
-        key = (entry.scheme.name, str(entry.algorithm), target.dtype)
-        if key not in codes:
-            codes[key] = _quantize(values.to(device), entry, target.dtype, work)
-        encoded = FORMATS[target.format].encode(work.spec.name, codes[key])
-        pieces += [_piece(name, spec, encoded[spec.name], work) for spec in entry.outputs]
+        dtype = targets[name].dtype
+        for part in entry.parts:
+            if not part.start <= work.start < part.stop:
+                continue
+            key = (part.module, entry.scheme.weight, str(entry.algorithm), dtype)
+            if key not in codes:
+                weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
+                codes[key] = _quantize(weight.to(device), entry, dtype, work)
+            pieces += _encode(targets[name], entry, part, codes[key], work, stats)
     return pieces
+
+
+def _encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:
+    assert entry.scheme is not None
+    form = FORMATS[target.format]
+    weight = TensorSpec(f"{part.module}.weight", target.dtype, part.shape(work.spec))
+    tensors = form.encode(weight.name, quantized, entry.scheme)
+    specs = form.layer_tensors(weight, entry.scheme)
+    for spec in specs.rows:
+        yield _piece(target.name, spec, work.start - part.start, weight.shape[0], tensors[spec.name])
+    if work.start == part.start:
+        once = form.constants(weight, entry.scheme, stats.inputs.get(part.module))
+        for spec in specs.once:
+            yield _piece(target.name, spec, 0, 1, once[spec.name])
+
+
+def cache_pieces(target: TargetPlan, stats: Stats) -> Iterator[tuple[Entry, Piece]]:
+    """The scales of keys and values: the largest magnitude seen, a layer or a head, over the largest code. Raises
+    :class:`NumericsError` where calibration saw nothing but zeros, or what is not finite."""
+    cache = target.contents.cache
+    if cache is None:
+        return
+    quantization = CACHES[cache]
+    entries = {entry.tensor.name: entry for entry in target.entries if entry.kind == "cache"}
+    for attention in target.contents.attentions:
+        specs = FORMATS[target.format].cache_tensors(attention, cache, target.dtype)
+        assert specs is not None
+        for spec, seen in zip(specs, (stats.keys[attention.module], stats.values[attention.module]), strict=True):
+            absmax = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)])
+            scale = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[spec.dtype].torch_name))
+            if not is_finite(scale) or not bool((scale > 0).all()):
+                raise NumericsError(f"{spec.name}: calibration saw magnitudes of {min(seen):g} to {max(seen):g}; give it other text")
+            yield entries[spec.name], _piece(target.name, spec, 0, 1, scale.reshape(spec.shape))
 
 
 def working_bytes(targets: Sequence[TargetPlan], workers: int, *, gpu: bool) -> int:
     """Host memory held while tensors stream: for each worker a slab as it was read, in float32, and as it is written."""
     slab = GPU_SLAB_ELEMENTS if gpu else SLAB_ELEMENTS
-    whole = [entry.tensor.elements for target in targets for entry in target.entries if not _row_wise(entry)]
+    whole = [
+        part.shape(entry.tensor)[0] * part.shape(entry.tensor)[1]
+        for target in targets
+        for entry in target.entries
+        if _row_multiple(entry) is None
+        for part in entry.parts
+    ]
     return workers * max([slab, *whole]) * (4 + 4 + 4 + 4 * len(targets))
 
 
@@ -123,7 +175,7 @@ def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTe
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
     result = ALGORITHMS[str(entry.algorithm)].quantize(values, entry.scheme.weight, scale_dtype=scale_dtype)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
-    if not is_finite(result.scale):
+    if not is_finite(result.scale if result.scale.dtype != torch.float8_e8m0fnu else result.scale.float()):
         if is_finite(values):
             raise NumericsError(f"{work.spec.name}: a scale exceeds {dtype}; set dtype: bfloat16 or float32 in the recipe")
         raise NumericsError(_where_not_finite(values, work))
@@ -153,11 +205,17 @@ def _where_not_finite(values: torch.Tensor, work: Work) -> str:
     )
 
 
-def _piece(target: str, spec: TensorSpec, values: torch.Tensor, work: Work) -> Piece:
-    rows = work.spec.shape[0] if work.spec.shape else 1
+def _piece(target: str, spec: TensorSpec, start: int, rows: int, values: torch.Tensor) -> Piece:
+    """Bytes of ``spec`` that begin where ``start`` of ``rows`` rows of the weight end; ``spec`` may have one row for several of them."""
+    own = spec.matrix_shape[0]
     data = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Piece(target, spec.name, spec.size_bytes // max(rows, 1) * work.start, data)
+    return Piece(target, spec.name, spec.size_bytes // max(own, 1) * (own * start // max(rows, 1)), data)
 
 
-def _row_wise(entry: Entry) -> bool:
-    return entry.scheme is None or (ALGORITHMS[str(entry.algorithm)].row_wise and entry.scheme.weight.tile.rows == 1)
+def _row_multiple(entry: Entry) -> int | None:
+    """Slabs of an entry must begin at multiples of so many rows; None: it needs its parts whole."""
+    if entry.scheme is None:
+        return 1
+    if not ALGORITHMS[str(entry.algorithm)].row_wise or any(part.columns for part in entry.parts):
+        return None
+    return entry.scheme.weight.tile.rows

@@ -21,7 +21,7 @@ from convert.algorithms import ALGORITHMS
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
 from formats.errors import RecipeError
-from formats.scheme import SCHEMES, Quality
+from formats.scheme import CACHES, SCHEMES, Quality
 
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
@@ -109,6 +109,8 @@ class Target(_Section):
     """How the numbers are spelled on disk."""
     rules: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)] = (Rule(match="linear", scheme="int8-dynamic"),)
     """What becomes of which tensor; the first match wins. The output head is kept unless a rule names it."""
+    kv_cache: Annotated[str, _one_of(CACHES, "kv_cache")] | None = None
+    """Scales for keys and values in eight bits, found by calibration: `fp8` (one a layer) or `fp8-per-head`."""
     runtimes: Annotated[tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1)] = ("transformers",)
     """The programs that must load the artifact; it is proven in each."""
     limits: Limits = Limits()
@@ -131,13 +133,13 @@ class Target(_Section):
 
 
 class Calibration(_Section):
-    """The text that calibrated algorithms look at."""
+    """The text on which the ranges of static activations and of keys and values are seen."""
 
     text: str = "sample"
-    """`sample`, or a .txt or .jsonl file."""
-    sequences: Positive = 128
+    """`sample` (a public-domain dictionary that comes with the tool), or a .txt or .jsonl file."""
+    sequences: Positive = 32
     """How many sequences are read."""
-    length: Positive = 2048
+    length: Positive = 512
     """Tokens in each."""
     seed: int = 0
     """Chooses which part of the text is read."""
@@ -180,7 +182,7 @@ class Recipe(_Section):
     trust_remote_code: bool = False
     """Allow code that comes with the model to run on this machine."""
     calibration: Calibration | None = None
-    """The text that calibrated algorithms look at."""
+    """The text on which ranges are seen; the sample text where something needs them and nothing is said here."""
     validation: Validation = Validation()
     """The held-out text on which artifact and source are compared."""
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
@@ -265,6 +267,7 @@ def json_schema() -> dict[str, Any]:
         ("Target", "format", FORMATS),
     ):
         definitions[section]["properties"][field]["enum"] = list(known)
+    definitions["Target"]["properties"]["kv_cache"]["anyOf"][0]["enum"] = list(CACHES)
     definitions["Rule"]["properties"]["scheme"]["anyOf"][0]["enum"] = list(SCHEMES)
     definitions["Target"]["properties"]["runtimes"]["items"]["enum"] = list(RUNTIMES)
     definitions["Target"]["properties"]["max_shard_size"] = {
@@ -283,12 +286,16 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
-    algorithms = {rule.algorithm for target in recipe.targets for rule in target.rules if rule.scheme}
-    if recipe.calibration and not any(ALGORITHMS[name].calibrated for name in algorithms):
+    if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
-            f"{recipe.where('calibration')}: no rule asks for a calibrated algorithm (they use {', '.join(sorted(algorithms)) or 'none'}), "
+            f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
             "so this text would not be read; remove it"
         )
+
+
+def _reads_calibration(target: Target) -> bool:
+    used = [rule for rule in target.rules if rule.scheme]
+    return target.kv_cache is not None or any(ALGORITHMS[rule.algorithm].calibrated or SCHEMES[str(rule.scheme)].static for rule in used)
 
 
 def _load(text: str, file: str, where: dict[Path_, str]) -> Any:

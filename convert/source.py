@@ -108,7 +108,8 @@ class Reader(Protocol):
     """How tensors are read; thread-safe."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``[start, stop)`` along axis 0 (a scalar is its one row), in the dtype of the spec, in memory of their own."""
+        """Rows ``[start, stop)`` of the tensor as a matrix (:attr:`TensorSpec.matrix_shape`), in the dtype of the spec, in memory of
+        their own."""
 
     def path(self, file: str) -> Path:
         """Where a weight file lies on this machine, fetched if need be."""
@@ -141,6 +142,11 @@ class Checkpoint:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def pinned(self) -> str:
+        """What opens the same model again, at the same commit."""
+        return f"{self.origin}@{self.commit}" if self.commit else self.origin
 
     def fingerprint(self) -> list[Any]:
         """What must not change while a conversion is interrupted: names, sizes and, for local files, their times of change."""
@@ -334,8 +340,8 @@ class SafetensorsReader:
         import torch
 
         item = self._located[name]
-        shape = item.spec.shape
-        row_bytes = item.spec.size_bytes // max(shape[0], 1) if shape else item.spec.size_bytes
+        rows, columns = item.spec.matrix_shape
+        row_bytes = item.spec.size_bytes // max(rows, 1)
         raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
         position = item.start + start * row_bytes
@@ -345,7 +351,7 @@ class SafetensorsReader:
                 raise SourceError(f"{item.file}: {name} ends early; the file changed while it was read")
             view, position = view[count:], position + count
         dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
-        return raw.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+        return raw.view(dtype).reshape(stop - start, columns)
 
     def path(self, file: str) -> Path:
         return self._file(file)[0]
@@ -374,7 +380,7 @@ class GgufReader:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self._gguf.read(name, start, stop))
+        return torch.from_numpy(self._gguf.read(name, start, stop)).reshape(stop - start, -1)
 
     def path(self, file: str) -> Path:  # noqa: ARG002
         return self._gguf.path

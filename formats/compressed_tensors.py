@@ -1,17 +1,23 @@
 """compressed-tensors on disk: the form transformers, vLLM and SGLang read.
 
 Names, shapes and arguments follow compressed-tensors 0.20 (``compressors/*``, ``quantization/quant_args.py``,
-``quantization/quant_config.py``) and were loaded in transformers 5.23 and vLLM 0.32:
+``quantization/quant_config.py``, ``quantization/quant_scheme.py``) and were loaded in transformers 5.23:
 
-==================  =======================================  ==========================
-scheme              ``format``                               tensors of a layer
-==================  =======================================  ==========================
-int8-dynamic        ``int-quantized``                        ``weight`` I8 (out, in), ``weight_scale`` (out, 1)
-fp8-dynamic         ``float-quantized``                      ``weight`` F8_E4M3 (out, in), ``weight_scale`` (out, 1)
-==================  =======================================  ==========================
+=============================  ====================  ===============================================================
+schemes                        ``format``            tensors of a layer, beside ``weight`` in the dtype of the codes
+=============================  ====================  ===============================================================
+int8-dynamic[-asymmetric]      ``int-quantized``     ``weight_scale`` (out, 1)
+int8-static                    ``int-quantized``     the same, ``input_scale`` (1)
+int8-weight-only[-g*]          ``pack-quantized``    ``weight_packed`` I32 (out, in / 4) in its stead, ``weight_scale``
+                                                     (out, groups), ``weight_shape`` I64 (2)
+fp8-dynamic, fp8-weight-only   ``float-quantized``   ``weight_scale`` (out, 1)
+fp8-static                     ``float-quantized``   ``weight_scale`` (1), ``input_scale`` (1)
+fp8-block                      ``float-quantized``   ``weight_scale`` (out / 128, in / 128)
+mxfp8                          ``mxfp8-quantized``   ``weight_scale`` U8 exponents (out, in / 32)
+=============================  ====================  ===============================================================
 
-Scales are stored in the dtype of the model, which transformers casts them to at load anyway; they multiply. A symmetric scheme
-stores no zero point (vLLM refuses one).
+Keys and values in FP8 add ``k_scale`` and ``v_scale`` to the attention: (1), or (heads, 1, 1). Other scales are stored in the dtype of
+the model, which transformers casts them to at load anyway; they multiply. A symmetric scheme stores no zero point (vLLM refuses one).
 """
 
 from __future__ import annotations
@@ -19,58 +25,106 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from formats.layer import LayerNames, QuantizedLayer
+from formats.layer import Attention, Contents, LayerNames, LayerTensors
 from formats.safetensors import TensorSpec
-from formats.scheme import PER_CHANNEL, SCHEMES, Quantization, Scheme
+from formats.scheme import BLOCK_128, CACHES, PER_TENSOR, SCHEMES, Quantization, Scheme
 
 if TYPE_CHECKING:
     import torch
 
     from formats.qtensor import QTensor
 
-#: ``__metadata__`` of every file; transformers refuses one without it.
-METADATA = {"format": "pt"}
-
-_FORMATS = {"int": "int-quantized", "float": "float-quantized"}
+#: Codes in one element of ``weight_packed``.
+_PACKED = 4
 
 
-def refusal(scheme: Scheme, *, transposed: bool) -> str | None:
-    """Why this format cannot hold a layer of this scheme, or None. ``transposed``: the source stores (in, out)."""
+def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str | None:
+    """Why this format cannot hold a layer of this scheme and shape (out, in), or None. ``transposed``: the source stores (in, out)."""
     if transposed:
         return "its weight is stored transposed (Conv1D), and readers of compressed-tensors replace Linear modules only"
-    if scheme.weight.tile != PER_CHANNEL or not scheme.weight.symmetric:
-        return f"{scheme.name} has no spelling in compressed-tensors here"
+    if scheme.weight.scale == "F32":
+        return "compressed-tensors keeps scales in the dtype of the model"
+    rows, columns = shape
+    tile = scheme.weight.tile
+    if tile == BLOCK_128 and (rows % 128 or columns % 128):
+        return f"{rows} x {columns} is not made of whole blocks of 128 x 128, and its readers refuse the rest of a block"
+    if tile.rows == 1 and tile.columns is not None and columns % tile.columns:
+        return f"its {columns} input features are no multiple of {tile.columns}, and its readers know no shorter group"
     return None
 
 
-def layer_tensors(weight: TensorSpec, scheme: Scheme) -> tuple[TensorSpec, ...]:
-    """What a linear layer becomes on disk; ``weight`` is the source's (out, in) in the dtype of the model."""
+def layer_tensors(weight: TensorSpec, scheme: Scheme) -> LayerTensors:
+    """What a linear layer becomes on disk; ``weight`` is called ``<module>.weight``, (out, in), in the dtype of the model."""
     names = LayerNames.of(weight.name)
-    rows, columns = weight.shape
-    return (
-        TensorSpec(weight.name, scheme.weight.grid.dtype, (rows, columns)),
-        TensorSpec(names.scale, weight.dtype, scheme.weight.tile.scale_shape((rows, columns))),
-    )
+    rows, columns = weight.matrix_shape
+    tile = scheme.weight.tile
+    scale_shape: tuple[int, ...] = (1,) if tile == PER_TENSOR else tile.scale_shape((rows, columns))
+    scale = TensorSpec(names.scale, "U8" if scheme.weight.scale == "F8_E8M0" else weight.dtype, scale_shape)
+    if _is_packed(scheme):
+        packed = TensorSpec(f"{weight.name}_packed", "I32", (rows, -(-columns // _PACKED)))
+        return LayerTensors((packed, scale), (TensorSpec(f"{weight.name}_shape", "I64", (2,)),))
+    codes = TensorSpec(weight.name, scheme.weight.grid.dtype, (rows, columns))
+    once = (TensorSpec(f"{names.module}.input_scale", weight.dtype, (1,)),) if scheme.static else ()
+    return LayerTensors((codes, scale), once)
 
 
-def encode(name: str, quantized: QTensor) -> dict[str, torch.Tensor]:
-    """The tensors of :func:`layer_tensors` for a weight called ``name``, or for any run of its rows."""
-    return {name: quantized.values, LayerNames.of(name).scale: quantized.scale}
+def encode(name: str, quantized: QTensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The codes and scales of a weight called ``name``, or of any run of its rows that ends where a tile does: of :func:`layer_tensors`
+    the ``rows``."""
+    import torch
+
+    scale = quantized.scale
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if quantized.quantization.tile == PER_TENSOR:
+        scale = scale.reshape(1)
+    codes = {f"{name}_packed": _pack(quantized.values)} if _is_packed(scheme) else {name: quantized.values}
+    return {**codes, LayerNames.of(name).scale: scale}
 
 
-def decode(name: str, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of :func:`encode`, from what lies on disk."""
+def constants(weight: TensorSpec, scheme: Scheme, input_absmax: float | None) -> dict[str, torch.Tensor]:
+    """The tensors that are written once a layer. ``input_absmax``: the largest magnitude calibration saw come in, for a static scheme."""
+    import torch
+
+    from formats.dtypes import DTYPES
+
+    if _is_packed(scheme):
+        return {f"{weight.name}_shape": torch.tensor(weight.matrix_shape)}
+    if not scheme.static:
+        return {}
+    assert scheme.activation is not None
+    assert input_absmax is not None
+    scale = torch.tensor([input_absmax]) / scheme.activation.grid.high
+    return {f"{LayerNames.of(weight.name).module}.input_scale": scale.to(getattr(torch, DTYPES[weight.dtype].torch_name))}
+
+
+def decode(weight: TensorSpec, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
+    """The inverse of :func:`encode`, from what lies on disk; ``weight`` has the shape of the rows that ``tensors`` are about."""
+    import torch
+
     from formats.qtensor import QTensor
 
-    return QTensor(tensors[name], tensors[LayerNames.of(name).scale], scheme.weight)
+    rows, columns = weight.matrix_shape
+    values = _unpack(tensors[f"{weight.name}_packed"], columns) if _is_packed(scheme) else tensors[weight.name]
+    scale = tensors[LayerNames.of(weight.name).scale]
+    if scheme.weight.scale == "F8_E8M0":
+        scale = scale.view(torch.float8_e8m0fnu)
+    return QTensor(values, scale.reshape(scheme.weight.tile.scale_shape((rows, columns))), scheme.weight)
 
 
-def config(layers: Sequence[QuantizedLayer], kept_linears: Sequence[str]) -> dict[str, Any]:
+def cache_tensors(attention: Attention, cache: str, dtype: str) -> tuple[TensorSpec, TensorSpec] | None:
+    """The scales of an attention's keys and values, in this order. vLLM applies them to keys after the rotary embedding."""
+    shape: tuple[int, ...] = (1,) if CACHES[cache].tile == PER_TENSOR else (attention.heads, 1, 1)
+    return TensorSpec(f"{attention.module}.k_scale", dtype, shape), TensorSpec(f"{attention.module}.v_scale", dtype, shape)
+
+
+def config(contents: Contents) -> dict[str, Any] | None:
     """``quantization_config`` for ``config.json``: one group a scheme, every linear that was kept named in ``ignore``.
 
     ``quantization_status`` must say ``compressed``: without it transformers 5 loads codes as weights and says nothing.
-    A tied head must be in ``kept_linears``, or transformers serves NaN.
+    A tied head must be among the kept, or transformers serves NaN.
     """
+    layers = contents.layers
     names = list(dict.fromkeys(layer.scheme for layer in layers))
     groups = {}
     for i, name in enumerate(names):
@@ -83,25 +137,74 @@ def config(layers: Sequence[QuantizedLayer], kept_linears: Sequence[str]) -> dic
             "weights": _arguments(scheme.weight),
             "input_activations": None if scheme.activation is None else _arguments(scheme.activation, activation=True),
             "output_activations": None,
-            "format": _FORMATS[scheme.weight.grid.kind],
+            "format": _format(scheme),
         }
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": "dense" if not formats else formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(kept_linears),
-        "kv_cache_scheme": None,
+        "ignore": list(contents.kept),
+        "kv_cache_scheme": None if contents.cache is None else _cache_arguments(CACHES[contents.cache]),
     }
+
+
+def metadata(tensors: Sequence[TensorSpec], contents: Contents) -> dict[str, str]:  # noqa: ARG001
+    """``__metadata__`` of a file; transformers refuses one without it."""
+    return {"format": "pt"}
+
+
+def side_files(contents: Contents) -> dict[str, bytes]:  # noqa: ARG001
+    """Files beside ``config.json`` that a reader wants: none."""
+    return {}
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    """INT8 codes without INT8 activations: vLLM reads them packed only (``compressed_tensors_wNa16.py``)."""
+    return scheme.activation is None and scheme.weight.grid.kind == "int"
+
+
+def _format(scheme: Scheme) -> str:
+    if scheme.weight.scale == "F8_E8M0":
+        return "mxfp8-quantized"
+    return "pack-quantized" if _is_packed(scheme) else f"{scheme.weight.grid.kind}-quantized"
 
 
 def _arguments(quantization: Quantization, *, activation: bool = False) -> dict[str, Any]:
-    strategies = {PER_CHANNEL: "token" if activation else "channel"}
-    return {
+    tile = quantization.tile
+    arguments = {
         "num_bits": 8,
         "type": quantization.grid.kind,
         "symmetric": quantization.symmetric,
-        "strategy": strategies[quantization.tile],
         "dynamic": quantization.dynamic,
     }
+    if tile == PER_TENSOR:
+        return {**arguments, "strategy": "tensor"}
+    if tile.columns is None:
+        return {**arguments, "strategy": "token" if activation else "channel"}
+    if tile.rows != 1:
+        return {**arguments, "strategy": "block", "block_structure": [tile.rows, tile.columns]}
+    exponents = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if quantization.scale == "F8_E8M0" else {}
+    return {**arguments, "strategy": "group", "group_size": tile.columns, **exponents}
+
+
+def _cache_arguments(quantization: Quantization) -> dict[str, Any]:
+    return {**_arguments(quantization), "strategy": "tensor" if quantization.tile == PER_TENSOR else "attn_head"}
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """(out, in) int8 -> (out, in / 4) int32: code + 128 in the j-th byte, little-endian (``pack_quantized/helpers.py``)."""
+    import torch
+
+    rest = -codes.shape[1] % _PACKED
+    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
+    if rest:
+        unsigned = torch.nn.functional.pad(unsigned, (0, rest))
+    return unsigned.contiguous().view(torch.int32)
+
+
+def _unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    import torch
+
+    return (packed.contiguous().view(torch.uint8)[:, :columns].to(torch.int16) - 128).to(torch.int8)

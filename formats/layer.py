@@ -1,8 +1,11 @@
-"""Names that quantized layers have in common across formats."""
+"""What layers have in common across formats: names beside a weight, and what the plan tells a format of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from formats.safetensors import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,48 @@ class LayerNames:
 
 
 @dataclass(frozen=True)
+class LayerTensors:
+    """What a linear layer becomes on disk: tensors whose first axis follows the rows of the weight (or their tiles), and tensors
+    that are written once, whatever the codes."""
+
+    rows: tuple[TensorSpec, ...]
+    once: tuple[TensorSpec, ...] = ()
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        yield from self.rows
+        yield from self.once
+
+
+@dataclass(frozen=True)
 class QuantizedLayer:
-    """One quantized linear layer of an artifact: the runtime's module, its scheme's name, and whether it is the output head."""
+    """One quantized linear layer of an artifact: the runtime's module, its scheme's name, ``shape`` (out, in), and whether it is the
+    output head."""
 
     module: str
     scheme: str
+    shape: tuple[int, int]
     head: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention layer: its module, the index under which it writes to the cache, and how many heads of keys it keeps there."""
+
+    module: str
+    layer: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a format must know of a whole artifact to describe it.
+
+    ``kept``: modules of linear layers that stay in ``dtype`` (a safetensors name). ``cache``: a name of
+    :data:`~formats.scheme.CACHES`, for ``attentions``.
+    """
+
+    layers: Sequence[QuantizedLayer]
+    kept: Sequence[str]
+    dtype: str
+    cache: str | None = None
+    attentions: Sequence[Attention] = ()

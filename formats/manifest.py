@@ -14,7 +14,7 @@ from formats.safetensors import json_bytes, read_json
 MANIFEST = "octavo.json"
 #: The model card is written after the check, from the manifest and the report; people edit it. The report holds its hash.
 CARD = "README.md"
-VERSION = 1
+VERSION = 2
 CHUNK_BYTES = 1 << 20
 
 _Kind = TypeVar("_Kind")
@@ -33,19 +33,26 @@ class FileRecord:
 class Manifest:
     """``source``: origin, commit, licence, base_model (a Hub id or null), and a digest of every weight file.
 
-    ``recipe``: the whole job, defaults spelled out. ``ledger``: one record for every tensor of the source. ``files``: all but this
-    one and the model card.
+    ``recipe``: the whole job, defaults spelled out. ``calibration``: which text was read, null where none was. ``ledger``: one record for
+    every tensor of the source, and for every tensor that was added to them. ``files``: all but this one and the model card.
     """
 
     target: str
     format: str
     source: dict[str, Any]
     recipe: dict[str, Any]
+    calibration: dict[str, Any] | None
     versions: dict[str, str]
     plan_digest: str
     ledger_sha256: str
     ledger: tuple[dict[str, Any], ...]
     files: tuple[FileRecord, ...]
+
+    @property
+    def pinned(self) -> str:
+        """The source as a recipe would name it, with the commit it was read at."""
+        origin, commit = self.source["origin"], self.source["commit"]
+        return f"{origin}@{commit}" if commit else str(origin)
 
     def to_bytes(self) -> bytes:
         return json_bytes({"manifest_version": VERSION, **asdict(self)})
@@ -67,6 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
             format=_is(str, raw, "format"),
             source=_is(dict, raw, "source"),
             recipe=_is(dict, raw, "recipe"),
+            calibration=_is(dict, raw, "calibration") if raw["calibration"] is not None else None,
             versions=_is(dict, raw, "versions"),
             plan_digest=_is(str, raw, "plan_digest"),
             ledger_sha256=_is(str, raw, "ledger_sha256"),
@@ -84,8 +92,8 @@ def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry, if it has what an entry has; see ``convert.plan.Entry.record``."""
     for key in ("tensor", "dtype", "module", "rule", *(("scheme", "algorithm") if entry["decision"] == "quantize" else ("why",))):
         _is(str, entry, key)
-    if entry["decision"] not in ("quantize", "keep"):
-        raise ValueError(f"{entry['tensor']}: a decision is quantize or keep, not {entry['decision']!r}")
+    if entry["decision"] not in ("quantize", "keep", "add"):
+        raise ValueError(f"{entry['tensor']}: a decision is quantize, keep or add, not {entry['decision']!r}")
     for name, dtype, shape in [(entry["tensor"], entry["dtype"], entry["shape"]), *_is(list, entry, "outputs")]:
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
             raise TypeError(f"{entry['tensor']}: an output is a name, a dtype and a shape")

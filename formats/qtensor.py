@@ -35,6 +35,8 @@ class QTensor:
         """The scale of each element's tile, broadcastable over ``values``, in the dtype of ``scale``."""
         rows, columns = self.values.shape
         scale, tile = self.scale, self.quantization.tile
+        if tile.rows is None and tile.columns is None:
+            return scale
         if tile.rows not in (None, 1):
             scale = scale.repeat_interleave(tile.rows, dim=0)[:rows]
         if tile.columns is not None:

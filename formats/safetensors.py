@@ -12,7 +12,7 @@ import math
 import os
 import reprlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,6 +40,13 @@ class TensorSpec:
     @property
     def size_bytes(self) -> int:
         return self.elements * DTYPES[self.dtype].bits // 8
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The tensor as rows of its last axis: a vector is a column, a scalar one element."""
+        if len(self.shape) < 2:
+            return math.prod(self.shape), 1
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -178,8 +185,10 @@ def join_shards(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str
     return tensors
 
 
-def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Decides files, headers and offsets of ``specs``, in their order, before any byte exists.
+def lay_out(
+    specs: Sequence[TensorSpec], metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], max_shard_bytes: int
+) -> tuple[Shard, ...]:
+    """Decides files, headers and offsets of ``specs``, in their order, before any byte exists. ``metadata``: that of a file with these.
 
     A file is closed before it would pass ``max_shard_bytes`` of tensors (a larger tensor gets a file of its own). Within a file
     tensors keep their order as long as their sizes are multiples of eight, so that every offset is aligned to its dtype
@@ -196,7 +205,7 @@ def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_
         filled += spec.size_bytes
     count = len(groups)
     return tuple(
-        _lay_out_file(SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata)
+        _lay_out_file(SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata(group))
         for i, group in enumerate(groups, start=1)
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,27 @@ class Tile:
 PER_TENSOR = Tile(None, None)
 PER_CHANNEL = Tile(1, None)
 PER_TOKEN = Tile(1, None)
+BLOCK_128 = Tile(128, 128)
+
+
+def per_group(columns: int) -> Tile:
+    """One scale for ``columns`` neighbours along the input features of each row."""
+    return Tile(1, columns)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes of one operand of a matrix product. ``dynamic`` scales are computed by the runtime, nothing is stored."""
+    """What becomes of one operand of a matrix product. ``dynamic`` scales are computed by the runtime, nothing is stored.
+
+    ``scale``: ``model`` rounds scales to the dtype of the model before they are used, because readers will; ``F32`` leaves them in
+    float32; ``F8_E8M0`` takes the power of two at or above (OCP Microscaling Formats 1.0, section 5.4).
+    """
 
     grid: Grid
     tile: Tile
     symmetric: bool = True
     dynamic: bool = False
+    scale: str = "model"
 
 
 @dataclass(frozen=True)
@@ -77,24 +88,41 @@ class Scheme:
     activation: Quantization | None
     default_limits: Quality
 
+    @property
+    def static(self) -> bool:
+        """Whether it stores a scale for its input, which only calibration can tell."""
+        return self.activation is not None and not self.activation.dynamic
+
+
+_EIGHT_BY_EIGHT = Quality(kl_nats=0.05, top1=0.85, perplexity_ratio=1.05)
+_WEIGHT_ONLY = Quality(kl_nats=0.03, top1=0.88, perplexity_ratio=1.03)
+_INT8_CHANNEL = Quantization(INT8, PER_CHANNEL)
+_FP8_CHANNEL = Quantization(FP8_E4M3, PER_CHANNEL)
+_FP8_TENSOR = Quantization(FP8_E4M3, PER_TENSOR)
+_MXFP8 = Quantization(FP8_E4M3, per_group(32), scale="F8_E8M0")
+
 
 #: Scheme names are the field's. To add one is a line here and a golden test.
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme(
-            "int8-dynamic",
-            weight=Quantization(INT8, PER_CHANNEL),
-            activation=Quantization(INT8, PER_TOKEN, dynamic=True),
-            default_limits=Quality(kl_nats=0.05, top1=0.85, perplexity_ratio=1.05),
-        ),
-        Scheme(
-            "fp8-dynamic",
-            weight=Quantization(FP8_E4M3, PER_CHANNEL),
-            activation=Quantization(FP8_E4M3, PER_TOKEN, dynamic=True),
-            default_limits=Quality(kl_nats=0.05, top1=0.85, perplexity_ratio=1.05),
-        ),
+        Scheme("int8-dynamic", _INT8_CHANNEL, Quantization(INT8, PER_TOKEN, dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("int8-dynamic-asymmetric", _INT8_CHANNEL, Quantization(INT8, PER_TOKEN, symmetric=False, dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("int8-static", _INT8_CHANNEL, Quantization(INT8, PER_TENSOR), _EIGHT_BY_EIGHT),
+        Scheme("int8-weight-only", _INT8_CHANNEL, None, _WEIGHT_ONLY),
+        *(Scheme(f"int8-weight-only-g{size}", Quantization(INT8, per_group(size)), None, _WEIGHT_ONLY) for size in (32, 64, 128)),
+        Scheme("fp8-dynamic", _FP8_CHANNEL, Quantization(FP8_E4M3, PER_TOKEN, dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("fp8-static", _FP8_TENSOR, _FP8_TENSOR, _EIGHT_BY_EIGHT),
+        Scheme("fp8-block", Quantization(FP8_E4M3, BLOCK_128), Quantization(FP8_E4M3, per_group(128), dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("fp8-weight-only", _FP8_CHANNEL, None, _WEIGHT_ONLY),
+        Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True), _EIGHT_BY_EIGHT),
     )
+}
+
+#: How keys and values are stored, as matrices (heads, everything else of a head): one scale a layer, or one a head.
+CACHES = {
+    "fp8": Quantization(FP8_E4M3, PER_TENSOR),
+    "fp8-per-head": Quantization(FP8_E4M3, Tile(1, None)),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.runtimes.transformers import measure
-from convert.source import Checkpoint, open_source
+from convert.source import open_source
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -23,27 +23,31 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
     started = time.perf_counter()
-    checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
-    for file in checkpoint.files:
-        checkpoint.reader.path(file.name)
-    model = _load(checkpoint, request).to(request["device"])
+    model = load(request).to(request["device"])
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
     Path(answer_path).write_text(json.dumps(answer))
 
 
-def _load(checkpoint: Checkpoint, request: dict[str, Any]) -> Any:
+def load(request: dict[str, Any]) -> Any:
+    """The request's ``model`` in its ``dtype``, on the CPU."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
+    for file in checkpoint.files:
+        checkpoint.reader.path(file.name)
     if checkpoint.folder is not None:
         return AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder), dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
         )
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
     dtype = torch.float32 if request["dtype"] == "auto" else getattr(torch, request["dtype"])
-    weights = {name: checkpoint.reader.read(name, 0, spec.shape[0]).to(dtype) for name, spec in checkpoint.tensors.items()}
+    weights = {
+        name: checkpoint.reader.read(name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(dtype)
+        for name, spec in checkpoint.tensors.items()
+    }
     return getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype
     )
