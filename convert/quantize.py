@@ -195,10 +195,10 @@ def _cast(values: torch.Tensor, plain: TensorSpec, work: Work) -> torch.Tensor:
 
 def _where_not_finite(values: torch.Tensor, work: Work) -> str:
     bad = torch.nonzero(~torch.isfinite(values.float()))
-    index = bad[0].tolist()
-    if index:
-        index[0] += work.start
-    value = values[tuple(bad[0].tolist())].item()
+    row, column = bad[0].tolist()
+    value = values[row, column].item()
+    place = torch.unravel_index(torch.tensor((work.start + row) * values.shape[1] + column), work.spec.shape) if work.spec.shape else ()
+    index = [int(i) for i in place]
     return (
         f"{work.spec.name}: {value} at index {index} ({len(bad)} such values in rows {work.start} to {work.stop - 1}); "
         "the checkpoint is damaged, fetch or train it again"

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import pipeline
-from convert.check import TEXTS, _read_text
 from convert.divergence import compare_logits
 from convert.numbers import compare
 from convert.report import read_report, report_path
+from convert.text import TEXTS, _read_text
 from formats.errors import InputError, OctavoError
 from formats.manifest import CARD
 
@@ -140,10 +140,10 @@ def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(make_llama: An
 
 def test_a_jsonl_text_is_read_by_its_text_key(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert _read_text(str(tmp_path / "t.jsonl")) == ("one\n\ntwo", "t.jsonl")
+    assert _read_text(str(tmp_path / "t.jsonl"), "validation") == ("one\n\ntwo", "t.jsonl")
     (tmp_path / "t.jsonl").write_text('{"body": "x"}')
     with pytest.raises(InputError, match='each line must be a JSON object with a "text"'):
-        _read_text(str(tmp_path / "t.jsonl"))
+        _read_text(str(tmp_path / "t.jsonl"), "validation")
 
 
 def test_a_model_that_predicts_no_tokens_is_converted_and_not_compared(tmp_path: Path, recipe_for: Any) -> None:

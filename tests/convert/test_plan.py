@@ -148,12 +148,6 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     assert {name for group in found.groups for name in group} == set(found.linears)
 
 
-def test_experts_are_known_and_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:
-    folder = save_family("mixtral", tmp_path)
-    with pytest.raises(RecipeError, match=r"experts.*cannot be int8-dynamic: experts of a mixture are not written yet"):
-        plan_of(recipe_for(folder))
-
-
 def test_a_transposed_weight_is_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:
     with pytest.raises(RecipeError, match=r"c_attn.weight cannot be int8-dynamic: its weight is stored transposed"):
         plan_of(recipe_for(save_family("gpt2", tmp_path)))

@@ -81,7 +81,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
             SHORTEST + "  - name: W8A8\n    format: compressed-tensors\n",
             "r.yaml:5:5: a second target called 'W8A8' (the first: r.yaml:3:5)",
         ),
-        (SHORTEST + "calibration: {}\n", "r.yaml:5:1: no rule asks for a calibrated algorithm"),
+        (SHORTEST + "calibration: {}\n", "r.yaml:5:1: no target has a calibrated algorithm"),
         (SHORTEST + "model: c/d\n", "r.yaml:5:1: model is given a second time"),
         (SHORTEST.replace("w8a8", "../w8a8"), "r.yaml:3:5: targets.0.name:"),
         (SHORTEST + "validation: {tokens: 16, length: 64}\n", "r.yaml:5:1: tokens (16) must be at least length (64)"),

@@ -113,6 +113,7 @@ def test_an_artifact_says_what_made_it_and_of_what(tmp_path: Path) -> None:
         format="compressed-tensors",
         source={"origin": "org/model", "commit": "abc", "licence": "mit", "base_model": "org/model", "files": []},
         recipe={},
+        calibration=None,
         versions={"octavo": "9.9.9", "torch": "2"},
         plan_digest="",
         ledger_sha256=ledger_digest([]),
