@@ -178,7 +178,9 @@ def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTe
     if not is_finite(result.scale if result.scale.dtype != torch.float8_e8m0fnu else result.scale.float()):
         if is_finite(values) and entry.scheme.weight.scale == "absmax":
             largest = values.abs().max().item()
-            raise NumericsError(f"{work.spec.name}: values up to {largest:g} exceed float16, in which LLM.int8() begins; keep it with a rule")
+            raise NumericsError(
+                f"{work.spec.name}: values up to {largest:g} exceed float16, in which LLM.int8() begins; keep it with a rule"
+            )
         if is_finite(values):
             raise NumericsError(f"{work.spec.name}: a scale exceeds {dtype}; set dtype: bfloat16 or float32 in the recipe")
         raise NumericsError(_where_not_finite(values, work))

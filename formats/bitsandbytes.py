@@ -80,7 +80,8 @@ def config(contents: Contents) -> dict[str, Any] | None:
     for layer in contents.layers:
         if contents.replaceable is not None and layer.module not in contents.replaceable:
             raise FormatError(
-                f"{layer.module} is no torch.nn.Linear or Conv1D in transformers, and bitsandbytes replaces no other class; keep it with a rule"
+                f"{layer.module} is no torch.nn.Linear or Conv1D in transformers, "
+                "and bitsandbytes replaces no other class; keep it with a rule"
             )
     kept = [module for module in contents.kept if contents.replaceable is None or module in contents.replaceable]
     skipped = skip_modules([layer.module for layer in contents.layers], kept, contents.skipped)
@@ -106,8 +107,8 @@ def converts(module: str, skip_modules: Iterable[str]) -> bool:
 def skip_modules(quantized: Iterable[str], kept: Sequence[str], automatic: Sequence[str]) -> list[str] | None:
     """``llm_int8_skip_modules`` that makes readers replace ``quantized`` and leave ``kept``.
 
-    ``automatic``: what transformers leaves alone when nothing is said, which None then means. Raises :class:`FormatError` when no list says it:
-    a kept module's name ends the name of a quantized one.
+    ``automatic``: what transformers leaves alone when nothing is said, which None then means. Raises :class:`FormatError` when no list
+    says it: a kept module's name ends the name of a quantized one.
     """
     quantized = list(quantized)
     if all(converts(module, automatic) for module in quantized) and not any(converts(module, automatic) for module in kept):

@@ -62,8 +62,8 @@ class Contents:
     """What a format must know of a whole artifact to describe it.
 
     ``kept``: modules of linear layers that stay in ``dtype`` (a safetensors name). ``cache``: a name of
-    :data:`~formats.scheme.CACHES`, for ``attentions``. ``replaceable``: modules that readers of bitsandbytes may replace by 8-bit ones, None
-    where that is not known; ``skipped``: those of them they leave alone unless told. ``options``: what only this format can say.
+    :data:`~formats.scheme.CACHES`, for ``attentions``. ``replaceable``: modules that readers of bitsandbytes may replace by 8-bit ones,
+    None where that is not known; ``skipped``: patterns they leave alone unless told which. ``options``: what only this format can say.
     """
 
     layers: Sequence[QuantizedLayer]

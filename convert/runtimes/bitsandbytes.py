@@ -23,7 +23,7 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
     config = json.loads((Path(request["artifact"]) / "config.json").read_text())
-    quantize = {} if "quantization_config" in config else {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    quantize = {} if "quantization_config" in config else {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         request["artifact"],

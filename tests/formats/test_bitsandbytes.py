@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,9 @@ def test_an_artifact_is_what_transformers_saves(family: str, tmp_path: Path) -> 
     assert verify(mine).passed
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("float16", "source"), ("float32", "source"), ("float32", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float16", "source"), ("float32", "source"), ("float32", "bfloat16"), ("bfloat16", "float16")]
+)
 def test_other_dtypes_too(stored: str, wanted: str, make_llama: Any, tmp_path: Path) -> None:
     model = make_llama(dtype=stored)
     mine = ours(model, tmp_path, dtype=wanted)
@@ -137,7 +138,9 @@ def test_awkward_weights_too(make_llama: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "value", "message"), [("bfloat16", 70_000.0, "70144 exceed float16"), ("float32", 65_520.0, "65520")])
-def test_what_float16_cannot_hold_is_an_error_that_names_it(dtype: str, value: float, message: str, make_llama: Any, tmp_path: Path) -> None:
+def test_what_float16_cannot_hold_is_an_error_that_names_it(
+    dtype: str, value: float, message: str, make_llama: Any, tmp_path: Path
+) -> None:
     """bitsandbytes itself makes every code of such a row zero and its scale infinite."""
     model = make_llama(dtype=dtype)
     weights = load_file(model / "model.safetensors")
@@ -274,6 +277,12 @@ def test_a_name_that_no_list_can_tell_apart_is_an_error() -> None:
         config(Contents(layers("a", "big_lm_head"), ["lm_head"], "BF16"))
 
 
+def test_what_readers_leave_for_its_class_need_not_be_named() -> None:
+    found = config(Contents(layers("a"), ["router", "lm_head"], "BF16", replaceable=frozenset(["a", "lm_head"]), skipped=["lm_head"]))
+    assert found is not None
+    assert found["llm_int8_skip_modules"] is None
+
+
 def test_nothing_quantized_is_no_config() -> None:
     assert config(Contents([], ["a"], "BF16")) is None
 
@@ -308,6 +317,6 @@ def test_a_layer_is_three_tensors() -> None:
         ("{name: q, format: bitsandbytes, runtimes: [bitsandbytes], options: {threshold: 1}}", "no key 'threshold' here"),
     ],
 )
-def test_a_threshold_is_checked(target: str, message: str, recipe_for: Callable[..., Any]) -> None:
+def test_a_threshold_is_checked(target: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe(f"model: m\ntargets:\n  - {target}\n", "job.yaml")
