@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from formats.bitsandbytes import converts
 from formats.errors import SourceError
 from formats.layer import Attention
 from formats.safetensors import TensorSpec
@@ -58,6 +59,8 @@ class Architecture:
     ``head``: the module of the output head, None for a model that predicts no tokens; ``tied``: it shares the embedding's tensor.
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
+    ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
+    ``skipped``: the patterns it leaves alone unless told which.
     """
 
     name: str
@@ -70,6 +73,8 @@ class Architecture:
     context_length: int | None
     cache_bytes_per_token: int | None
     attentions: tuple[Attention, ...] | None
+    replaceable: frozenset[str]
+    skipped: tuple[str, ...]
 
 
 def describe(
@@ -80,6 +85,8 @@ def describe(
     Returns None when transformers does not know the architecture. Raises :class:`SourceError` when the config cannot be
     built from, or asks for code of its own that the recipe does not allow.
     """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     model = _build(config, folder=folder, trust_remote_code=trust_remote_code)
     if model is None:
         return None
@@ -109,6 +116,8 @@ def describe(
         context_length=getattr(text_config, "max_position_embeddings", None),
         cache_bytes_per_token=_cache_bytes(text_config),
         attentions=attentions,
+        replaceable=_replaceable(model),
+        skipped=tuple(sorted(get_keys_to_not_convert(model))),
     )
 
 
@@ -175,6 +184,15 @@ def _module_kinds(model: Any) -> dict[str, str]:
         elif isinstance(module, torch.nn.Embedding):
             kinds[name] = "embedding"
     return kinds
+
+
+def _replaceable(model: Any) -> frozenset[str]:
+    """Follows ``integrations/bitsandbytes.py`` of transformers 5.23: classes by identity, and never what must stay in float32."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear or isinstance(module, Conv1D)}
+    return frozenset(name for name in linear if converts(name, model._keep_in_fp32_modules or ()))
 
 
 def _head_name(model: Any) -> str | None:

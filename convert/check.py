@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.child import last_lines, request, run
+from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
+from convert.child import request, run
 from convert.divergence import compare_logits
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
@@ -30,9 +30,6 @@ from formats.scheme import Quality
 
 NEW_TOKENS = 32
 QUESTION = "What is the capital of France?"
-
-#: A continuation in which one token makes up this share, and does not in the source's, is degenerate.
-REPEATED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -185,14 +182,10 @@ def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Che
 
 def _check_continuation(runtime: str, generated: list[int], expected: list[int], result: RuntimeResult) -> Check:
     """That greedy decoding does not end in one repeated token where the source's does not."""
-    share = _repeated_share(generated)
-    degenerate = len(generated) >= 8 and share > REPEATED_SHARE >= _repeated_share(expected)
+    share = repeated_share(generated)
+    degenerate = len(generated) >= 8 and share > REPEATED_SHARE >= repeated_share(expected)
     detail = f"one token makes up {share:.0%} of {result.continuation.strip()[:120]!r}"
     return holds(f"{runtime}: continuation not degenerate", not degenerate, detail)
-
-
-def _repeated_share(tokens: list[int]) -> float:
-    return max(Counter(tokens).values()) / len(tokens) if tokens else 0.0
 
 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:

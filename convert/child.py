@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from convert.ailments import explain
 from convert.recipe import Recipe
 
 
@@ -23,11 +24,23 @@ def request(recipe: Recipe, scratch: Path, *, device: str = "cpu") -> dict[str, 
 
 
 def run(program: str, request: dict[str, Any], scratch: Path) -> tuple[dict[str, Any] | None, str]:
-    """A program's answer, or None and why there is none."""
+    """A program's answer, or None and why there is none, with the remedy where that is known."""
+    answer, output = run_program(program, request, scratch)
+    return answer, "" if answer is not None else explain(output)
+
+
+def run_program(program: str, request: dict[str, Any], scratch: Path) -> tuple[dict[str, Any] | None, str]:
+    """A program's answer, or None and everything it printed."""
     (scratch / "request.json").write_text(json.dumps(request))
     answer = scratch / "answer.json"
     answer.unlink(missing_ok=True)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    # transformers puts what went wrong with a weight into a warning, and raises an error that only points to it.
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "warning",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", program, str(scratch / "request.json"), str(answer)],
         capture_output=True,
@@ -37,11 +50,5 @@ def run(program: str, request: dict[str, Any], scratch: Path) -> tuple[dict[str,
     )
     if done.returncode == 0 and answer.exists():
         return json.loads(answer.read_text()), ""
-    if done.returncode < 0:
-        return None, f"it was killed by signal {-done.returncode}" + (", most likely for want of memory" if done.returncode == -9 else "")
-    return None, last_lines(done.stderr)
-
-
-def last_lines(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return " ".join(lines[-2:])[-600:] or "it said nothing"
+    killed = f"\nit was killed by signal {-done.returncode}" if done.returncode < 0 else ""
+    return None, done.stdout + done.stderr + killed

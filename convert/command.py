@@ -160,10 +160,17 @@ def schema() -> None:
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine has and what each runtime here can do."""
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A model folder.", metavar="DIR", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of a folder, look at the headers only; do not run it.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has and can run; or what ails a folder in bitsandbytes, and what cures it."""
     from convert.doctor import examine
 
+    if folder is not None:
+        _diagnose(folder, _device(device), quick=quick, as_json=as_json)
     found = examine()
     if as_json:
         _print_json(found)
@@ -172,6 +179,21 @@ def doctor(as_json: JsonOption = False) -> None:
         print(section)
         for name, value in facts.items():
             print(f"  {name:<22} {value}")
+
+
+def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from convert.diagnosis import diagnose
+
+    found = diagnose(folder, device=device, run=not quick)
+    if as_json:
+        _print_json([asdict(diagnosis) for diagnosis in found])
+    for diagnosis in found if not as_json else ():
+        print(f"{'FOUND' if diagnosis.found else 'ok   ' if diagnosis.found is False else '?    '}  {diagnosis.name:<20}  {diagnosis.what}")
+        if diagnosis.remedy:
+            print(f"       {'remedy':<20}  {diagnosis.remedy}")
+    raise typer.Exit(1 if any(diagnosis.found for diagnosis in found) else 0)
 
 
 def main() -> None:

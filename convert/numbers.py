@@ -73,6 +73,12 @@ def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.
     return half_step + allowed
 
 
+def _cast_bound(weight: torch.Tensor, dtype: str) -> torch.Tensor:
+    """How far LLM.int8() may move a weight before it quantizes it: cast to the dtype of the model, which rounds by half a unit in the last
+    place of bfloat16 at most and a bfloat16 not at all, and then to float16, whose subnormals are 2**-24 apart."""
+    return weight.abs() * (0 if dtype == "BF16" else 2.0**-8) + 2.0**-25
+
+
 def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader, checkpoint: Checkpoint, form: Format) -> LayerNumbers:
     source = checkpoint.tensors[entry["tensor"]]
     scheme = SCHEMES[entry["scheme"]]
@@ -89,9 +95,11 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         error = (decoded.dequantize() - weight).abs_()
-        scale = decoded.spread_scale()
+        scale = decoded.spread_scale() if scheme.weight.unit == 1 else decoded.spread_scale() * scheme.weight.unit
         # float32 rounding of the comparison itself is not the codes' fault
         bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
+        if scheme.weight.scale == "absmax":
+            bound += _cast_bound(weight, source.dtype)
         worst = max(worst, float((error / bound).max()))
         signal += float(weight.square().sum(dtype=torch.float64))
         noise += float(error.square().sum(dtype=torch.float64))

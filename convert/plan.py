@@ -21,7 +21,7 @@ from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
 from formats.dtypes import FLOATS, from_torch_name
-from formats.errors import RecipeError, SourceError
+from formats.errors import FormatError, RecipeError, SourceError
 from formats.layer import Contents, QuantizedLayer
 from formats.model_config import spell
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
@@ -218,14 +218,21 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         dtype=dtype,
         cache=target.kv_cache,
         attentions=(architecture.attentions if architecture else None) or (),
+        replaceable=architecture.replaceable if architecture else None,
+        skipped=architecture.skipped if architecture else (),
+        options=target.options.model_dump(exclude_none=True),
     )
     form = FORMATS[target.format]
+    try:
+        quantization = form.config(contents) if layers or target.kv_cache else None
+    except FormatError as error:
+        raise RecipeError(f"{recipe.where('targets', index)}: {error}") from None
     return TargetPlan(
         name=target.name,
         format=target.format,
         entries=entries,
         shards=lay_out(specs, lambda group: form.metadata(group, contents), target.max_shard_size),
-        config=spell(checkpoint.config, dtype, form.config(contents) if layers or target.kv_cache else None),
+        config=spell(checkpoint.config, dtype, quantization),
         dtype=dtype,
         runtimes=target.runtimes,
         bounds=target.bounds(),

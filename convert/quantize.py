@@ -176,6 +176,11 @@ def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTe
     result = ALGORITHMS[str(entry.algorithm)].quantize(values, entry.scheme.weight, scale_dtype=scale_dtype)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
     if not is_finite(result.scale if result.scale.dtype != torch.float8_e8m0fnu else result.scale.float()):
+        if is_finite(values) and entry.scheme.weight.scale == "absmax":
+            largest = values.abs().max().item()
+            raise NumericsError(
+                f"{work.spec.name}: values up to {largest:g} exceed float16, in which LLM.int8() begins; keep it with a rule"
+            )
         if is_finite(values):
             raise NumericsError(f"{work.spec.name}: a scale exceeds {dtype}; set dtype: bfloat16 or float32 in the recipe")
         raise NumericsError(_where_not_finite(values, work))

@@ -97,6 +97,13 @@ class Limits(_Section):
     """Perplexity over the source's, at most."""
 
 
+class Options(_Section):
+    """What only one format can say."""
+
+    llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
+    """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
+
+
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
 
 
@@ -115,6 +122,8 @@ class Target(_Section):
     """The programs that must load the artifact; it is proven in each."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
+    options: Options = Options()
+    """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
 
@@ -286,6 +295,10 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
+        if target.options.llm_int8_threshold is not None and target.format != "bitsandbytes":
+            raise RecipeError(
+                f"{recipe.where('targets', i, 'options', 'llm_int8_threshold')}: {target.format} has no such option; bitsandbytes has it"
+            )
     if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
@@ -423,6 +436,7 @@ def _fields_at(path: Path_) -> list[str]:
         "targets": Target,
         "rules": Rule,
         "limits": Limits,
+        "options": Options,
         "validation": Validation,
         "calibration": Calibration,
         "push": Push,

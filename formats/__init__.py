@@ -6,10 +6,11 @@ an artifact can be inspected and verified on a machine without it.
 
 from __future__ import annotations
 
-from formats import compressed_tensors
+from formats import bitsandbytes, compressed_tensors
 from formats.format import Format
 
 #: Format names are those of ``quant_method``. To add one is a module, a line here and its test.
 FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors,
+    "bitsandbytes": bitsandbytes,
 }

@@ -44,6 +44,8 @@ def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str 
         return "its weight is stored transposed (Conv1D), and readers of compressed-tensors replace Linear modules only"
     if scheme.weight.scale == "F32":
         return "compressed-tensors keeps scales in the dtype of the model"
+    if scheme.weight.scale == "absmax":
+        return "compressed-tensors knows no LLM.int8(); int8-dynamic is the scheme nearest to it"
     rows, columns = shape
     tile = scheme.weight.tile
     if tile == BLOCK_128 and (rows % 128 or columns % 128):

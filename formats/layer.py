@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from formats.safetensors import TensorSpec
 
@@ -62,7 +62,8 @@ class Contents:
     """What a format must know of a whole artifact to describe it.
 
     ``kept``: modules of linear layers that stay in ``dtype`` (a safetensors name). ``cache``: a name of
-    :data:`~formats.scheme.CACHES`, for ``attentions``.
+    :data:`~formats.scheme.CACHES`, for ``attentions``. ``replaceable``: modules that readers of bitsandbytes may replace by 8-bit ones,
+    None where that is not known; ``skipped``: patterns they leave alone unless told which. ``options``: what only this format can say.
     """
 
     layers: Sequence[QuantizedLayer]
@@ -70,3 +71,6 @@ class Contents:
     dtype: str
     cache: str | None = None
     attentions: Sequence[Attention] = ()
+    replaceable: frozenset[str] | None = None
+    skipped: Sequence[str] = ()
+    options: Mapping[str, float] = field(default_factory=dict)

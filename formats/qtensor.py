@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QTensor:
-    """A weight (out, in) as codes on a grid: ``weight = values * scale``, the scale repeated over its tile.
+    """A weight (out, in) as codes on a grid: ``weight = values * scale * quantization.unit``, the scale repeated over its tile.
 
     ``values``: (out, in), int8 or float8, every code inside ``[grid.low, grid.high]``.
-    ``scale``: ``tile.scale_shape((out, in))``, in the dtype a reader will use, positive and finite. The codes were rounded
-    against exactly these scales, so that no reader's own rounding of them adds an error.
+    ``scale``: ``tile.scale_shape((out, in))``, in the dtype a reader will use, positive and finite (zero for zeros, where it is their
+    largest magnitude). The codes were rounded against exactly these scales, so that no reader's own rounding of them adds an error.
     Raises ``ValueError`` when the shapes do not fit each other: a defect of whoever made it, never of a user's input.
     """
 
@@ -44,5 +44,6 @@ class QTensor:
         return scale
 
     def dequantize(self) -> torch.Tensor:
-        """float32 (out, in): codes times scales."""
-        return self.values.float() * self.spread_scale().float()
+        """float32 (out, in): codes times scales, times the unit last, as bitsandbytes does it."""
+        weight = self.values.float() * self.spread_scale().float()
+        return weight if self.quantization.unit == 1 else weight.mul_(self.quantization.unit)

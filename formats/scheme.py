@@ -56,7 +56,8 @@ class Quantization:
     """What becomes of one operand of a matrix product. ``dynamic`` scales are computed by the runtime, nothing is stored.
 
     ``scale``: ``model`` rounds scales to the dtype of the model before they are used, because readers will; ``F32`` leaves them in
-    float32; ``F8_E8M0`` takes the power of two at or above (OCP Microscaling Formats 1.0, section 5.4).
+    float32; ``F8_E8M0`` takes the power of two at or above (OCP Microscaling Formats 1.0, section 5.4); ``absmax`` is the largest magnitude
+    itself in float32, not divided by 127, as LLM.int8() keeps it.
     """
 
     grid: Grid
@@ -64,6 +65,11 @@ class Quantization:
     symmetric: bool = True
     dynamic: bool = False
     scale: str = "model"
+
+    @property
+    def unit(self) -> float:
+        """What a code of one is worth where the scale is one: bitsandbytes multiplies by this float, not by 1 / 127."""
+        return 7.874015718698502e-3 if self.scale == "absmax" else 1.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ SCHEMES = {
         Scheme("fp8-static", _FP8_TENSOR, _FP8_TENSOR, _EIGHT_BY_EIGHT),
         Scheme("fp8-block", Quantization(FP8_E4M3, BLOCK_128), Quantization(FP8_E4M3, per_group(128), dynamic=True), _EIGHT_BY_EIGHT),
         Scheme("fp8-weight-only", _FP8_CHANNEL, None, _WEIGHT_ONLY),
+        Scheme("llm-int8", replace(_INT8_CHANNEL, scale="absmax"), Quantization(INT8, PER_TOKEN, dynamic=True), _EIGHT_BY_EIGHT),
         Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True), _EIGHT_BY_EIGHT),
     )
 }

@@ -19,6 +19,8 @@ def quantize(weight: torch.Tensor, quantization: Quantization, *, scale_dtype: t
     A weight of NaN or Inf gives a scale that is not finite, which the caller reports under the tensor's name. Raises ``ValueError`` when
     tiles do not divide the weight; formats refuse such weights before.
     """
+    if quantization.scale == "absmax":
+        return _by_absmax(weight.to(scale_dtype), quantization)
     values = weight.float()
     rows, columns = weight.shape
     tile = quantization.tile
@@ -40,6 +42,18 @@ def quantize(weight: torch.Tensor, quantization: Quantization, *, scale_dtype: t
     return QTensor(
         round_to_grid(codes, quantization.grid).view(rows, columns), stored.view(rows // tile_rows, columns // tile_columns), quantization
     )
+
+
+def _by_absmax(weight: torch.Tensor, quantization: Quantization) -> QTensor:
+    """``LLM.int8()`` as bitsandbytes 0.50 computes it (``backends/default/ops.py``: ``int8_vectorwise_quant``), byte for byte.
+
+    ``scale = absmax(row)`` and ``code = round_half_even(w * (127 / scale))`` of ``w`` in float16, multiplied in float32. A row of zeros has
+    scale 0. What float16 cannot hold gives a scale of Inf.
+    """
+    values = weight.half().float()
+    absmax = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_()).abs_()
+    factor = torch.where(absmax == 0, absmax, quantization.grid.high / absmax)
+    return QTensor(round_to_grid(values.mul_(factor), quantization.grid), absmax, quantization)
 
 
 def _power_of_two_above(values: torch.Tensor) -> torch.Tensor:

@@ -20,4 +20,5 @@ class Runtime:
 
 RUNTIMES = {
     "transformers": Runtime("convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")),
+    "bitsandbytes": Runtime("convert.runtimes.bitsandbytes", formats=("bitsandbytes",), needs=("transformers", "bitsandbytes")),
 }
