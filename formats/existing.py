@@ -31,6 +31,9 @@ from formats.scheme import FP8_E4M3, INT8, PER_CHANNEL, PER_TENSOR, PER_TOKEN, Q
 #: Last parts of the names of output heads.
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "proj_out")
 
+#: What a tied head is called: Llama and nearly all others; Whisper.
+_TIED_HEADS = ("lm_head", "proj_out")
+
 #: Where legacy ModelOpt checkpoints keep their quantization.
 SIDE_FILE = "hf_quant_config.json"
 
@@ -74,7 +77,8 @@ class ExistingLayer:
 @dataclass(frozen=True)
 class ExistingQuantization:
     """``layers``: every module with codes. ``kept``: linear modules stored as floats that the config leaves alone.
-    ``still_float``: those it says are quantized. ``cache``: the quantization of keys and values, ``cache_scales`` its tensors.
+    ``still_float``: those it says are quantized. ``tied_head``: whether it says so of a head that is tied, of which no tensor is stored.
+    ``cache``: the quantization of keys and values, ``cache_scales`` its tensors.
     ``config``: the section that was read; ``patterns``: its list of modules to leave alone, None where there is none.
     """
 
@@ -82,6 +86,7 @@ class ExistingQuantization:
     layers: tuple[ExistingLayer, ...]
     kept: tuple[str, ...]
     still_float: tuple[str, ...]
+    tied_head: bool
     cache: Quantization | None
     cache_scales: tuple[str, ...]
     patterns: tuple[str, ...] | None
@@ -458,6 +463,7 @@ def _collect(
         layers=layers,
         kept=tuple(module for module in floats if keeps(module)),
         still_float=tuple(module for module in floats if not keeps(module)),
+        tied_head=is_tied(config, tensors) and all(not keeps(head) for head in _TIED_HEADS),
         cache=cache,
         cache_scales=tuple(tensor for tensor in tensors if _CACHE_SCALE.search(tensor)),
         patterns=patterns,
