@@ -810,7 +810,7 @@ def _positive(checkpoint: Checkpoint, item: Located, layer: ExistingLayer | None
         first = int(np.flatnonzero(bad)[0])
         yield Finding(
             item.spec.name,
-            f"{int(bad.sum())} of {values.size} scales are not positive numbers, the first {values[first]} at {first}",
+            f"{int(bad.sum())} scales are not positive numbers, the first {values[first]} at {first}",
             _REQUANTIZE,
         )
 

@@ -57,10 +57,12 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
     try:
         tensors = read_folder(folder)
     except FormatError as error:
-        findings.append(Finding(str(folder), str(error), "fetch or make the artifact again"))
+        broken = [Finding(str(folder), str(error), "fetch or make the artifact again")]
     else:
-        findings += _check_promises(manifest, tensors)
-    findings += _check_config(folder, manifest)
+        broken = _check_promises(manifest, tensors)
+    broken += _check_config(folder, manifest)
+    # Of a folder that is not what was made, everything else that is wrong follows from that.
+    findings += broken or lint(folder, tensors, quick=quick)
     hashed = 0
     if not quick:
         sound = [file for file in manifest.files if is_plain_name(file.name) and _size(folder / file.name) == file.size_bytes]
@@ -68,8 +70,6 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
             for found in pool.map(lambda file: _check_hash(folder, file), sound):
                 findings += found
         hashed = sum(file.size_bytes for file in sound)
-    broken = {finding.where for finding in findings}
-    findings += [finding for finding in lint(folder, tensors, quick=quick) if finding.where not in broken]
     return Verdict(tuple(findings), len(manifest.files), len(tensors), hashed)
 
 
