@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config, preset_name_to_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.algorithms.rtn import quantize
-from formats.compressed_tensors import METADATA, config, decode, encode, layer_tensors, refusal
+from formats.compressed_tensors import cache_tensors, config, constants, decode, encode, layer_tensors, metadata, refusal
 from formats.dtypes import DTYPES
-from formats.layer import LayerNames, QuantizedLayer
+from formats.layer import Attention, Contents, LayerNames, QuantizedLayer
 from formats.qtensor import QTensor
 from formats.safetensors import TensorSpec
-from formats.scheme import FP8_E4M3, INT8, PER_CHANNEL, PER_TENSOR, PER_TOKEN, SCHEMES, Quality, Quantization, Scheme, Tile
+from formats.scheme import INT8, PER_CHANNEL, PER_TOKEN, SCHEMES, Quality, Quantization, Scheme
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 #: 1 x 1, a row, a column, primes, and nothing that is a multiple of anything.
-SHAPES = [(1, 1), (1, 37), (37, 1), (13, 7), (64, 48), (127, 129)]
+SHAPES = [(1, 1), (1, 37), (37, 1), (13, 7), (64, 48), (127, 129), (128, 256), (384, 128)]
 MODEL_DTYPES = ["BF16", "F16", "F32"]
+
+
+#: What the library's own presets call the schemes it has presets for.
+PRESETS = {
+    "int8-dynamic": "W8A8",
+    "fp8-dynamic": "FP8_DYNAMIC",
+    "fp8-static": "FP8",
+    "fp8-block": "FP8_BLOCK",
+    "mxfp8": "MXFP8",
+}
+CASES = [(scheme, shape) for scheme in SCHEMES for shape in SHAPES if refusal(SCHEMES[scheme], shape, transposed=False) is None]
+
+
+def of(layers: Sequence[QuantizedLayer], kept: Sequence[str] = (), cache: str | None = None) -> Contents:
+    return Contents(layers, kept, "BF16", cache)
+
+
+def layer(module: str, scheme: str) -> QuantizedLayer:
+    return QuantizedLayer(module, scheme, (128, 128), head=module == "lm_head")
 
 
 class Block(torch.nn.Module):
@@ -48,21 +67,28 @@ def press(values: torch.Tensor, scheme: str, dtype: str = "BF16") -> QTensor:
     return quantize(values, SCHEMES[scheme].weight, scale_dtype=getattr(torch, DTYPES[dtype].torch_name))
 
 
-def as_the_library_decodes(quantized: QTensor, scheme: QuantizationScheme) -> torch.Tensor:
+def as_the_library_decodes(quantized: QTensor, scheme: QuantizationScheme, name: str) -> torch.Tensor:
     """The weight that the library's compressor for the group's ``format`` makes of what lies on disk."""
+    mine = next(known for known in SCHEMES.values() if known.name == name)
     prefix = LayerNames.of(NAME).module + "."
-    stored = {name.removeprefix(prefix): tensor for name, tensor in encode(NAME, quantized).items()}
+    written = {**encode(NAME, quantized, mine), **constants(spec_of(quantized), mine, 1.0)}
+    stored = {name.removeprefix(prefix): tensor for name, tensor in written.items()}
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    assert set(stored) == set(compressor.compression_param_names(scheme))
-    return compressor.decompress(stored, scheme)["weight"]
+    assert set(stored) - {"input_scale"} == set(compressor.compression_param_names(scheme))
+    decoded: torch.Tensor = compressor.decompress(stored, scheme)["weight"]
+    return decoded
+
+
+def spec_of(quantized: QTensor) -> TensorSpec:
+    return TensorSpec(NAME, "BF16", tuple(quantized.values.shape))
 
 
 def parsed(layers: Sequence[QuantizedLayer], kept: Sequence[str]) -> QuantizationConfig:
-    return QuantizationConfig.model_validate(config(layers, kept))
+    return QuantizationConfig.model_validate(config(of(layers, kept)))
 
 
 def only_group(scheme: str) -> QuantizationScheme:
-    (group,) = parsed([QuantizedLayer("down_proj", scheme)], []).config_groups.values()
+    (group,) = parsed([layer("down_proj", scheme)], []).config_groups.values()
     assert isinstance(group, QuantizationScheme)
     return group
 
@@ -79,71 +105,103 @@ def same(a: QTensor, b: QTensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", MODEL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "shape"), CASES)
 def test_the_library_decodes_exactly_what_dequantize_says(scheme: str, shape: tuple[int, int], dtype: str) -> None:
     quantized = press(weight(shape), scheme, dtype)
-    decoded = as_the_library_decodes(quantized, only_group(scheme))
+    decoded = as_the_library_decodes(quantized, only_group(scheme), scheme)
     # The library multiplies in the dtype of the scale; a product of two such codes is exact in float32, so rounding it once is the same.
-    assert decoded.dtype == quantized.scale.dtype
+    assert decoded.dtype == (torch.bfloat16 if scheme == "mxfp8" else quantized.scale.dtype)
     assert torch.equal(decoded, quantized.dequantize().to(decoded.dtype))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_library_decodes_every_code(scheme: str) -> None:
     """All codes of the grid under one scale, as no rounded weight would hold them."""
-    grid = SCHEMES[scheme].weight.grid
-    if grid.kind == "int":
-        codes = torch.arange(int(grid.low), int(grid.high) + 1).to(torch.int8)
+    mine = SCHEMES[scheme].weight
+    if mine.grid.kind == "int":
+        codes = torch.arange(int(mine.grid.low) - 1, int(mine.grid.high) + 1).to(torch.int8)
     else:
         codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
-        codes = codes[~codes.float().isnan()]
-    quantized = QTensor(codes[None], torch.tensor([[0.0123]]), SCHEMES[scheme].weight)
-    decoded = as_the_library_decodes(quantized, only_group(scheme))
-    assert torch.equal(decoded, quantized.dequantize())
+        codes = torch.cat([codes[~codes.float().isnan()], codes[:2]])
+    shape = mine.tile.scale_shape((128, 256))
+    scale = torch.full(shape, 0.0123) if mine.scale == "model" else torch.full(shape, 0.25).to(torch.float8_e8m0fnu)
+    quantized = QTensor(codes.expand(128, 256).contiguous(), scale, mine)
+    decoded = as_the_library_decodes(quantized, only_group(scheme), scheme)
+    assert torch.equal(decoded.float(), quantized.dequantize())
     assert decoded.unique().numel() == len({float(code) for code in codes.float()})
 
 
 @pytest.mark.parametrize("dtype", MODEL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_layer_tensors_promises_what_encode_writes(scheme: str, shape: tuple[int, int], dtype: str) -> None:
+@pytest.mark.parametrize(("scheme", "shape"), CASES)
+def test_layer_tensors_promises_what_is_written(scheme: str, shape: tuple[int, int], dtype: str) -> None:
     torch_names = {getattr(torch, known.torch_name): name for name, known in DTYPES.items()}
-    written = {
-        name: TensorSpec(name, torch_names[tensor.dtype], tuple(tensor.shape))
-        for name, tensor in encode(NAME, press(weight(shape), scheme, dtype)).items()
-    }
-    promised = layer_tensors(TensorSpec(NAME, dtype, shape), SCHEMES[scheme])
-    assert written == {spec.name: spec for spec in promised}
-    assert len(promised) == 2, "a symmetric scheme stores codes and scales, no zero point"
-    assert {name.rpartition(".")[2] for name in written} == {"weight", "weight_scale"}
+    spec = TensorSpec(NAME, dtype, shape)
+    promised = layer_tensors(spec, SCHEMES[scheme])
+
+    def specs(tensors: Mapping[str, torch.Tensor]) -> set[TensorSpec]:
+        return {TensorSpec(name, torch_names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    assert specs(encode(NAME, press(weight(shape), scheme, dtype), SCHEMES[scheme])) == set(promised.rows)
+    assert specs(constants(spec, SCHEMES[scheme], 3.0)) == set(promised.once)
+    assert not any("zero_point" in spec.name for spec in promised), "vLLM refuses a zero point where the scheme is symmetric"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(CASES), st.integers(0, 2**32 - 1), st.sampled_from(MODEL_DTYPES))
+def test_decode_is_the_inverse_of_encode(case: tuple[str, tuple[int, int]], seed: int, dtype: str) -> None:
+    scheme, shape = case
+    quantized = press(weight(shape, seed=seed), scheme, dtype)
+    assert same(decode(TensorSpec(NAME, dtype, shape), encode(NAME, quantized, SCHEMES[scheme]), SCHEMES[scheme]), quantized)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(sorted(SCHEMES)), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from(MODEL_DTYPES))
-def test_decode_is_the_inverse_of_encode(scheme: str, rows: int, columns: int, seed: int, dtype: str) -> None:
-    quantized = press(weight((rows, columns), seed=seed), scheme, dtype)
-    assert same(decode(NAME, encode(NAME, quantized), SCHEMES[scheme]), quantized)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from(sorted(SCHEMES)), st.integers(1, 20), st.integers(1, 20), st.data())
-def test_a_run_of_rows_is_encoded_as_it_is_within_the_whole(scheme: str, rows: int, columns: int, data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, rows - 1))
-    stop = data.draw(st.integers(start + 1, rows))
-    values = weight((rows, columns))
-    whole = encode(NAME, press(values, scheme))
-    part = encode(NAME, press(values[start:stop], scheme))
-    assert same(
-        decode(NAME, part, SCHEMES[scheme]), decode(NAME, {name: tensor[start:stop] for name, tensor in whole.items()}, SCHEMES[scheme])
-    )
+@given(st.sampled_from([name for name in SCHEMES if SCHEMES[name].weight.tile.rows]), st.data())
+def test_a_run_of_rows_is_encoded_as_it_is_within_the_whole(scheme: str, data: st.DataObject) -> None:
+    """Runs begin and end where tiles do."""
+    rows = SCHEMES[scheme].weight.tile.rows or 1
+    start = data.draw(st.integers(0, 3))
+    stop = data.draw(st.integers(start + 1, 4))
+    values = weight((4 * rows, 128))
+    whole = encode(NAME, press(values, scheme), SCHEMES[scheme])
+    part = encode(NAME, press(values[start * rows : stop * rows], scheme), SCHEMES[scheme])
+    for name, tensor in whole.items():
+        step = tensor.shape[0] // 4
+        assert torch.equal(part[name].view(torch.uint8), tensor[start * step : stop * step].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_of_zeros_stays_zero_and_has_a_scale_that_readers_can_divide_by(scheme: str) -> None:
-    quantized = press(torch.zeros(3, 5), scheme)
-    assert (quantized.scale == 1).all()
-    assert torch.equal(as_the_library_decodes(quantized, only_group(scheme)), torch.zeros(3, 5, dtype=torch.bfloat16))
+    quantized = press(torch.zeros(128, 128), scheme)
+    assert (quantized.scale.float() == 1).all()
+    assert not as_the_library_decodes(quantized, only_group(scheme), scheme).any()
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if SCHEMES[name].static])
+def test_a_static_input_scale_takes_the_largest_input_to_the_largest_code(scheme: str) -> None:
+    activation = SCHEMES[scheme].activation
+    assert activation is not None
+    ((_, scale),) = constants(TensorSpec(NAME, "F32", (2, 2)), SCHEMES[scheme], 12.5).items()
+    assert float(scale) * activation.grid.high == pytest.approx(12.5)
+
+
+@pytest.mark.parametrize(("cache", "shape"), [("fp8", (1,)), ("fp8-per-head", (3, 1, 1))])
+def test_the_scales_of_a_cache_lie_where_the_library_looks_for_them(cache: str, shape: tuple[int, ...]) -> None:
+    keys, values = cache_tensors(Attention("model.layers.0.self_attn", 0, 3), cache, "BF16") or ()
+    assert (keys.name, values.name) == ("model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.v_scale")
+    assert keys.shape == values.shape == shape
+    said = QuantizationConfig.model_validate(config(of([layer("down_proj", "int8-dynamic")], [], cache))).kv_cache_scheme
+    assert said is not None
+    assert (said.num_bits, said.type, said.symmetric, said.dynamic) == (8, "float", True, False)
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_arguments_are_those_of_the_library_s_preset(scheme: str) -> None:
+    """Observers aside, which say how a calibration should look for scales."""
+    mine, theirs = only_group(scheme), preset_name_to_scheme(PRESETS[scheme], ["Linear"])
+    for a, b in ((mine.weights, theirs.weights), (mine.input_activations, theirs.input_activations)):
+        assert a is not None
+        assert b is not None
+        assert a.model_dump(exclude={"observer", "observer_kwargs"}) == b.model_dump(exclude={"observer", "observer_kwargs"})
 
 
 def test_a_tensor_that_is_no_weight_has_no_layer_names() -> None:
@@ -181,7 +239,7 @@ ASSIGNMENTS: dict[str, tuple[dict[str, str], list[str]]] = {
 @pytest.mark.parametrize("case", ASSIGNMENTS)
 def test_the_library_gives_every_module_the_scheme_it_was_quantized_with_and_no_other(case: str) -> None:
     assigned, kept = ASSIGNMENTS[case]
-    found = schemes_by_module([QuantizedLayer(module, scheme, head=module == "lm_head") for module, scheme in assigned.items()], kept)
+    found = schemes_by_module([layer(module, scheme) for module, scheme in assigned.items()], kept)
     assert found.keys() == assigned.keys()
     for module, scheme in assigned.items():
         kind, stored_as = KINDS[scheme]
@@ -196,7 +254,7 @@ def test_the_library_gives_every_module_the_scheme_it_was_quantized_with_and_no_
 @pytest.mark.parametrize("case", ASSIGNMENTS)
 def test_the_config_says_what_the_library_would_infer_and_that_weights_are_compressed(case: str) -> None:
     assigned, kept = ASSIGNMENTS[case]
-    whole = parsed([QuantizedLayer(module, scheme, head=module == "lm_head") for module, scheme in assigned.items()], kept)
+    whole = parsed([layer(module, scheme) for module, scheme in assigned.items()], kept)
     formats = {KINDS[scheme][1] for scheme in assigned.values()}
     assert whole.quant_method == "compressed-tensors"
     assert whole.quantization_status == "compressed"  # without it transformers 5 takes codes for weights
@@ -210,7 +268,7 @@ def test_the_config_says_what_the_library_would_infer_and_that_weights_are_compr
 def test_the_library_reads_back_what_it_would_have_written_for_the_same_schemes(case: str) -> None:
     """``ignore`` and ``targets`` may be spelled in several ways; the schemes of the groups may not."""
     assigned, kept = ASSIGNMENTS[case]
-    mine = parsed([QuantizedLayer(module, scheme, head=module == "lm_head") for module, scheme in assigned.items()], kept)
+    mine = parsed([layer(module, scheme) for module, scheme in assigned.items()], kept)
     model = Block()
     apply_quantization_config(model, mine)
     theirs = QuantizationConfig.from_pretrained(model)
@@ -226,18 +284,18 @@ def test_the_library_reads_back_what_it_would_have_written_for_the_same_schemes(
 
 def test_a_quantized_head_is_a_target_by_its_name() -> None:
     """vLLM's head is a ParallelLMHead, which "Linear" does not name: it would be looked for unquantized."""
-    (group,) = config([QuantizedLayer("down_proj", "int8-dynamic"), QuantizedLayer("lm_head", "int8-dynamic", head=True)], [])[
-        "config_groups"
-    ].values()
+    section = config(of([layer("down_proj", "int8-dynamic"), layer("lm_head", "int8-dynamic")]))
+    assert section is not None
+    (group,) = section["config_groups"].values()
     assert group["targets"] == ["Linear", "lm_head"]
 
 
 def test_a_tied_head_that_is_kept_is_named_so_that_readers_leave_it_alone() -> None:
-    assert schemes_by_module([QuantizedLayer("down_proj", "int8-dynamic")], ["up_proj", "lm_head"]).keys() == {"down_proj"}
+    assert schemes_by_module([layer("down_proj", "int8-dynamic")], ["up_proj", "lm_head"]).keys() == {"down_proj"}
 
 
 def test_every_file_says_the_format_that_transformers_asks_for() -> None:
-    assert METADATA == {"format": "pt"}
+    assert metadata([], of([])) == {"format": "pt"}
 
 
 # Refusals
@@ -245,20 +303,16 @@ def test_every_file_says_the_format_that_transformers_asks_for() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_a_named_scheme_has_a_spelling_unless_the_weight_lies_transposed(scheme: Scheme) -> None:
-    assert refusal(scheme, transposed=False) is None
-    assert "transposed" in (refusal(scheme, transposed=True) or "")
+    assert refusal(scheme, (128, 128), transposed=False) is None
+    assert "transposed" in (refusal(scheme, (128, 128), transposed=True) or "")
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        Quantization(INT8, PER_TENSOR),
-        Quantization(FP8_E4M3, Tile(128, 128)),
-        Quantization(INT8, Tile(1, 32)),
-        Quantization(INT8, PER_CHANNEL, symmetric=False),
-    ],
-    ids=["per tensor", "per block", "per group", "asymmetric"],
-)
-def test_what_has_no_spelling_is_refused_by_name(quantization: Quantization) -> None:
-    scheme = Scheme("odd", quantization, Quantization(INT8, PER_TOKEN, dynamic=True), Quality(1, 0, 2))
-    assert "odd" in (refusal(scheme, transposed=False) or "")
+@pytest.mark.parametrize("scheme", ["fp8-block", "int8-weight-only-g128", "mxfp8"])
+def test_a_width_that_groups_do_not_divide_is_refused_as_the_library_does(scheme: str) -> None:
+    assert "576" in (refusal(SCHEMES["fp8-block"], (192, 576), transposed=False) or "")
+    assert "48" in (refusal(SCHEMES[scheme], (128, 48), transposed=False) or "")
+
+
+def test_scales_in_float32_are_not_what_its_readers_use() -> None:
+    scheme = Scheme("odd", Quantization(INT8, PER_CHANNEL, scale="F32"), Quantization(INT8, PER_TOKEN, dynamic=True), Quality(1, 0, 2))
+    assert "dtype of the model" in (refusal(scheme, (128, 128), transposed=False) or "")
