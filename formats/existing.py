@@ -495,8 +495,7 @@ def _layer(name: str, module: str, codes: TensorSpec, says: Arguments | None, te
     weight = arguments.weight
     rows, columns = codes.shape
     if packed:
-        group = weight.tile.columns if weight else None
-        columns = tensors[scale].shape[-1] * group if group and scale else 4 * columns
+        columns *= 4
     expected = ("I32" if packed else weight.grid.dtype) if weight else codes.dtype
     if weight is not None and codes.dtype != expected:
         problem = f"codes of dtype {codes.dtype}, the config says {expected}"

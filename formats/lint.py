@@ -390,7 +390,8 @@ def _siblings(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, modules in fused.items():
         kinds = Counter(said[module][1] for module in modules)
         if len(kinds) > 1:
-            odd = next(module for module in modules if said[module][1] == kinds.most_common()[-1][0])
+            odd_kind = min(kinds, key=lambda kind: (kinds[kind], kind is not None))
+            odd = next(module for module in modules if said[module][1] == odd_kind)
             yield Finding(
                 name,
                 f"{len(kinds)} schemes among {len(modules)} layers that vLLM fuses into one; {odd} is the odd one ({said[odd][0]})",
@@ -957,9 +958,7 @@ def _values(folder: Path, item: Located) -> Any:
 
     raw = _read(folder, item)
     if item.spec.dtype in ("U8", "F8_E8M0"):
-        values = np.exp2(raw.astype(np.float32) - 127)
-        values[raw == 255] = np.nan
-        return values
+        return np.where(raw == 255, np.float32(np.nan), np.exp2(np.minimum(raw, 254).astype(np.float32) - 127))
     with np.errstate(over="ignore", invalid="ignore"):
         return raw.view(numpy_dtype(item.spec.dtype)).astype(np.float32)
 
