@@ -206,7 +206,7 @@ def _config_keys(checkpoint: Checkpoint) -> Iterator[Finding]:
     try:
         json.loads((checkpoint.folder / "config.json").read_bytes(), object_pairs_hook=_reject_duplicates)
     except _DuplicateKeyError as error:
-        yield Finding("config.json", f"the key {error} comes twice in one object: readers keep the last", "remove one of the two")
+        yield Finding("config.json", f"the key {error} comes twice in one object: readers keep the last", "remove one of the two", WARNING)
     for where, section in (("config.json", checkpoint.config), ("config.json: text_config", checkpoint.config.get("text_config"))):
         rope = section.get("rope_parameters") if isinstance(section, Mapping) else None
         theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
@@ -282,19 +282,22 @@ def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
                 layer.codes,
                 "8-bit codes that the config does not know: readers take them for weights, or find no place for the scales",
                 f"name {layer.module} in the config, or keep it out of the quantization",
-                runtime=_BOTH,
+                runtime=_READERS[found.format],
             )
         elif layer.weight is None and layer.unsupported is not None and layer.unsupported.startswith(("codes", "no ", "load_in")):
             yield Finding(layer.codes, f"{layer.unsupported} ({layer.rule})", _REQUANTIZE, runtime=_BOTH)
     for module in _unexpected_floats(checkpoint, found):
         router = module.rpartition(".")[2] in _ROUTERS
+        readers = _READERS[found.format]
+        if is_head(module):  # no Linear to vLLM, unless a target names it
+            readers = {"compressed-tensors": "transformers", "fp8": "transformers on a GPU"}.get(found.format, readers)
         yield Finding(
             f"{module}.weight",
             f"still {checkpoint.tensors[f'{module}.weight'].spec.dtype}, though the config says it is quantized: readers look for its scale"
             + (" where the router is a Linear to them" if router else ""),
             f"name {module} among the modules to leave alone, or quantize it",
             WARNING if router else ERROR,
-            "transformers 4" if router else _BOTH if found.format != "bitsandbytes" else "transformers",
+            "transformers 4" if router else readers,
         )
     if found.tied_head:
         yield Finding(
@@ -308,11 +311,20 @@ def _layers(checkpoint: Checkpoint) -> Iterator[Finding]:
     if heads and checkpoint.config.get("tie_word_embeddings") is True:
         yield Finding(
             heads[0].codes,
-            "the head is quantized, though tie_word_embeddings ties it to the embedding",
+            "the head is quantized, though tie_word_embeddings is true: vLLM takes the embedding in its stead",
             "set tie_word_embeddings to false",
-            runtime=_BOTH,
+            runtime="vLLM",
         )
 
+
+#: On a CPU transformers dequantizes whatever fp8 has a scale beside it, whatever the config says.
+_READERS = {
+    "compressed-tensors": _BOTH,
+    "fp8": "transformers on a GPU, vLLM",
+    "modelopt": "vLLM",
+    "bitsandbytes": "transformers",
+    "torchao": "transformers",
+}
 
 #: Last parts of the names of what chooses experts.
 _ROUTERS = ("gate", "router", "shared_expert_gate", "classifier")
@@ -439,7 +451,7 @@ def _compressed_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, group in groups.items():
         where = f"quantization_config.config_groups.{name}"
         if unknown := sorted(set(group) - _CT_GROUP_KEYS):
-            yield Finding(where, f"unknown key {', '.join(unknown)}: {_ALLOWED}", "remove it", runtime=_BOTH)
+            yield Finding(where, f"unknown key {', '.join(unknown)}: {_ALLOWED}", "remove it", runtime="transformers")
         for key in ("weights", "input_activations", "output_activations"):
             if isinstance(group.get(key), Mapping):
                 yield from _ct_arguments(f"{where}.{key}", group[key], activation=key != "weights")
@@ -484,20 +496,26 @@ def _ct_arguments(where: str, raw: Mapping[str, Any], *, activation: bool) -> It
 def _ct_formats(found: ExistingQuantization, groups: Mapping[str, Any]) -> Iterator[Finding]:
     top = found.config.get("format")
     own = {name: group.get("format") for name, group in groups.items()}
-    for where, value in (
-        ("quantization_config.format", top),
-        *((f"quantization_config.config_groups.{k}.format", v) for k, v in own.items()),
-    ):
-        if value is not None and value not in (*_CT_FORMATS, *_CT_OTHER_FORMATS):
+    known = (*_CT_FORMATS, *_CT_OTHER_FORMATS)
+    for name, value in own.items():
+        if value is not None and value not in known:
+            where = f"quantization_config.config_groups.{name}.format"
             yield Finding(where, f"{value!r} is no format; known are {', '.join(_CT_FORMATS)}", "correct it", runtime=_BOTH)
             return
+    if top not in (None, *known):
+        # Newer readers ask the groups, where these say it.
+        severity, runtime = (WARNING, "transformers 4") if all(own.values()) else (ERROR, _BOTH)
+        what = f"{top!r} is no format; known are {', '.join(_CT_FORMATS)}"
+        yield Finding("quantization_config.format", what, "correct it", severity, runtime)
+        return
     distinct = {value for value in own.values() if value is not None}
     if len(distinct) > 1 and top != "mixed-precision":
         yield Finding(
             "quantization_config.format",
             f"{top!r}, though the groups are {', '.join(sorted(distinct))}: readers that look here decode the others wrongly",
             'write "mixed-precision"',
-            runtime="transformers 4",
+            WARNING,
+            "transformers 4",
         )
     for name, value in own.items():
         effective = value or top
@@ -591,9 +609,9 @@ def _bitsandbytes(checkpoint: Checkpoint) -> Iterator[Finding]:
                 value = values.flat[0] if values.size else "empty"
                 yield Finding(
                     name,
-                    f"{value} ({item.spec.dtype} {list(item.spec.shape)}); 0 (row-major, U8) is the only one that is read",
+                    f"{value} ({item.spec.dtype} {list(item.spec.shape)}); 0 (row-major, U8) is the only order that is read",
                     "store the rows as they are and write 0",
-                    runtime="transformers",
+                    runtime="transformers, bitsandbytes",
                 )
 
 
@@ -659,7 +677,7 @@ def _cache(checkpoint: Checkpoint) -> Iterator[Finding]:
     if dropped:
         yield Finding(
             dropped[0],
-            f"{len(dropped)} scales of keys and values under a name that is not read: they are dropped and 1.0 is used",
+            f"{len(dropped)} scales of keys and values under a name that is not read: they are dropped and 1.0 is used, or refused",
             f"name them {spelled}",
             runtime=_BOTH if found.format == "compressed-tensors" else "vLLM",
         )
@@ -761,13 +779,13 @@ def _gain(checkpoint: Checkpoint, layer: ExistingLayer, weight: Quantization, it
 
 
 def _scale_layout(found: ExistingQuantization, layer: ExistingLayer, weight: Quantization, scale: TensorSpec) -> list[Finding]:
-    readers = "transformers" if found.format in ("bitsandbytes", "torchao") else "vLLM" if found.format == "modelopt" else _BOTH
+    readers = _READERS[found.format]
     rows, columns = weight.tile.scale_shape(layer.shape)
     shapes: tuple[tuple[int, ...], ...] = ((rows, columns),)
     if weight.tile == PER_TENSOR:
         shapes = ((1,),) if found.format == "compressed-tensors" else ((), (1,))
     elif found.format == "bitsandbytes":
-        shapes = ((rows,),)
+        shapes = ((rows,), (rows, 1))  # read as one run of floats either way
     elif found.format == "modelopt":
         shapes = ((rows, columns), (rows, 1, columns, 1), *(((rows,),) if columns == 1 else ()))
     findings = []
@@ -781,13 +799,13 @@ def _scale_layout(found: ExistingQuantization, layer: ExistingLayer, weight: Qua
                 runtime=readers,
             )
         )
-    allowed: tuple[str, ...] = ("F32", "BF16", "F16")
+    allowed: tuple[str, ...] = FLOATS
     if found.format == "bitsandbytes":
         allowed = ("F32",)
     elif weight.tile.rows == 1 and weight.tile.columns == 32 and weight.grid.kind == "float":
-        allowed = ("U8", "F8_E8M0") if found.format != "torchao" else ("F8_E8M0",)
-    elif found.format == "fp8":
-        allowed = ("F32", "BF16", "U8", "F8_E8M0") if found.config.get("scale_fmt") == "ue8m0" else ("F32", "BF16", "F16")
+        allowed = ("U8", "F8_E8M0")
+    elif found.format == "fp8" and found.config.get("scale_fmt") == "ue8m0":
+        allowed = (*FLOATS, "U8", "F8_E8M0")
     if scale.dtype not in allowed:
         findings.append(
             Finding(scale.name, f"of dtype {scale.dtype}, readers expect {' or '.join(allowed)}", "store it as such", runtime=readers)

@@ -6,12 +6,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from formats.manifest import MANIFEST, FileRecord, read_manifest
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -59,13 +62,12 @@ def edit_config(folder: Path, change: Callable[[Config], Any], file: str = "conf
 
 def vouch(folder: Path) -> None:
     """Makes the manifest promise what lies there now, as whoever made the mistake would have done."""
-
-    def hashes(manifest: Config) -> None:
-        for file in manifest["files"]:
-            content = (folder / file["name"]).read_bytes()
-            file.update(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-    edit_config(folder, hashes, "octavo.json")
+    manifest = read_manifest(folder)
+    files = []
+    for file in manifest.files:
+        content = (folder / file.name).read_bytes()
+        files.append(FileRecord(file.name, len(content), hashlib.sha256(content).hexdigest()))
+    (folder / MANIFEST).write_bytes(replace(manifest, files=tuple(files)).to_bytes())
 
 
 def rename(tensors: Tensors, old: str, new: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:

@@ -166,7 +166,9 @@ CORRUPTIONS = {
     "quantization_status frozen": Corruption(
         "fp8", section(lambda q: q.update(quantization_status="frozen")), "quantization_status", "'frozen'", "transformers"
     ),
-    "a misspelt ignore": Corruption("int8", section(lambda q: q.update(ignore=["lm_heads"])), "lm_head.weight", "still BF16", "vLLM"),
+    "a misspelt ignore": Corruption(
+        "int8", section(lambda q: q.update(ignore=["lm_heads"])), "lm_head.weight", "still BF16", "transformers"
+    ),
     "an ignore that names nothing": Corruption(
         "int8", section(lambda q: q["ignore"].append("model.layers.7.mlp.up_proj")), "ignore", "names no module", severity="warning"
     ),
@@ -190,13 +192,15 @@ CORRUPTIONS = {
         "int8-head", group(lambda g: g.update(targets=["Linear"])), "lm_head.weight", "no target names", "vLLM"
     ),
     "a quantized head tied to the embedding": Corruption(
-        "int8-head", config(lambda c: c.update(tie_word_embeddings=True)), "lm_head.weight", "ties it to the embedding"
+        "int8-head", config(lambda c: c.update(tie_word_embeddings=True)), "lm_head.weight", "vLLM takes the embedding", "vLLM"
     ),
-    "an unknown key of a group": Corruption("int8", group(lambda g: g.update(octavo="0.1")), "group_0", "unknown key octavo", "vLLM"),
+    "an unknown key of a group": Corruption(
+        "int8", group(lambda g: g.update(octavo="0.1")), "group_0", "unknown key octavo", "transformers"
+    ),
     "an unknown key of the weights": Corruption(
-        "int8", group(lambda g: g["weights"].update(rounding="even")), "group_0.weights", "unknown key rounding", "transformers"
+        "int8", group(lambda g: g["weights"].update(rounding="even")), "group_0.weights", "unknown key rounding", "transformers, vLLM"
     ),
-    "a key that comes twice": Corruption("int8", duplicate, "config.json", "num_bits comes twice"),
+    "a key that comes twice": Corruption("int8", duplicate, "config.json", "num_bits comes twice", severity="warning"),
     "static scales of tokens": Corruption(
         "int8", group(lambda g: g["input_activations"].update(dynamic=False)), "input_activations", "must be dynamic"
     ),
@@ -207,13 +211,21 @@ CORRUPTIONS = {
         "packed", group(lambda g: g["weights"].update(group_size=64)), "weights", "group_size 64 needs strategy group"
     ),
     "no targets": Corruption("int8", group(lambda g: g.pop("targets")), "quantization_config", "no list of targets"),
-    "a format that is none": Corruption("int8", section(lambda q: q.update(format="int8")), "format", "is no format"),
+    "a format that is none": Corruption("int8", group(lambda g: g.update(format="int8")), "group_0.format", "is no format"),
+    "a format that only the groups say": Corruption(
+        "int8", section(lambda q: q.update(format="int8")), "format", "is no format", "transformers 4", "warning"
+    ),
     "another format's name": Corruption("fp8", group(lambda g: g.update(format="pack-quantized")), "group_0.format", "F8_E4M3"),
     "mixed precision without formats": Corruption(
         "mixed", section(lambda q: [g.pop("format") for g in q["config_groups"].values()]), "format", "'mixed-precision'", "vLLM"
     ),
     "mixed precision that is not called so": Corruption(
-        "mixed", section(lambda q: q.update(format="int-quantized")), "format", "groups are float-quantized, int-quantized"
+        "mixed",
+        section(lambda q: q.update(format="int-quantized")),
+        "format",
+        "groups are float-quantized, int-quantized",
+        "transformers 4",
+        "warning",
     ),
     "weight-only INT8 that is not packed": Corruption(
         "int8", group(lambda g: g.update(input_activations=None)), "format", "weight-only and not packed", "vLLM"
@@ -232,7 +244,7 @@ CORRUPTIONS = {
     "scales of half the groups": Corruption(
         "packed-g64", scale(f"{DOWN}.weight_scale", lambda s: s[:, :4]), DOWN, "readers expect [256, 8]"
     ),
-    "scales of another dtype": Corruption("int8", scale(f"{Q}.weight_scale", lambda s: s.double()), f"{Q}.weight_scale", "of dtype F64"),
+    "scales of another dtype": Corruption("int8", scale(f"{Q}.weight_scale", lambda s: s.int()), f"{Q}.weight_scale", "of dtype I32"),
     "no scale": Corruption("int8", tensors(lambda t: t.pop(f"{Q}.weight_scale")), f"{Q}.weight", "no weight_scale beside"),
     "a zero point in a symmetric scheme": Corruption(
         "int8",
@@ -271,7 +283,10 @@ CORRUPTIONS = {
         "block", tensors(narrow(DOWN, 256, 480, "weight_scale")), f"{DOWN}.weight", "256 x 480 is not made of whole blocks", "vLLM"
     ),
     "microscaling with plain scales": Corruption(
-        "mxfp8", tensors(lambda t: rename(t, "weight_scale", "weight_scale", lambda s: s.bfloat16())), "weight_scale", "of dtype BF16"
+        "mxfp8",
+        tensors(lambda t: rename(t, "weight_scale", "weight_scale", lambda s: torch.exp2(s.float() - 127).bfloat16())),
+        "weight_scale",
+        "of dtype BF16",
     ),
     "an exponent that is NaN": Corruption("mxfp8", scale(f"{UP}.weight_scale", first(255)), f"{UP}.weight_scale", "the first nan"),
     # keys and values
@@ -309,7 +324,7 @@ CORRUPTIONS = {
         "fine-grained", tensors(narrow(DOWN, 255, 512)), f"{DOWN}.weight", "transformers, where it dequantizes, refuses it", "transformers"
     ),
     "a grid of scales for smaller blocks": Corruption(
-        "fine-grained", tensors(quarter_blocks), "weight_scale_inv", "of shape [4, 4]; with one for 128 x 128", "transformers, vLLM"
+        "fine-grained", tensors(quarter_blocks), "weight_scale_inv", "of shape [4, 4]; with one for 128 x 128", "on a GPU, vLLM"
     ),
     "scales that are really inverse": Corruption(
         "fine-grained", tensors(lambda t: rename(t, "_inv", "_inv", lambda s: 1 / s)), "14 scales", "reciprocals, where multipliers belong"
@@ -321,7 +336,7 @@ CORRUPTIONS = {
         "fine-grained", section(lambda q: q.update(activation_scheme="static")), "activation_scheme", "static with blocks", "vLLM"
     ),
     "a head that fp8 should skip and does not": Corruption(
-        "fine-grained", section(lambda q: q.update(modules_to_not_convert=[])), "lm_head.weight", "still BF16"
+        "fine-grained", section(lambda q: q.update(modules_to_not_convert=[])), "lm_head.weight", "still BF16", "on a GPU"
     ),
     "a skipped module that is fp8": Corruption(
         "fine-grained", section(lambda q: q["modules_to_not_convert"].append("down_proj")), f"{DOWN}.weight", "does not know"
@@ -342,8 +357,8 @@ CORRUPTIONS = {
     "SCB divided by 127": Corruption(
         "bitsandbytes", tensors(lambda t: rename(t, ".SCB", ".SCB", lambda s: s / 127)), "14 scales", "SCB divided by 127"
     ),
-    "SCB of a column": Corruption(
-        "bitsandbytes", scale(f"{UP}.SCB", lambda s: s[:, None]), f"{UP}.SCB", "readers expect [512]", "transformers"
+    "SCB of half the rows": Corruption(
+        "bitsandbytes", scale(f"{UP}.SCB", lambda s: s[:256]), f"{UP}.SCB", "readers expect [512]", "transformers"
     ),
     "SCB rounded to the model's dtype": Corruption(
         "bitsandbytes", scale(f"{UP}.SCB", lambda s: s.bfloat16()), f"{UP}.SCB", "of dtype BF16"
@@ -354,7 +369,7 @@ CORRUPTIONS = {
         scale(f"{UP}.weight_format", lambda _: torch.tensor(1, dtype=torch.uint8)),
         "weight_format",
         "0 (row-major",
-        "transf",
+        "bitsandbytes",
     ),
     "load_in_8bit missing": Corruption(
         "bitsandbytes",
