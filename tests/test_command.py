@@ -124,7 +124,9 @@ def test_anybodys_checkpoint_is_linted(make_llama: Any) -> None:
     (folder / "tokenizer.json").unlink()
     done = octavo("verify", folder)
     assert done.returncode == 0, "a warning is none"
-    assert done.stdout.startswith("warning: tokenizer.json: no tokenizer: readers need one to take text [transformers, vLLM]; copy the source")
+    assert done.stdout.startswith(
+        "warning: tokenizer.json: no tokenizer: readers need one to take text [transformers, vLLM]; copy the source"
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
     done = octavo("verify", folder, "--json", "--quick")
