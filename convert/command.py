@@ -105,24 +105,31 @@ def check(
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="The folder of an artifact.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of an artifact, or of a checkpoint that anybody made.")],
     quick: Annotated[bool, typer.Option("--quick", help="Everything but what needs every byte: under a second.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an artifact's promises offline: files, hashes, ledger, headers, scales."""
+    """Say what is wrong with a checkpoint, offline: headers, config, scales; of an artifact also its manifest's promises."""
     from dataclasses import asdict
 
+    from formats.manifest import MANIFEST
     from formats.verify import verify as verify_folder
 
-    verdict = verify_folder(artifact, quick=quick)
+    verdict = verify_folder(folder, quick=quick)
     if as_json:
         _print_json({"passed": verdict.passed, **asdict(verdict)})
-    elif verdict.passed:
-        how = f"{verdict.hashed_bytes / 1e9:.2f} GB hashed" if not quick else "hashes not looked at; leave out --quick for them"
-        print(f"{artifact}: good ({verdict.files} files, {verdict.tensors} tensors, {how})")
-    else:
-        for finding in verdict.findings:
-            print(f"{finding.where}: {finding.what}; {finding.remedy}")
+        raise typer.Exit(0 if verdict.passed else 1)
+    for finding in verdict.findings:
+        trips = f" [{finding.runtime}]" if finding.runtime else ""
+        print(f"{finding.severity}: {finding.where}: {finding.what}{trips}; {finding.remedy}")
+    if verdict.passed:
+        looked = f"{verdict.hashed_bytes / 1e9:.2f} GB hashed" if not quick else "hashes not looked at; leave out --quick for them"
+        if not (folder / MANIFEST).exists():
+            looked = "no manifest, so nothing vouches for its bytes" + (
+                "; codes not looked at, leave out --quick for them" if quick else ""
+            )
+        warnings = f", {len(verdict.findings)} warning(s)" if verdict.findings else ""
+        print(f"{folder}: good ({verdict.files} files, {verdict.tensors} tensors, {looked}{warnings})")
     raise typer.Exit(0 if verdict.passed else 1)
 
 

@@ -1,10 +1,11 @@
-"""Whether a folder still is what its manifest promises: offline, at the speed of the disk, without torch.
+"""Whether a folder still is what its manifest promises, and what is wrong with it whoever made it: offline, without torch.
 
 Run as ``python -m formats.verify FOLDER [--quick]`` it prints a JSON verdict; :func:`verify` is the same as a function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,29 +14,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from formats.dtypes import numpy_dtype
 from formats.errors import FormatError
-from formats.manifest import CARD, CHUNK_BYTES, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
-from formats.safetensors import Located, is_plain_name, read_folder, read_json
+from formats.lint import ERROR, Finding, lint
+from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
+from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_plain_name, read_folder, read_json
 
 #: Files that a Hub client or a version-control system leaves beside an artifact.
 IGNORED = (".git", ".gitattributes", ".cache")
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One broken promise: ``where`` (a file or a tensor), ``what`` is wrong in numbers, ``remedy``."""
-
-    where: str
-    what: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """``findings`` is empty for a good artifact. ``hashed_bytes`` is zero for a quick look."""
+    """``findings`` has no errors for a good artifact. ``hashed_bytes`` is zero for a quick look, and where there is no manifest."""
 
     findings: tuple[Finding, ...]
     files: int
@@ -44,41 +35,54 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return not self.findings
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == ERROR)
 
 
 def verify(folder: Path, *, quick: bool = False) -> Verdict:
-    """Checks files against sizes and hashes, headers and scales against the ledger, ``config.json`` against both.
+    """Lints a folder (:mod:`formats.lint`); of an artifact made here also checks files against sizes and hashes, headers against the
+    ledger, ``config.json`` against both.
 
     ``quick`` leaves out what needs every byte: the hashes, and NaN among float8 codes. Raises :class:`FormatError` when the
-    folder has no manifest that can be read.
+    folder has a manifest that cannot be read, or nothing that could be a checkpoint.
     """
+    if not os.path.lexists(folder / MANIFEST):
+        return _verify_foreign(folder, quick=quick)
     manifest = read_manifest(folder)
     findings = [*_check_files(folder, manifest), *_check_ledger(manifest)]
     tensors: dict[str, Located] = {}
     try:
         tensors = read_folder(folder)
     except FormatError as error:
-        findings.append(Finding(str(folder), str(error), "fetch or make the artifact again"))
+        broken = [Finding(str(folder), str(error), "fetch or make the artifact again")]
     else:
-        findings += _check_promises(manifest, tensors)
-    findings += _check_config(folder, manifest)
-    # Only scales that were written here: a model may have parameters of that name (CLIP's logit_scale), and they may be negative.
-    quantized = {name for entry in manifest.ledger if entry["decision"] == "quantize" for name, _, _ in entry["outputs"]}
-    scales = [item for name, item in tensors.items() if name in quantized and name.endswith(("_scale", ".SCB"))]
-    findings += [finding for item in scales for finding in _check_scale(folder, item)]
+        broken = _check_promises(manifest, tensors)
+    broken += _check_config(folder, manifest)
+    # Of a folder that is not what was made, everything else that is wrong follows from that.
+    findings += broken or lint(folder, tensors, quick=quick)
     hashed = 0
     if not quick:
         sound = [file for file in manifest.files if is_plain_name(file.name) and _size(folder / file.name) == file.size_bytes]
-        codes = [item for item in tensors.values() if item.spec.dtype == "F8_E4M3"]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for found in (
-                *pool.map(lambda file: _check_hash(folder, file), sound),
-                *pool.map(lambda item: _check_codes(folder, item), codes),
-            ):
+            for found in pool.map(lambda file: _check_hash(folder, file), sound):
                 findings += found
         hashed = sum(file.size_bytes for file in sound)
     return Verdict(tuple(findings), len(manifest.files), len(tensors), hashed)
+
+
+def _verify_foreign(folder: Path, *, quick: bool) -> Verdict:
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder")
+    if not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
+        raise FormatError(f"{folder}: no config.json, {SINGLE_FILE} or {MANIFEST} is there; give the folder of a checkpoint")
+    tensors: dict[str, Located] | None = None
+    with contextlib.suppress(FormatError):  # lint says it
+        tensors = read_folder(folder)
+    findings = lint(folder, tensors, quick=quick)
+    return Verdict(tuple(findings), sum(path.is_file() for path in folder.iterdir()), len(tensors or {}), 0)
 
 
 def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
@@ -146,34 +150,6 @@ def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
     return []
 
 
-def _check_scale(folder: Path, item: Located) -> list[Finding]:
-    import numpy as np
-
-    values = _read(folder, item).view(numpy_dtype(item.spec.dtype)).astype(np.float32)
-    # LLM.int8() stores the largest magnitude itself, which is zero for a row of zeros.
-    positive = values >= 0 if item.spec.name.endswith(".SCB") else values > 0
-    bad = ~(np.isfinite(values) & positive)
-    if not bad.any():
-        return []
-    first = int(np.flatnonzero(bad)[0])
-    return [
-        Finding(
-            item.spec.name,
-            f"{int(bad.sum())} scales are not positive numbers, the first {values[first]} at {first}",
-            "make the artifact again",
-        )
-    ]
-
-
-def _check_codes(folder: Path, item: Located) -> list[Finding]:
-    import numpy as np
-
-    nans = sum(int(np.count_nonzero((chunk & 0x7F) == 0x7F)) for chunk in _chunks(folder, item))
-    if not nans:
-        return []
-    return [Finding(item.spec.name, f"{nans} of its float8 codes are NaN: every logit would be", "make the artifact again")]
-
-
 def _check_hash(folder: Path, file: FileRecord) -> list[Finding]:
     try:
         if hash_file(folder / file.name, hashlib.sha256()) == file.sha256:
@@ -181,21 +157,6 @@ def _check_hash(folder: Path, file: FileRecord) -> list[Finding]:
     except OSError as error:
         return [Finding(file.name, f"cannot be read ({error.strerror})", "fetch or make the artifact again")]
     return [Finding(file.name, "its sha256 is not the manifest's: bytes have changed", "fetch or make the artifact again")]
-
-
-def _chunks(folder: Path, item: Located) -> Any:
-    import numpy as np
-
-    with (folder / item.file).open("rb", buffering=0) as stream:
-        stream.seek(item.start)
-        for position in range(item.start, item.stop, CHUNK_BYTES):
-            yield np.frombuffer(stream.read(min(CHUNK_BYTES, item.stop - position)), np.uint8)
-
-
-def _read(folder: Path, item: Located) -> Any:
-    import numpy as np
-
-    return np.concatenate([np.empty(0, np.uint8), *_chunks(folder, item)])
 
 
 def _size(path: Path) -> int | None:

@@ -75,7 +75,7 @@ def test_a_limit_missed_is_exit_code_1(make_llama: Any, tmp_path: Path) -> None:
         (["convert", "{good}", "--device", "tpu"], 2, "'tpu' is no device"),
         (["convert", "{good}", "--device", "cuda"], 3, "no CUDA device is here"),
         (["plan", "{good}", "--set", "targets.0.rules=[{match: nowhere, scheme: int8-dynamic}]"], 2, "'nowhere' matches nothing"),
-        (["verify", "/nowhere"], 2, "error: /nowhere/octavo.json: cannot be read"),
+        (["verify", "/nowhere"], 2, "error: /nowhere: no such folder"),
         (["inspect", "/nowhere"], 2, "error: /nowhere: no such file or folder"),
         (["check", "/nowhere"], 2, "error: /nowhere/octavo.json: cannot be read"),
         (["frobnicate"], 2, "No such command 'frobnicate'"),
@@ -115,6 +115,28 @@ def test_a_damaged_artifact_is_exit_code_1(make_llama: Any, tmp_path: Path) -> N
     done = octavo("verify", path)
     assert done.returncode == 1
     assert "config.json: " in done.stdout
+
+
+def test_anybodys_checkpoint_is_linted(make_llama: Any) -> None:
+    folder = make_llama()
+    done = octavo("verify", folder)
+    assert (done.returncode, done.stdout) == (0, f"{folder}: good (5 files, 21 tensors, no manifest, so nothing vouches for its bytes)\n")
+    (folder / "tokenizer.json").unlink()
+    done = octavo("verify", folder)
+    assert done.returncode == 0, "a warning is none"
+    assert done.stdout.startswith(
+        "warning: tokenizer.json: no tokenizer: readers need one to take text [transformers, vLLM]; copy the source"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    done = octavo("verify", folder, "--json", "--quick")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["passed"] is False
+    assert [(item["severity"], item["where"]) for item in found["findings"]] == [
+        ("error", "model.embed_tokens.weight"),
+        ("warning", "tokenizer.json"),
+    ]
 
 
 def test_the_plan_is_a_table_for_people_and_json_for_programs(make_llama: Any, tmp_path: Path) -> None:

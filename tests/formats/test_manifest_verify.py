@@ -76,7 +76,7 @@ def build(folder: Path) -> Path:
         for item in shard.tensors:
             file[item.start : item.stop] = stored[item.spec.name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         (folder / shard.file).write_bytes(file)
-    layers = [QuantizedLayer(name.removesuffix(".weight"), scheme, (0, 0)) for name, (_, _, scheme) in SOURCE.items() if scheme]
+    layers = [QuantizedLayer(name.removesuffix(".weight"), scheme, shape) for name, (_, shape, scheme) in SOURCE.items() if scheme]
     config = spell({"model_type": "tiny"}, "BF16", compressed_tensors.config(Contents(layers, [], "BF16")))
     (folder / "config.json").write_bytes(json_bytes(config))
     (folder / INDEX_FILE).write_bytes(index_json(shards) or b"")
@@ -468,7 +468,8 @@ def test_an_artifact_that_quantizes_nothing_needs_no_quantization_config(artifac
     edit(artifact, lambda raw: [entry.update(kept) for entry in raw["ledger"]])
     vouch_for_ledger(artifact)
     configure(artifact, lambda config: config.pop("quantization_config"))
-    assert verify(artifact).findings == ()
+    # The manifest is content; the weights that lie there are codes all the same.
+    assert [finding.what[:27] for finding in verify(artifact).findings] == ["2 weights are 8-bit codes ("]
 
 
 @pytest.mark.parametrize("value", [-3.0, 0.0, math.nan])
@@ -501,8 +502,8 @@ def test_a_byte_flipped_anywhere_is_found(good: Path, tmp_path_factory: pytest.T
         (b"[" * 100_000, "not valid JSON"),
         (b"[]", "not a manifest of version 2"),
         (b"{}", "not a manifest of version 2"),
-        (b'{"manifest_version": 1}', "not a manifest of version 2"),
-        (b'{"manifest_version": "1"}', "not a manifest of version 2"),
+        (b'{"manifest_version": 9}', "not a manifest of version 2"),
+        (b'{"manifest_version": "2"}', "not a manifest of version 2"),
         (b'{"manifest_version": 2}', "not whole (KeyError: 'target')"),
         (b'{"manifest_version": 2, "target": "\\ud800"}', "not valid JSON"),
     ],
@@ -515,10 +516,19 @@ def test_a_manifest_that_is_none_is_refused(artifact: Path, text: bytes, reason:
     assert reason in str(raised.value)
 
 
-def test_a_folder_without_a_manifest_is_refused(artifact: Path) -> None:
+def test_a_folder_without_a_manifest_is_a_checkpoint_of_somebody_else(artifact: Path) -> None:
     (artifact / MANIFEST).unlink()
-    with pytest.raises(FormatError, match=rf"{MANIFEST}: cannot be read"):
-        verify(artifact)
+    verdict = verify(artifact)
+    assert verdict.findings == ()
+    assert (verdict.tensors, verdict.hashed_bytes) == (7, 0)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(FormatError, match="give the folder of a checkpoint"):
+        verify(tmp_path)
+    with pytest.raises(FormatError, match="no such folder"):
+        verify(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("key", ["target", "format", "source", "recipe", "versions", "plan_digest", "ledger_sha256", "ledger", "files"])
