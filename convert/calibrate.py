@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.plan import RESPELL
 from formats.errors import InputError, MachineError, NumericsError
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
     run, :class:`NumericsError` naming the module whose input was not finite, or always zero.
     """
-    modules = sorted({module for target in plan.targets for module in target.static})
+    known = _source_scales(plan)
+    modules = sorted({module for target in plan.targets for module in target.static} - known.keys())
     cache = any(target.contents.cache for target in plan.targets)
     if not modules and not cache:
-        return NO_STATS
+        return Stats(inputs=known, record={"text": "the source's own scales"}) if known else NO_STATS
     import numpy as np
 
     from convert.child import request, run
@@ -84,11 +86,23 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
     attentions = next((target.contents.attentions for target in plan.targets if target.contents.cache), ())
     return Stats(
-        inputs=answer["inputs"],
+        inputs={**known, **answer["inputs"]},
         keys={attention.module: tuple(answer["keys"][str(attention.layer)]) for attention in attentions},
         values={attention.module: tuple(answer["values"][str(attention.layer)]) for attention in attentions},
         record=record,
     )
+
+
+def _source_scales(plan: Plan) -> dict[str, float]:
+    """What the source's own static scales say of its inputs, for layers that are only spelled anew."""
+    known: dict[str, float] = {}
+    for target in plan.targets:
+        for entry in target.quantized:
+            if entry.algorithm == RESPELL and entry.scheme and entry.scheme.activation and entry.scheme.static:
+                scale = plan.checkpoint.input_scale(entry.tensor.name)
+                if scale is not None:
+                    known |= {part.module: scale * entry.scheme.activation.grid.high for part in entry.parts}
+    return known
 
 
 def main(request_path: str, answer_path: str) -> None:

@@ -25,8 +25,10 @@ from formats.errors import FormatError, RecipeError, SourceError
 from formats.layer import Contents, QuantizedLayer
 from formats.model_config import spell
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
-from formats.scheme import SCHEMES, Quality, Scheme
+from formats.scheme import SCHEMES, Quality, Quantization, Scheme
 
+#: The algorithm that chooses nothing: the source's own codes.
+RESPELL = "respell"
 CONTEXTS = (2_048, 8_192, 32_768, 131_072)
 
 _KEEP_WHY = {
@@ -47,8 +49,9 @@ class Entry:
     """The fate of one source tensor in one target: quantized by ``scheme`` and ``algorithm``, or kept because of ``why``.
 
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
-    disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. Of kind ``cache`` it is a scale that no source tensor
-    becomes, and ``tensor`` the scale itself.
+    disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
+    source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself.
     """
 
     tensor: TensorSpec
@@ -61,6 +64,8 @@ class Entry:
     rule: str
     why: str
     outputs: tuple[TensorSpec, ...]
+    scale_dtype: str = ""
+    note: str = ""
 
     @property
     def decision(self) -> str:
@@ -89,6 +94,7 @@ class Entry:
             "module": self.modules[0],
             "decision": self.decision,
             **fate,
+            **({"note": self.note} if self.note else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }
@@ -161,6 +167,13 @@ class Plan:
             found.append(f"transformers does not know the architecture {kind!r}: only tensors that rules name are quantized")
         elif self.architecture.groups is None:
             found.append(f"{self.architecture.name} could not be run on the meta device: which layers share an input was not observed")
+        again = [entry.tensor for target in self.targets for entry in target.quantized if entry.note.startswith("requantized")]
+        if again:
+            was = self.checkpoint.coded[again[0].name].description
+            found.append(
+                f"{len(set(again))} tensors are quantized a second time, first {again[0].name} ({was}): errors add up; "
+                "convert the model it was made from, if there is one"
+            )
         for target in self.targets:
             unnamed = [entry for entry in target.entries if entry.why == _KEEP_WHY["linear"]]
             if unnamed:
@@ -292,21 +305,50 @@ def _enter(
     dtype: str,
 ) -> Entry:
     rule, label = claim or (None, "default")
+    coded = checkpoint.coded.get(spec.name)
     plain = TensorSpec(spec.name, _float_dtype(spec.dtype, wanted, checkpoint), spec.shape)
     if rule is None or rule.scheme is None:
         why = (rule.why or "") if rule else _KEEP_WHY[parameter.kind]
-        return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,))
+        note = f"dequantized ({coded.description})" if coded else ""
+        return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,), note=note)
     scheme = SCHEMES[rule.scheme]
     position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
     refusal = _refusal(spec, parameter, scheme, target.format)
     if refusal:
         raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
+    algorithm, scale_dtype, note = rule.algorithm, dtype, ""
+    if coded is not None:
+        note = f"requantized ({coded.description})"
+        if respellable(coded.quantization, scheme.weight):
+            algorithm, note = RESPELL, f"respelled ({coded.description})"
+            scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else dtype
     outputs = tuple(
         output
         for part in parameter.parts
-        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", dtype, part.shape(spec)), scheme)
+        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
     )
-    return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, scheme, rule.algorithm, label, "", outputs)
+    return Entry(
+        spec,
+        plain,
+        parameter.modules,
+        parameter.kind,
+        parameter.parts,
+        scheme,
+        algorithm,
+        label,
+        "",
+        outputs,
+        scale_dtype=scale_dtype,
+        note=note,
+    )
+
+
+def respellable(existing: Quantization | None, wanted: Quantization) -> bool:
+    """Whether codes that exist are those that are wanted, so that only their spelling changes: the same grid and tiles, and scales that can
+    be had from the other's (the largest magnitude is a scale times 127)."""
+    if existing is None or (existing.grid, existing.tile) != (wanted.grid, wanted.tile):
+        return False
+    return (existing.scale == "F8_E8M0") == (wanted.scale == "F8_E8M0")
 
 
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name: str) -> str | None:

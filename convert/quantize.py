@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from convert.algorithms import ALGORITHMS
+from convert.plan import RESPELL
 from formats import FORMATS
 from formats.dtypes import DTYPES
 from formats.errors import NumericsError
@@ -102,14 +103,19 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
         if entry.scheme is None:
             pieces.append(_piece(name, entry.plain, work.start, work.spec.matrix_shape[0], _cast(values, entry.plain, work)))
             continue
-        dtype = targets[name].dtype
+        dtype = entry.scale_dtype
         for part in entry.parts:
             if not part.start <= work.start < part.stop:
                 continue
             key = (part.module, entry.scheme.weight, str(entry.algorithm), dtype)
             if key not in codes:
-                weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
-                codes[key] = _quantize(weight.to(device), entry, dtype, work)
+                if entry.algorithm == RESPELL:
+                    codes[key] = _respell(checkpoint.codes(work.spec.name, work.start, work.stop), entry.scheme.weight)
+                    if not is_finite(codes[key].scale.float()):
+                        raise NumericsError(f"{work.spec.name}: its scales are not finite numbers; the checkpoint is damaged")
+                else:
+                    weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
+                    codes[key] = _quantize(weight.to(device), entry, dtype, work)
             pieces += _encode(targets[name], entry, part, codes[key], work, stats)
     return pieces
 
@@ -117,7 +123,7 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
 def _encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:
     assert entry.scheme is not None
     form = FORMATS[target.format]
-    weight = TensorSpec(f"{part.module}.weight", target.dtype, part.shape(work.spec))
+    weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(work.spec))
     tensors = form.encode(weight.name, quantized, entry.scheme)
     specs = form.layer_tensors(weight, entry.scheme)
     for spec in specs.rows:
@@ -187,6 +193,17 @@ def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTe
     return result
 
 
+def _respell(quantized: QTensor, wanted: Quantization) -> QTensor:
+    """The same codes with scales as another format has them. Raises :class:`NumericsError` for NaN or Inf among scales."""
+    scale = quantized.scale
+    if quantized.quantization.scale != "absmax" and wanted.scale == "absmax":
+        scale = scale.float() * wanted.grid.high
+    elif quantized.quantization.scale == "absmax" and wanted.scale != "absmax":
+        scale = scale * quantized.quantization.unit
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of a row of zeros, which readers may divide by
+    return replace(quantized, scale=scale, quantization=wanted)
+
+
 def _cast(values: torch.Tensor, plain: TensorSpec, work: Work) -> torch.Tensor:
     cast = values.to(getattr(torch, DTYPES[plain.dtype].torch_name))
     if not is_finite(cast):
@@ -221,6 +238,6 @@ def _row_multiple(entry: Entry) -> int | None:
     """Slabs of an entry must begin at multiples of so many rows; None: it needs its parts whole."""
     if entry.scheme is None:
         return 1
-    if not ALGORITHMS[str(entry.algorithm)].row_wise or any(part.columns for part in entry.parts):
+    if any(part.columns for part in entry.parts) or (entry.algorithm != RESPELL and not ALGORITHMS[str(entry.algorithm)].row_wise):
         return None
     return entry.scheme.weight.tile.rows

@@ -12,16 +12,19 @@ import os
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from formats.dtypes import DTYPES
+from convert.coded import Coded, CodedReader, decoded_specs, describe_layer
+from formats.dtypes import DTYPES, FLOATS
 from formats.errors import FormatError, MachineError, SourceError
+from formats.existing import SIDE_FILE, read_quantization
 from formats.gguf import GgufFile, open_gguf
 from formats.manifest import hash_file
 from formats.safetensors import (
@@ -41,6 +44,8 @@ from formats.safetensors import (
 
 if TYPE_CHECKING:
     import torch
+
+    from formats.qtensor import QTensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ class Checkpoint:
     ``origin`` is what a person would write in a recipe (without revision), ``commit`` the Hub commit it was pinned to.
     ``tensors`` is ordered by file and offset. ``float_dtype``: what floats are stored in when the recipe says ``source``
     and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
-    ``base_model`` is a Hub id, where the model has one.
+    ``base_model`` is a Hub id, where the model has one. ``coded``: the tensors that are quantized already, and how; what is read of them
+    is float32.
     """
 
     origin: str
@@ -138,10 +144,23 @@ class Checkpoint:
     licence: str | None = None
     base_model: str | None = None
     download_bytes: int = 0
+    coded: Mapping[str, Coded] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    def codes(self, name: str, start: int, stop: int) -> QTensor:
+        """Rows ``[start, stop)`` of a tensor of :attr:`coded` as they are stored; ``start`` must be where a tile begins."""
+        assert isinstance(self.reader, CodedReader)
+        return self.reader.codes(name, start, stop)
+
+    def input_scale(self, name: str) -> float | None:
+        """The scale of the static input of a linear layer, by its weight, where the source has one."""
+        coded = self.coded.get(name)
+        if coded is None or coded.input_scale is None or not isinstance(self.reader, CodedReader):
+            return None
+        return self.reader.scalar(coded.input_scale)
 
     @property
     def pinned(self) -> str:
@@ -152,7 +171,8 @@ class Checkpoint:
         """What must not change while a conversion is interrupted: names, sizes and, for local files, their times of change."""
         local = [] if self.commit else [self.reader.path(file.name).stat().st_mtime_ns for file in self.files]
         specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors.values()]
-        return [self.origin, self.commit, dict(self.config), [[file.name, file.size_bytes] for file in self.files], local, specs]
+        coded = {name: repr(how) for name, how in self.coded.items()}
+        return [self.origin, self.commit, dict(self.config), coded, [[file.name, file.size_bytes] for file in self.files], local, specs]
 
 
 def open_source(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -194,7 +214,7 @@ def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
         _refuse_pickles([path.name for path in folder.iterdir()], origin)
         raise
     files = tuple(SourceFile(file, (folder / file).stat().st_size) for file in sorted({item.file for item in located.values()}))
-    return Checkpoint(
+    checkpoint = Checkpoint(
         origin=origin,
         commit=None,
         config=config,
@@ -206,6 +226,7 @@ def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
         folder=folder,
         licence=_licence(folder / "README.md"),
     )
+    return _decoded(checkpoint, folder / SIDE_FILE)
 
 
 def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
@@ -220,6 +241,7 @@ def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
         reader=GgufReader(gguf),
         sidecars=lambda: _gguf_sidecars(gguf),
         float_dtype="BF16",
+        coded={name: Coded(f"GGUF {tensor.kind}") for name, tensor in gguf.tensors.items() if tensor.kind not in ("F32", "F16", "BF16")},
         licence=gguf.fields.get("general.license"),
     )
 
@@ -227,7 +249,7 @@ def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
 def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
-    patterns = [*SIDECARS, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
+    patterns = [*SIDECARS, SIDE_FILE, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
     if constants.HF_HUB_OFFLINE:
         return _open_hub_cached(repo, revision, code=code)
 
@@ -278,7 +300,7 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     files = tuple(
         SourceFile(file, int(siblings[file].size or 0), f"sha256:{lfs.sha256}" if lfs is not None else None) for file, lfs in stored.items()
     )
-    return Checkpoint(
+    checkpoint = Checkpoint(
         origin=repo,
         commit=commit,
         config=config,
@@ -292,6 +314,7 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         base_model=repo,
         download_bytes=sum(file.size_bytes for file in files if not cached[file.name]),
     )
+    return _decoded(checkpoint, folder / SIDE_FILE)
 
 
 def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
@@ -426,12 +449,36 @@ def _read_config(path: Path, origin: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise SourceError(f"{origin}: config.json is not a JSON object")
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-        base = f" ({config['_name_or_path']})" if config.get("_name_or_path") else ""
-        raise SourceError(f"{origin}: already quantized ({method}); errors would add up, convert the model it was made from{base}")
     return config
+
+
+def _decoded(checkpoint: Checkpoint, side: Path) -> Checkpoint:
+    """A checkpoint whose weights may be codes, as one of floats; ``side`` is ModelOpt's legacy file, which need not exist."""
+    specs = checkpoint.tensors
+    existing = read_quantization(checkpoint.config, specs, read_json(side) if side.is_file() else None)
+    if existing is None:
+        return checkpoint
+    dtype = _kept_dtype(checkpoint.config, specs)
+    tensors = decoded_specs(existing, specs, dtype, checkpoint.origin)
+    layers = {f"{layer.module}.weight": layer for layer in existing.layers}
+    return replace(
+        checkpoint,
+        config={key: value for key, value in checkpoint.config.items() if key != "quantization_config"},
+        tensors=tensors,
+        file_of={name: checkpoint.file_of[layers[name].codes if name in layers else name] for name in tensors},
+        reader=CodedReader(checkpoint.reader, layers, specs),
+        coded={name: describe_layer(existing, layer, specs) for name, layer in layers.items()},
+    )
+
+
+def _kept_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
+    """What a quantized model's weights were, and its activations are: what the config says, or most of its embeddings and norms are in."""
+    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    spelled = {DTYPES[name].torch_name: name for name in FLOATS}
+    if said in spelled:
+        return spelled[said]
+    counted = Counter({name: sum(spec.elements for spec in specs.values() if spec.dtype == name) for name in FLOATS})
+    return counted.most_common(1)[0][0] if counted.total() else "BF16"
 
 
 def _refuse_pickles(names: Iterable[str], origin: str) -> None:

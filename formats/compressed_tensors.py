@@ -96,7 +96,8 @@ def constants(weight: TensorSpec, scheme: Scheme, input_absmax: float | None) ->
         return {}
     assert scheme.activation is not None
     assert input_absmax is not None
-    scale = torch.tensor([input_absmax]) / scheme.activation.grid.high
+    # In float64, so that a scale that was multiplied by the largest code comes back as it was.
+    scale = torch.tensor([input_absmax], dtype=torch.float64) / scheme.activation.grid.high
     return {f"{LayerNames.of(weight.name).module}.input_scale": scale.to(getattr(torch, DTYPES[weight.dtype].torch_name))}
 
 

@@ -38,7 +38,7 @@ def load(request: dict[str, Any]) -> Any:
     checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
     for file in checkpoint.files:
         checkpoint.reader.path(file.name)
-    if checkpoint.folder is not None:
+    if checkpoint.folder is not None and not checkpoint.coded:
         return AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder), dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
         )
