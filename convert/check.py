@@ -23,7 +23,7 @@ from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import RUNTIMES
 from convert.text import load_tokenizer, take_tokens
-from formats.dtypes import DTYPES
+from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
 from formats.scheme import Quality
@@ -46,12 +46,13 @@ class _Text:
 def require_runtimes(target: Target) -> None:
     """Raises :class:`MachineError` when a runtime that the target names is not here: an unproven artifact cannot pass."""
     for name in target.runtimes:
-        for distribution in RUNTIMES[name].needs:
+        for distribution in (*RUNTIMES[name].needs, *RUNTIMES[name].formats[target.format]):
             try:
                 version(distribution)
             except PackageNotFoundError:
                 raise MachineError(
-                    f"{target.name}: runtime {name} needs {distribution}, which is not installed; run: pip install {distribution}"
+                    f"{target.name}: runtime {name} needs {distribution} to load {target.format}, and it is not installed; "
+                    f"run: pip install {distribution}"
                 ) from None
 
 
@@ -114,7 +115,7 @@ def _check_one(
             continue
         result = _result(name, answer, text, divergence)
         results.append(result)
-        checks.append(_check_modules(name, manifest, answer["module_dtypes"]))
+        checks.append(_check_modules(name, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
         checks += _check_quality(name, divergence, target.bounds())
         checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
     return Report(
@@ -154,16 +155,22 @@ def _check_numbers(path: Path, model: str, asked: dict[str, Any], scratch: Path)
     return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> Check:
-    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float."""
+def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
+    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float; or, where the
+    runtime says that it dequantizes at load, that every one is there and none of them as codes that it would take for weights."""
     promised = {
         part[0]: DTYPES[dtype].torch_name
         for entry in manifest.ledger
         if entry["decision"] == "quantize"
         for part in entry["parts"]
         for name, dtype, _ in entry["outputs"]
-        if name in (f"{part[0]}.weight", f"{part[0]}.weight_packed")
+        if name in (f"{part[0]}.weight", f"{part[0]}.weight_packed", f"{part[0]}._weight_qdata")
     }
+    if dequantized:
+        floats = {DTYPES[name].torch_name for name in FLOATS}
+        left = [f"{module} is {dtypes.get(module, 'absent')}" for module in promised if dtypes.get(module) not in floats]
+        detail = "; ".join(left[:3]) or "it decodes them while it loads: nothing is held or multiplied in 8 bit here"
+        return at_least(f"{runtime}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
     return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(wrong[:3]))
 

@@ -63,9 +63,9 @@ def _devices() -> dict[str, str]:
 def _runtimes() -> dict[str, str]:
     found = {}
     for name, runtime in RUNTIMES.items():
-        missing = [package for package in runtime.needs if not _version(package)]
-        formats = ", ".join(runtime.formats)
-        found[name] = f"cannot load {formats}: pip install {' '.join(missing)}" if missing else f"loads {formats}"
+        missing = {form: [p for p in (*runtime.needs, *further) if not _version(p)] for form, further in runtime.formats.items()}
+        loads = [f"loads {', '.join(form for form in missing if not missing[form])}"] if not all(missing.values()) else []
+        found[name] = "; ".join([*loads, *(f"cannot load {form}: pip install {' '.join(m)}" for form, m in missing.items() if m)])
     return found
 
 

@@ -147,7 +147,9 @@ def cache_pieces(target: TargetPlan, stats: Stats) -> Iterator[tuple[Entry, Piec
         assert specs is not None
         for spec, seen in zip(specs, (stats.keys[attention.module], stats.values[attention.module]), strict=True):
             absmax = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)])
-            scale = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[spec.dtype].torch_name))
+            # Rounded to the dtype of the model whatever it is stored in, so that all targets have one scale.
+            rounded = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[target.dtype].torch_name))
+            scale = rounded.to(getattr(torch, DTYPES[spec.dtype].torch_name))
             if not is_finite(scale) or not bool((scale > 0).all()):
                 raise NumericsError(f"{spec.name}: calibration saw magnitudes of {min(seen):g} to {max(seen):g}; give it other text")
             yield entries[spec.name], _piece(target.name, spec, 0, 1, scale.reshape(spec.shape))

@@ -6,19 +6,25 @@ of this package, so that it can run under the interpreter of another virtual env
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it cannot load ``formats``."""
+    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it does not run, ``formats`` what it loads, and
+    which further distributions it needs for each."""
 
     program: str
-    formats: tuple[str, ...]
+    formats: Mapping[str, tuple[str, ...]]
     needs: tuple[str, ...]
 
 
 RUNTIMES = {
-    "transformers": Runtime("convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")),
-    "bitsandbytes": Runtime("convert.runtimes.bitsandbytes", formats=("bitsandbytes",), needs=("transformers", "bitsandbytes")),
+    "transformers": Runtime(
+        "convert.runtimes.transformers",
+        formats={"compressed-tensors": ("compressed-tensors",), "fp8": ("accelerate",), "torchao": ("torchao",)},
+        needs=("transformers",),
+    ),
+    "bitsandbytes": Runtime("convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",)),
 }
