@@ -4,8 +4,8 @@
     PEER_PYTHON benchmarks/peers/llmcompressor_oneshot.py MODEL OUT FP8 --text convert/texts/calibration.txt
 
 Schemes are presets of compressed-tensors (``quantization/quant_scheme.py``): INT8, also called W8A8, has int8 weights by channel and
-dynamic int8 activations by token, FP8_DYNAMIC the same in E4M3; W8A16 is weight-only; FP8 is static, a scale a tensor, and is
-calibrated on ``--text``; FP8_BLOCK has blocks of 128 x 128. W8A16_G64 is no preset: weight-only with a scale for 64 neighbours.
+dynamic int8 activations by token, FP8_DYNAMIC the same in E4M3; FP8 is static, a scale a tensor, and is calibrated on ``--text``;
+FP8_BLOCK has blocks of 128 x 128. W8A16_CHANNEL and W8A16_G64 are no presets (W8A16 has groups of 128): int8 weights alone.
 Prints one line of JSON: seconds to import, and seconds without imports.
 """
 
@@ -18,12 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+GRAIN = {"W8A16_CHANNEL": {"strategy": "channel"}, "W8A16_G64": {"strategy": "group", "group_size": 64}}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("scheme", metavar="SCHEME", choices=("INT8", "FP8_DYNAMIC", "W8A16", "W8A16_G64", "FP8", "FP8_BLOCK"))
+    parser.add_argument("scheme", metavar="SCHEME", choices=("INT8", "FP8_DYNAMIC", *GRAIN, "FP8", "FP8_BLOCK"))
     parser.add_argument("--text", help="what FP8 is calibrated on, UTF-8")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -35,8 +37,8 @@ def main() -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     imported = time.perf_counter()
-    if args.scheme == "W8A16_G64":
-        weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    if args.scheme in GRAIN:
+        weights = {"num_bits": 8, "type": "int", "symmetric": True, **GRAIN[args.scheme]}
         recipe = QuantizationModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
     else:
         recipe = QuantizationModifier(targets="Linear", scheme=args.scheme, ignore=["lm_head"])
