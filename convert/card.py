@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.manifest import Manifest
 from formats.scheme import Quality
@@ -43,6 +44,9 @@ def render_card(report: Report, manifest: Manifest) -> str:
             base_model=source["base_model"],
             schemes=" and ".join(schemes) or "nothing quantized",
             counts={"quantize": decisions["quantize"], "keep": decisions["keep"], "total": len(manifest.ledger)},
+            notes=Counter(entry["note"] for entry in manifest.ledger if entry.get("note")).most_common(),
+            requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
+            dropped=source.get("dropped", []),
             reasons=Counter(entry["why"] for entry in manifest.ledger if entry["decision"] == "keep").most_common(),
             bounds=Quality(**target["limits"]),
             weight_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors")),

@@ -324,6 +324,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         if ledger:
             for entry in target.entries:
                 fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
+                fate += f", {entry.note}" if entry.note else ""
                 console.print(
                     f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False
                 )

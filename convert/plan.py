@@ -16,19 +16,22 @@ from typing import Any
 
 from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
+from convert.coded import Coded
 from convert.recipe import HEAD_WHY, Recipe, Rule, Target
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
-from formats.dtypes import FLOATS, from_torch_name
+from formats.dtypes import DTYPES, FLOATS, from_torch_name
 from formats.errors import FormatError, RecipeError, SourceError
-from formats.layer import Contents, QuantizedLayer
+from formats.layer import Attention, Contents, QuantizedLayer
 from formats.model_config import spell
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
-from formats.scheme import SCHEMES, Quality, Quantization, Scheme
+from formats.scheme import CACHES, SCHEMES, Quality, Quantization, Scheme
 
 #: The algorithm that chooses nothing: the source's own codes.
 RESPELL = "respell"
+#: What a note begins with: what became of codes that the source had, and of scales that belong to no weight.
+DEQUANTIZED, RESPELLED, REQUANTIZED, TAKEN_OVER = "dequantized", "respelled", "requantized", "taken over"
 CONTEXTS = (2_048, 8_192, 32_768, 131_072)
 
 _KEEP_WHY = {
@@ -68,6 +71,11 @@ class Entry:
     note: str = ""
 
     @property
+    def again(self) -> str:
+        """The word for what became of the source's codes; empty where it had none."""
+        return self.note.partition(" (")[0]
+
+    @property
     def decision(self) -> str:
         return "quantize" if self.scheme else "add" if self.kind == "cache" else "keep"
 
@@ -102,7 +110,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``."""
+    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``. ``dropped``: scales of keys,
+    values and inputs that the source has and no tensor here comes from."""
 
     name: str
     format: str
@@ -113,6 +122,7 @@ class TargetPlan:
     runtimes: tuple[str, ...]
     bounds: Quality
     contents: Contents
+    dropped: tuple[str, ...] = ()
 
     @cached_property
     def quantized(self) -> tuple[Entry, ...]:
@@ -167,7 +177,7 @@ class Plan:
             found.append(f"transformers does not know the architecture {kind!r}: only tensors that rules name are quantized")
         elif self.architecture.groups is None:
             found.append(f"{self.architecture.name} could not be run on the meta device: which layers share an input was not observed")
-        again = [entry.tensor for target in self.targets for entry in target.quantized if entry.note.startswith("requantized")]
+        again = [entry.tensor for target in self.targets for entry in target.quantized if entry.again == REQUANTIZED]
         if again:
             was = self.checkpoint.coded[again[0].name].description
             found.append(
@@ -175,6 +185,17 @@ class Plan:
                 "convert the model it was made from, if there is one"
             )
         for target in self.targets:
+            rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _is_wider(entry.scale_dtype, target.dtype)]
+            if rounded:
+                found.append(
+                    f"{target.name}: {len(rounded)} respelled tensors keep their scales in {rounded[0].scale_dtype}, without a loss on disk; "
+                    f"transformers rounds them to {target.dtype} as it loads them where it keeps scales in the model's dtype, vLLM does not"
+                )
+            if target.dropped:
+                found.append(
+                    f"{target.name}: {len(target.dropped)} scales of inputs, keys or values that the source has are not taken over, "
+                    f"first {target.dropped[0]}"
+                )
             unnamed = [entry for entry in target.entries if entry.why == _KEEP_WHY["linear"]]
             if unnamed:
                 share = sum(entry.tensor.size_bytes for entry in unnamed) / max(self.checkpoint.size_bytes, 1)
@@ -217,7 +238,7 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype)
         for name, spec in checkpoint.tensors.items()
     )
-    entries += _cache_entries(recipe, index, target, architecture, dtype)
+    entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if doubled:
@@ -250,10 +271,70 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         runtimes=target.runtimes,
         bounds=target.bounds(),
         contents=contents,
+        dropped=_dropped(checkpoint, entries, contents),
     )
 
 
-def _cache_entries(recipe: Recipe, index: int, target: Target, architecture: Architecture | None, dtype: str) -> tuple[Entry, ...]:
+def _dropped(checkpoint: Checkpoint, entries: Iterable[Entry], contents: Contents) -> tuple[str, ...]:
+    entries = list(entries)
+    kept = {
+        checkpoint.coded[entry.tensor.name].input_scale
+        for entry in entries
+        if entry.scheme and entry.tensor.name in checkpoint.coded and takes_input_scale(checkpoint.coded[entry.tensor.name], entry)
+    }
+    if any(entry.kind == "cache" and entry.note.startswith(TAKEN_OVER) for entry in entries):
+        kept |= {name for pair in cache_sources(checkpoint, contents.attentions, contents.cache).values() for name in pair}
+    inputs = [coded.input_scale for coded in checkpoint.coded.values() if coded.input_scale]
+    return tuple(name for name in (*inputs, *checkpoint.cache_scales) if name not in kept)
+
+
+def takes_input_scale(coded: Coded, entry: Entry) -> bool:
+    """Whether the source's scale of a static input is that of the target: of codes that are only spelled anew, on the same grid."""
+    wanted = entry.scheme.activation if entry.scheme else None
+    if entry.algorithm != RESPELL or coded.input_scale is None or coded.activation is None or wanted is None:
+        return False
+    return (coded.activation.grid, coded.activation.tile, coded.activation.symmetric, coded.activation.dynamic) == (
+        wanted.grid,
+        wanted.tile,
+        wanted.symmetric,
+        False,
+    ) and not wanted.dynamic
+
+
+def cache_sources(checkpoint: Checkpoint, attentions: Iterable[Attention], cache: str | None) -> dict[str, tuple[str, str]]:
+    """By attention module, the source's tensors of the scales of its keys and values; empty unless every attention has both, of the
+    quantization that is wanted. ``k_proj.k_scale`` is ModelOpt's name for them."""
+    if cache is None or checkpoint.cache is None:
+        return {}
+    if (checkpoint.cache.grid, checkpoint.cache.tile, checkpoint.cache.symmetric) != (CACHES[cache].grid, CACHES[cache].tile, True):
+        return {}
+    found = {}
+    for attention in attentions:
+        names = tuple(
+            next(
+                (
+                    name
+                    for name in (f"{attention.module}.{x}_scale", f"{attention.module}.{x}_proj.{x}_scale")
+                    if name in checkpoint.cache_scales
+                ),
+                "",
+            )
+            for x in "kv"
+        )
+        count = attention.heads if CACHES[cache].tile.rows == 1 else 1
+        if not all(name and checkpoint.cache_scales[name].elements == count for name in names):
+            return {}
+        found[attention.module] = (names[0], names[1])
+    return found
+
+
+def _is_wider(dtype: str, other: str) -> bool:
+    return DTYPES[dtype].bits > DTYPES[other].bits
+
+
+def _cache_entries(
+    recipe: Recipe, index: int, target: Target, architecture: Architecture | None, checkpoint: Checkpoint, dtype: str
+) -> tuple[Entry, ...]:
     """The scales of keys and values, which no tensor of the source becomes."""
     if target.kv_cache is None:
         return ()
@@ -261,12 +342,28 @@ def _cache_entries(recipe: Recipe, index: int, target: Target, architecture: Arc
     if architecture is None or not architecture.attentions:
         raise RecipeError(f"{where}: no attention of this model was seen to write to the cache; leave kv_cache out")
     found: list[Entry] = []
+    sources = cache_sources(checkpoint, architecture.attentions, target.kv_cache)
+    note = "calibrated anew (the source's own scales are dropped)" if checkpoint.cache_scales else ""
+    if sources:
+        note, dtype = f"{TAKEN_OVER} (the source's own scale)", checkpoint.cache_scales[next(iter(sources.values()))[0]].dtype
     for attention in architecture.attentions:
         specs = FORMATS[target.format].cache_tensors(attention, target.kv_cache, dtype)
         if specs is None:
             raise RecipeError(f"{where}: {target.format} has no place for scales of a kv_cache in {target.kv_cache}; leave it out")
         found += (
-            Entry(spec, spec, (attention.module,), "cache", (), None, None, PurePosixPath(where).name, f"the scale of its {what}", (spec,))
+            Entry(
+                spec,
+                spec,
+                (attention.module,),
+                "cache",
+                (),
+                None,
+                None,
+                PurePosixPath(where).name,
+                f"the scale of its {what}",
+                (spec,),
+                note=note,
+            )
             for spec, what in zip(specs, ("keys", "values"), strict=True)
         )
     return tuple(found)
@@ -309,7 +406,7 @@ def _enter(
     plain = TensorSpec(spec.name, _float_dtype(spec.dtype, wanted, checkpoint), spec.shape)
     if rule is None or rule.scheme is None:
         why = (rule.why or "") if rule else _KEEP_WHY[parameter.kind]
-        note = f"dequantized ({coded.description})" if coded else ""
+        note = f"{DEQUANTIZED} ({coded.description})" if coded else ""
         return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,), note=note)
     scheme = SCHEMES[rule.scheme]
     position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
@@ -318,10 +415,11 @@ def _enter(
         raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
     algorithm, scale_dtype, note = rule.algorithm, dtype, ""
     if coded is not None:
-        note = f"requantized ({coded.description})"
-        if respellable(coded.quantization, scheme.weight):
-            algorithm, note = RESPELL, f"respelled ({coded.description})"
-            scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else dtype
+        note = f"{REQUANTIZED} ({coded.description})"
+        if coded.quantization is not None and respellable(coded.quantization, scheme.weight, parameter.parts):
+            algorithm, note = RESPELL, f"{RESPELLED} ({coded.description})"
+            # A power of two is exact in every float but float16, whose exponents are too few.
+            scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else "F32" if dtype == "F16" else dtype
     outputs = tuple(
         output
         for part in parameter.parts
@@ -343,12 +441,16 @@ def _enter(
     )
 
 
-def respellable(existing: Quantization | None, wanted: Quantization) -> bool:
-    """Whether codes that exist are those that are wanted, so that only their spelling changes: the same grid and tiles, and scales that can
-    be had from the other's (the largest magnitude is a scale times 127)."""
-    if existing is None or (existing.grid, existing.tile) != (wanted.grid, wanted.tile):
+def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Part]) -> bool:
+    """Whether codes that exist can stay as they are under the scales that are wanted: the same grid, each tile the same or cut out of a
+    larger one along a whole axis (a scale for all rows is repeated for each), every part beginning where a tile does, and scales that
+    can be had from the other's: magnitudes divided by 127, powers of two as floats, but no powers of two from any others."""
+    tile = wanted.tile
+    if existing.grid != wanted.grid or existing.tile.rows not in (None, tile.rows) or existing.tile.columns not in (None, tile.columns):
         return False
-    return (existing.scale == "F8_E8M0") == (wanted.scale == "F8_E8M0")
+    if wanted.scale == "F8_E8M0" and existing.scale != "F8_E8M0":
+        return False
+    return all(part.start % (existing.tile.rows or 1) == 0 for part in parts)
 
 
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name: str) -> str | None:
@@ -423,11 +525,13 @@ def _float_dtype(dtype: str, wanted: str, checkpoint: Checkpoint) -> str:
 
 
 def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
-    """Entries that share a fate, together: (what, tensors, bytes before, bytes after, rule or reason), for a table."""
+    """Entries that share a fate, together: (what, tensors, bytes before, bytes after, rule or reason, and what became of the source's
+    codes), for a table."""
     rows: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
-        row = rows.setdefault((what, f"{entry.rule}" if entry.scheme else entry.why), [0, 0, 0])
+        reason = entry.rule if entry.scheme else entry.why
+        row = rows.setdefault((what, f"{reason}; {entry.note}" if entry.note else reason), [0, 0, 0])
         row[0] += 1
         row[1] += entry.plain.size_bytes
         row[2] += entry.size_bytes

@@ -39,6 +39,12 @@ class Tile:
         """How many tiles lie over a matrix of ``shape``, along each axis; ragged ends count."""
         return _ceil_divide(shape[0], self.rows), _ceil_divide(shape[1], self.columns)
 
+    def __str__(self) -> str:
+        """As people call it: ``per tensor``, ``per channel``, ``per 1 x 64``."""
+        if (self.rows, self.columns) == (None, None):
+            return "per tensor"
+        return "per channel" if (self.rows, self.columns) == (1, None) else f"per {self.rows or 'all'} x {self.columns or 'all'}"
+
 
 PER_TENSOR = Tile(None, None)
 PER_CHANNEL = Tile(1, None)

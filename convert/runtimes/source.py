@@ -14,6 +14,7 @@ from typing import Any
 
 from convert.runtimes.transformers import measure
 from convert.source import open_source
+from formats.dtypes import DTYPES
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -43,7 +44,9 @@ def load(request: dict[str, Any]) -> Any:
             str(checkpoint.folder), dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
         )
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
-    dtype = torch.float32 if request["dtype"] == "auto" else getattr(torch, request["dtype"])
+    # Of codes, "auto" is the dtype that their config names for the model; a GGUF decodes to float32.
+    own = DTYPES[checkpoint.tensors[next(iter(checkpoint.coded))].dtype if checkpoint.coded else "F32"].torch_name
+    dtype = getattr(torch, own if request["dtype"] == "auto" else request["dtype"])
     weights = {
         name: checkpoint.reader.read(name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(dtype)
         for name, spec in checkpoint.tensors.items()
