@@ -188,8 +188,8 @@ class Plan:
             rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _is_wider(entry.scale_dtype, target.dtype)]
             if rounded:
                 found.append(
-                    f"{target.name}: {len(rounded)} respelled tensors keep their scales in {rounded[0].scale_dtype}, without a loss on disk; "
-                    f"transformers rounds them to {target.dtype} as it loads them where it keeps scales in the model's dtype, vLLM does not"
+                    f"{target.name}: {len(rounded)} respelled tensors keep their scales in {rounded[0].scale_dtype}, lossless on disk; "
+                    f"transformers rounds scales of compressed-tensors to {target.dtype} as it loads them"
                 )
             if target.dropped:
                 found.append(
