@@ -208,10 +208,11 @@ def proven(sources: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline.convert(parse_recipe(text, "c.yaml", name="c"), tmp_path_factory.mktemp("proven"))
 
 
+@pytest.mark.slow
 def test_dequantized_and_requantized_artifacts_are_proven_against_what_the_source_decodes_to(proven: Any) -> None:
     assert proven.passed
     plain, again = proven.reports
-    assert plain.runtimes[0].divergence.kl_nats < 2e-3 < 50 * again.runtimes[0].divergence.kl_nats
+    assert plain.runtimes[0].divergence.kl_nats < 1e-4, "bfloat16 against float32 arithmetic is all that is left"
     assert all(0 < layer.worst <= 1 for layer in again.layers)
     paths = [artifact.path for artifact in proven.artifacts]
     assert "tensors dequantized (compressed-tensors float8_e4m3fn per channel)" in (paths[0] / "README.md").read_text()
