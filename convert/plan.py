@@ -185,7 +185,7 @@ class Plan:
                 "convert the model it was made from, if there is one"
             )
         for target in self.targets:
-            rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _is_wider(entry.scale_dtype, target.dtype)]
+            rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _will_round(entry, target.dtype)]
             if rounded:
                 found.append(
                     f"{target.name}: {len(rounded)} respelled tensors keep their scales in {rounded[0].scale_dtype}, lossless on disk; "
@@ -328,8 +328,10 @@ def cache_sources(checkpoint: Checkpoint, attentions: Iterable[Attention], cache
     return found
 
 
-def _is_wider(dtype: str, other: str) -> bool:
-    return DTYPES[dtype].bits > DTYPES[other].bits
+def _will_round(entry: Entry, dtype: str) -> bool:
+    """Whether a reader that keeps scales in ``dtype`` changes those of the source."""
+    assert entry.scheme is not None
+    return entry.scheme.weight.scale == "model" and entry.scale_dtype != dtype and DTYPES[dtype].bits < 32
 
 
 def _cache_entries(

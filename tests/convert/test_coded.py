@@ -274,6 +274,8 @@ def test_scales_that_a_reader_will_round_are_announced(sources: Any, tmp_path: P
     """On disk nothing is lost; transformers rounds float32 scales to the model's dtype as it loads."""
     outcome = convert(sources["torchao"], tmp_path, "rules: [{match: linear, scheme: int8-dynamic}]")
     assert any("7 respelled tensors keep their scales in F32" in warning for warning in outcome.plan.warnings())
+    silent = convert(sources["torchao"], tmp_path / "b", "rules: [{match: linear, scheme: llm-int8}]", form="bitsandbytes")
+    assert not [warning for warning in silent.plan.warnings() if "keep their scales" in warning], "SCB is float32 to every reader"
     stored = weights(outcome.artifacts[0].path)
     assert {tensor.dtype for name, tensor in stored.items() if name.endswith("weight_scale")} == {torch.float32}
 
