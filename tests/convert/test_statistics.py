@@ -50,7 +50,7 @@ def test_in_pieces_and_merged_is_the_same_as_at_once(seed: int, shape: tuple[int
 @pytest.mark.parametrize("features", [1, 17, 384, 385, 801])
 @pytest.mark.parametrize(
     ("dtype", "coarse", "tolerance"),
-    [(torch.float32, False, 1e-6), (torch.bfloat16, False, 1e-6), (torch.bfloat16, True, 2.0**-8), (torch.float64, True, 1e-6)],
+    [(torch.float32, False, 5e-6), (torch.bfloat16, False, 5e-6), (torch.bfloat16, True, 2.0**-8), (torch.float64, True, 5e-6)],
 )
 def test_a_hessian_is_the_explicit_product(features: int, dtype: torch.dtype, coarse: bool, tolerance: float) -> None:
     x = inputs((1500, features), dtype=dtype)
