@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert import environments
+from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.child import request, run
 from convert.divergence import compare_logits
 from convert.progress import Progress
@@ -179,7 +179,7 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> 
 
 def _check_cache(runtime: str, manifest: Manifest, answer: dict[str, Any]) -> Check:
     """That the runtime keeps keys and values in eight bits, with the scales that were written for them."""
-    written = sum(name.endswith("k_scale") for name, *_ in manifest.outputs())
+    written = sum(name.endswith(".k_scale") for entry in manifest.ledger for name, _, _ in entry["outputs"])
     found = answer["cache_scales"] if answer["cache_dtype"].startswith("fp8") else 0
     return at_least(f"{runtime}: layers with an 8-bit cache", found, written, "layers", f"its cache is {answer['cache_dtype']}")
 

@@ -36,9 +36,7 @@ def run(program: str, request: dict[str, Any], scratch: Path, *, python: Path | 
     return answer, "" if answer is not None else explain(output)
 
 
-def run_program(
-    program: str, request: dict[str, Any], scratch: Path, *, python: Path | None = None
-) -> tuple[dict[str, Any] | None, str]:
+def run_program(program: str, request: dict[str, Any], scratch: Path, *, python: Path | None = None) -> tuple[dict[str, Any] | None, str]:
     """A program's answer, or None and everything it printed."""
     (scratch / "request.json").write_text(json.dumps(request))
     answer = scratch / "answer.json"
@@ -68,5 +66,6 @@ def run_program(
 
 def _file(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    assert spec and spec.origin, f"{module} has no file"
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{module} has no file")
     return spec.origin

@@ -1,4 +1,4 @@
-"""Environments of their own, for runtimes whose requirements do not go with ours: where they lie, whether they are whole, how they are built.
+"""Environments of their own, for runtimes whose requirements do not go with ours: where they lie, what ails them, how they are built.
 
 An environment is a folder ``<root>/<runtime>``, a virtual environment with a stamp that is written last, so that one whose building
 was interrupted is not taken for a whole one. What goes into it is pinned in ``convert/runtimes/requirements-*.txt``.
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ COMMAND = "octavo runtimes"
 
 @dataclass(frozen=True)
 class Pins:
-    """``requirements``: a file beside the programs; ``distribution``: the one in it that is the runtime; ``proof``: Python that must run."""
+    """``requirements``: a file beside the programs; ``distribution``: the runtime in it; ``proof``: Python that must run."""
 
     requirements: str
     distribution: str
@@ -87,9 +87,9 @@ def require(name: str) -> Environment:
     if pins is None or digest != _digest(pins):
         raise MachineError(f"runtime {name} was built from other pins than this version of octavo has ({folder}); run: {COMMAND}")
     python = folder / "bin" / "python"
-    said, error = _run([python, "-I", "-c", f"from importlib.metadata import version; print(version({pins.distribution!r}))"])
+    said, complaint = _run([python, "-I", "-c", f"from importlib.metadata import version; print(version({pins.distribution!r}))"])
     if said != pins.version:
-        why = f"{pins.distribution} {said} is in it, {pins.version} is pinned" if said else error
+        why = f"{pins.distribution} {said} is in it, {pins.version} is pinned" if said else complaint
         raise MachineError(f"runtime {name} is broken ({folder}: {why}); build it again: {COMMAND}")
     return Environment(python, versions)
 
@@ -105,10 +105,8 @@ def build(name: str, progress: Progress) -> Environment:
     except OSError as error:
         raise MachineError(f"{folder}: cannot be made ({error.strerror}); set OCTAVO_RUNTIMES to a folder of yours") from None
     with _locked(folder.with_suffix(".lock"), name):
-        try:
+        with suppress(MachineError):  # that is why it is built
             return require(name)
-        except MachineError:
-            pass  # that is why it is built
         kind = "cuda" if _run(["nvidia-smi", "-L"])[0] else "cpu"
         pins = PINS[name][kind]
         progress.say(f"building {name} {pins.version} for {kind} in {folder}; this takes minutes")
@@ -126,9 +124,9 @@ def build(name: str, progress: Progress) -> Environment:
             _step(name, step, log)
         names = (pins.distribution, "torch", "transformers", "compressed-tensors")
         program = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names!r}}}))"
-        versions, error = _run([folder / "bin" / "python", "-I", "-c", program])
+        versions, complaint = _run([folder / "bin" / "python", "-I", "-c", program])
         if not versions:
-            raise MachineError(f"runtime {name} is broken ({folder}: {error}); build it again: {COMMAND}")
+            raise MachineError(f"runtime {name} is broken ({folder}: {complaint}); build it again: {COMMAND}")
         stamp = {"kind": kind, "sha256": _digest(pins), "python": platform.python_version(), "versions": json.loads(versions)}
         (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
         log.unlink(missing_ok=True)

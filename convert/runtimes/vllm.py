@@ -132,7 +132,7 @@ def _write_logits(engine: Any, model: Any, tokens: Any, path: Path) -> tuple[flo
     if len(found) != 1:
         raise ValueError(f"{type(model).__name__} has {len(found)} logits processors, expected 1; its logits cannot be read")
     calls: list[torch.Tensor] = []
-    handle = found[0].register_forward_hook(lambda module, arguments, output: calls.append(output.detach().float().cpu()))
+    handle = found[0].register_forward_hook(lambda *call: calls.append(call[-1].detach().float().cpu()))
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
     seconds, vocabulary = 0.0, 0
     with path.open("wb") as stream:
