@@ -110,17 +110,18 @@ def build(name: str, progress: Progress) -> Environment:
         kind = "cuda" if _run(["nvidia-smi", "-L"])[0] else "cpu"
         pins = PINS[name][kind]
         progress.say(f"building {name} {pins.version} for {kind} in {folder}; this takes minutes")
-        pip = [folder / "bin" / "python", "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip: list[str | Path] = [folder / "bin" / "python", "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         log.unlink(missing_ok=True)
         (folder / STAMP).unlink(missing_ok=True)
         # torch comes first, with what its build needs; the rest is a complete list and may bring nothing along.
-        for step in (
+        steps: tuple[list[str | Path], ...] = (
             [sys.executable, "-m", "venv", "--clear", folder],
             [*pip, PIP],
             [*pip, "-c", pins.path, "torch"],
             [*pip, "--no-deps", "-r", pins.path],
             [folder / "bin" / "python", "-I", "-c", pins.proof],
-        ):
+        )
+        for step in steps:
             _step(name, step, log)
         names = (pins.distribution, "torch", "transformers", "compressed-tensors")
         program = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names!r}}}))"
@@ -144,7 +145,9 @@ def surroundings() -> dict[str, str]:
 
 
 def _digest(pins: Pins) -> str:
-    return hashlib.sha256(pins.path.read_bytes()).hexdigest()
+    """sha256 of what is pinned; a comment may change."""
+    lines = [line for line in pins.path.read_text().splitlines() if not line.startswith("#")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _run(command: Sequence[str | Path]) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_stamp(root: Path, **change: Any) -> Path:
-    digest = hashlib.sha256(environments.PINS["vllm"]["cpu"].path.read_bytes()).hexdigest()
+    digest = environments._digest(environments.PINS["vllm"]["cpu"])
     (root / "vllm").mkdir(parents=True)
     path = root / "vllm" / environments.STAMP
     path.write_text(json.dumps({"kind": "cpu", "sha256": digest, "versions": {}, **change}))
