@@ -49,11 +49,11 @@ def main(request_path: str, answer_path: str) -> None:
     try:
         import vllm  # noqa: F401
     except Exception as error:  # noqa: BLE001  whatever keeps it from being imported, the environment is at fault
-        _fail(f"vLLM cannot be imported ({type(error).__name__}: {error})", code=3)
+        _fail("vLLM cannot be imported:", error, code=3)
     try:
         answer = _answer(request)
-    except Exception as error:  # noqa: BLE001  vLLM raises anything; the last line of the output must say what it was
-        _fail(f"vLLM {_vllm_version()}: {_summary(error)}", code=1)
+    except Exception as error:  # noqa: BLE001  vLLM raises anything; the end of the output must say what it was
+        _fail(f"vLLM {_vllm_version()} raised", error, code=1)
     Path(answer_path).write_text(json.dumps(answer))
     sys.stdout.flush()
     os._exit(0)  # what is left is taking down an engine that goes with the process
@@ -258,12 +258,13 @@ def _peak_gpu_bytes() -> int:
 def _summary(error: BaseException) -> str:
     """An error in one line; pydantic ends with an address, so the last line alone would not do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
-    return f"{type(error).__name__}: {' '.join(lines)[:500]}"
+    return f"{type(error).__name__}: {' '.join(lines)[:480]}"
 
 
-def _fail(message: str, *, code: int) -> None:
+def _fail(message: str, error: BaseException, *, code: int) -> None:
+    """Ends the process. Of what it says, the last two lines are shown to a person."""
     traceback.print_exc()
-    print(message, file=sys.stderr, flush=True)
+    print(f"{message}\n{_summary(error)}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

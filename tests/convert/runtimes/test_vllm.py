@@ -72,4 +72,4 @@ def test_an_artifact_that_vllm_cannot_load_is_a_failed_check_with_its_own_words(
     failed = next(check for check in report.checks if check.name == "vllm: loads and runs")
     assert not failed.passed
     assert "Unknown quantization method: bitsandbytes" in failed.detail
-    assert failed.detail.startswith("vLLM "), "the last line alone, not vLLM's log"
+    assert failed.detail.startswith("vLLM 0.32.0 raised "), "the end alone, not vLLM's log"
