@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from convert import pipeline
+from convert.runtimes.vllm import _in_order
 
-pytestmark = [pytest.mark.runtime("vllm"), pytest.mark.slow]
+
+def needs_vllm(test: Any) -> Any:
+    return pytest.mark.runtime("vllm")(pytest.mark.slow(test))
+
 
 #: Heads of 64, which vLLM's attention on a CPU has; two of them share keys and values; a tied head.
 SHAPE = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -37,6 +44,7 @@ def result(report: Any, name: str = "vllm") -> Any:
     return next(run for run in report.runtimes if run.name == name)
 
 
+@needs_vllm
 @pytest.mark.parametrize("index", [0, 1])
 def test_int8_passes_in_vllm_and_every_module_is_held_in_int8(proven: Any, index: int) -> None:
     report = proven.reports[index]
@@ -48,6 +56,7 @@ def test_int8_passes_in_vllm_and_every_module_is_held_in_int8(proven: Any, index
     assert result(report).divergence.kl_nats == pytest.approx(result(report, "transformers").divergence.kl_nats, abs=5e-4)
 
 
+@needs_vllm
 @pytest.mark.parametrize("index", [1, 2])
 def test_scales_of_keys_and_values_arrive_in_vllm(proven: Any, index: int) -> None:
     cache = next(check for check in proven.reports[index].checks if check.name == "vllm: layers with an 8-bit cache")
@@ -56,6 +65,7 @@ def test_scales_of_keys_and_values_arrive_in_vllm(proven: Any, index: int) -> No
     assert not any("cache" in check.name for check in proven.reports[0].checks)
 
 
+@needs_vllm
 def test_fp8_runs_in_vllm_and_its_limit_is_held(proven: Any) -> None:
     report = proven.reports[2]
     assert {check.name for check in report.checks if not check.passed} >= {"vllm: kl_nats", "transformers: kl_nats"}
@@ -63,6 +73,7 @@ def test_fp8_runs_in_vllm_and_its_limit_is_held(proven: Any) -> None:
     assert result(report).divergence.kl_nats == pytest.approx(result(report, "transformers").divergence.kl_nats, abs=1e-3)
 
 
+@needs_vllm
 def test_an_artifact_that_vllm_cannot_load_is_a_failed_check_with_its_own_words(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     recipe = recipe_for(make_llama(**SHAPE), **{"targets.0.runtimes": "[vllm]"})
     artifact = pipeline.convert(recipe, tmp_path / "out", check=False).artifacts[0].path
@@ -72,4 +83,18 @@ def test_an_artifact_that_vllm_cannot_load_is_a_failed_check_with_its_own_words(
     failed = next(check for check in report.checks if check.name == "vllm: loads and runs")
     assert not failed.passed
     assert "Unknown quantization method: bitsandbytes" in failed.detail
-    assert failed.detail.startswith("vLLM 0.32.0 raised "), "the end alone, not vLLM's log"
+    assert re.match(r"vLLM [0-9.]+ raised ", failed.detail), "the end alone, not vLLM's log"
+
+
+def test_rows_that_do_not_give_the_log_probabilities_vllm_returned_are_refused() -> None:
+    """vLLM computes the last position first; what it returned for the prompt says whether the rows were put in order."""
+    rows, sequence = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)), [3, 1, 4, 1, 5]
+    returned = torch.log_softmax(rows, -1)
+    entries = [None, *({token: SimpleNamespace(logprob=float(returned[i, token]))} for i, token in enumerate(sequence[1:]))]
+    output = SimpleNamespace(prompt_logprobs=entries)
+    assert torch.equal(_in_order([rows[4:], rows[:4]], sequence, output), rows)
+    assert torch.equal(_in_order([rows[4:], rows[:2], rows[2:4]], sequence, output), rows)
+    with pytest.raises(ValueError, match="nats apart"):
+        _in_order([rows[:4], rows[4:]], sequence, output)
+    with pytest.raises(ValueError, match=r"\[1, 3\] rows of logits for 5 tokens"):
+        _in_order([rows[4:], rows[:3]], sequence, output)
