@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from convert import environments
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.child import request, run
 from convert.divergence import compare_logits
@@ -46,6 +47,11 @@ class _Text:
 def require_runtimes(target: Target) -> None:
     """Raises :class:`MachineError` when a runtime that the target names is not here: an unproven artifact cannot pass."""
     for name in target.runtimes:
+        if RUNTIMES[name].environment:
+            try:
+                environments.require(name)
+            except MachineError as error:
+                raise MachineError(f"{target.name}: {error}") from None
         for distribution in RUNTIMES[name].needs:
             try:
                 version(distribution)
@@ -103,7 +109,8 @@ def _check_one(
     for name in target.runtimes:
         progress.say(f"{target.name}: running it in {name}")
         runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32")}
-        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch)
+        python = environments.require(name).python if RUNTIMES[name].environment else None
+        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch, python=python)
         checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
         if answer is None:
             continue
@@ -115,6 +122,8 @@ def _check_one(
         result = _result(name, answer, text, divergence)
         results.append(result)
         checks.append(_check_modules(name, manifest, answer["module_dtypes"]))
+        if target.kv_cache and "cache_dtype" in answer:
+            checks.append(_check_cache(name, manifest, answer))
         checks += _check_quality(name, divergence, target.bounds())
         checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
     return Report(
@@ -168,6 +177,13 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> 
     return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(wrong[:3]))
 
 
+def _check_cache(runtime: str, manifest: Manifest, answer: dict[str, Any]) -> Check:
+    """That the runtime keeps keys and values in eight bits, with the scales that were written for them."""
+    written = sum(name.endswith(".k_scale") for entry in manifest.ledger for name, _, _ in entry["outputs"])
+    found = answer["cache_scales"] if answer["cache_dtype"].startswith("fp8") else 0
+    return at_least(f"{runtime}: layers with an 8-bit cache", found, written, "layers", f"its cache is {answer['cache_dtype']}")
+
+
 def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Check]:
     finite = math.isfinite(found.kl_nats) and math.isfinite(found.perplexity)
     tail = f"99th percentile {found.kl_nats_p99:.4f}" if finite else ""
@@ -213,4 +229,5 @@ def _result(name: str, answer: dict[str, Any], text: _Text, divergence: Divergen
         decode_tokens_per_second=answer["decode_tokens_per_second"],
         continuation=text.tokenizer.decode(answer["generated"], skip_special_tokens=True),
         divergence=divergence,
+        kernels=answer.get("kernels", {}),
     )

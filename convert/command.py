@@ -188,6 +188,18 @@ def doctor(
             print(f"  {name:<22} {value}")
 
 
+@app.command()
+def runtimes(quiet: QuietOption = False) -> None:
+    """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
+    from convert import environments
+    from convert.progress import choose
+
+    for name in environments.PINS:
+        built = environments.build(name, choose(quiet=quiet))
+        if not quiet:
+            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
+
+
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
     from dataclasses import asdict
 

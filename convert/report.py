@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +76,8 @@ class Divergence:
 
 @dataclass(frozen=True)
 class RuntimeResult:
-    """What one runtime did with a model folder, or with the source. ``divergence`` is None for the source, and where it did not run."""
+    """What one runtime did with a model folder, or with the source. ``divergence`` is None for the source, and where it did not run;
+    ``kernels`` says how many layers use which eight-bit kernel, where the runtime tells."""
 
     name: str
     versions: dict[str, str]
@@ -88,6 +89,7 @@ class RuntimeResult:
     decode_tokens_per_second: float
     continuation: str
     divergence: Divergence | None
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
