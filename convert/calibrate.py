@@ -101,7 +101,7 @@ def _source_scales(plan: Plan) -> dict[str, float]:
             if entry.algorithm == RESPELL and entry.scheme and entry.scheme.activation and entry.scheme.static:
                 scale = plan.checkpoint.input_scale(entry.tensor.name)
                 if scale is not None:
-                    known |= {part.module: scale * entry.scheme.activation.grid.high for part in entry.parts}
+                    known |= {entry.module(part): scale * entry.scheme.activation.grid.high for part in entry.parts}
     return known
 
 
