@@ -109,7 +109,7 @@ def _source_scales(plan: Plan) -> dict[str, float]:
                 scales = plan.checkpoint.scales(str(coded.input_scale))
                 if len(scales) != 1 or not 0 < scales[0] < float("inf"):
                     raise NumericsError(f"{coded.input_scale}: {scales[0]:g} is no scale; the checkpoint is damaged")
-                known |= {part.module: scales[0] * entry.scheme.activation.grid.high for part in entry.parts}
+                known |= {entry.module(part): scales[0] * entry.scheme.activation.grid.high for part in entry.parts}
     return known
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.manifest import Manifest
-from formats.scheme import Quality
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 
@@ -26,12 +25,13 @@ def render_card(report: Report, manifest: Manifest) -> str:
     decisions = Counter(entry["decision"] for entry in manifest.ledger)
     title = f"{(source['base_model'] or source['origin']).rstrip('/').rpartition('/')[2].rpartition(':')[2]} {manifest.target}"
     target = next(item for item in recipe["targets"] if item["name"] == manifest.target)
+    predicts = "relative_error" not in target["limits"]
     metadata = ModelCardData(
         license=source["licence"],
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if predicts else "feature-extraction",
         tags=["octavo", manifest.format, *schemes],
     )
     body = (
@@ -48,7 +48,9 @@ def render_card(report: Report, manifest: Manifest) -> str:
             requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
             dropped=source.get("dropped", []),
             reasons=Counter(entry["why"] for entry in manifest.ledger if entry["decision"] == "keep").most_common(),
-            bounds=Quality(**target["limits"]),
+            bounds=target["limits"],
+            predicts=predicts,
+            auto="AutoModelForCausalLM" if predicts else "AutoModel",
             weight_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors")),
             repo=(recipe["push"] or {}).get("repo", "FOLDER"),
             recipe=_yaml(recipe),

@@ -282,7 +282,7 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
         "source_bytes": job.checkpoint.size_bytes,
         "needs": asdict(found),
         "warnings": job.warnings(),
-        "recipe": job.recipe.resolved(),
+        "recipe": job.resolved(),
         "targets": [
             {
                 "name": target.name,

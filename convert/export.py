@@ -225,7 +225,7 @@ class _Writer:
                     {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
                 ],
             },
-            recipe=plan.recipe.resolved(),
+            recipe=plan.resolved(),
             calibration=stats.record if self.target.calibrated else None,
             versions=_versions(),
             plan_digest=plan.digest,

@@ -112,6 +112,13 @@ def _csp_hash(script: str) -> str:
 
 def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     sizes = f"The weights take {_size(weight_bytes)} on disk, the files of the source {_size(source_bytes)}"
+    drifts = [(run.name, run.drift) for run in report.runtimes if run.drift]
+    if drifts:
+        name, worst = max(drifts, key=lambda item: (math.isnan(item[1].relative_error), item[1].relative_error))
+        return (
+            f"{sizes}. Over {worst.vectors:,} last hidden states on held-out text the mean error, in {name}, is "
+            f"{_number(worst.relative_error)} of their length."
+        )
     measured = [(run.name, run.divergence) for run in report.runtimes if run.divergence]
     if not measured:
         return f"{sizes}; no runtime returned logits, so how far it is from the source is not known."

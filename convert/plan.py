@@ -8,8 +8,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
-from convert.recipe import HEAD_WHY, Recipe, Rule, Target
+from convert.recipe import HEAD_WHY, Recipe, Rule, Target, applicable
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
@@ -42,6 +42,7 @@ _KEEP_WHY = {
     "unused": "no parameter of the architecture",
     "linear": "no rule names it",
     "expert": "no rule names it",
+    "router": "a router: its error changes which experts are asked",
     "other": "not a linear layer",
     "unknown": "no rule names it",
 }
@@ -54,7 +55,8 @@ class Entry:
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
-    is a scale that no source tensor becomes, and ``tensor`` the scale itself.
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
+    :class:`~convert.architecture.Parameter`.
     """
 
     tensor: TensorSpec
@@ -69,6 +71,8 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    experts: str = ""
+    reading: str = ""
 
     @property
     def again(self) -> str:
@@ -82,7 +86,15 @@ class Entry:
     def layers(self) -> list[QuantizedLayer]:
         """The linear layers it is quantized as."""
         scheme = self.scheme.name if self.scheme else ""
-        return [QuantizedLayer(part.module, scheme, part.shape(self.tensor), head=self.kind == "head") for part in self.parts]
+        head = self.kind == "head"
+        return [
+            QuantizedLayer(self.module(part), scheme, part.shape(self.tensor), head, stored=part.module, experts=self.experts)
+            for part in self.parts
+        ]
+
+    def module(self, part: Part) -> str:
+        """What the model calls a layer; an expert is no module of transformers', so it has the name it has on disk."""
+        return part.module if self.experts else self.modules[0]
 
     @property
     def size_bytes(self) -> int:
@@ -101,6 +113,7 @@ class Entry:
             "shape": list(self.tensor.shape),
             "module": self.modules[0],
             "decision": self.decision,
+            **({"experts": self.experts} if self.experts else {}),
             **fate,
             **({"note": self.note} if self.note else {}),
             "rule": self.rule,
@@ -166,8 +179,17 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        facts = [__version__, self.recipe.resolved(), self.checkpoint.fingerprint()]
+        facts = [__version__, self.resolved(), self.checkpoint.fingerprint()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts tokens; of one that transformers does not know it is taken for granted."""
+        return self.architecture is None or self.architecture.predicts
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default that applies to this model."""
+        return self.recipe.resolved(predicts=self.predicts)
 
     def warnings(self) -> list[str]:
         """What a user should know and is no error."""
@@ -195,6 +217,13 @@ class Plan:
                 found.append(
                     f"{target.name}: {len(target.dropped)} scales of inputs, keys or values that the source has are not taken over, "
                     f"first {target.dropped[0]}"
+                )
+            merging = [name for name in target.runtimes if RUNTIMES[name].merges]
+            merged = sum(len(entry.parts) for entry in target.quantized if entry.reading == "merged")
+            if merging and merged:
+                found.append(
+                    f"{target.name}: {merging[0]} makes floats of {merged} layers of experts while it loads them: they take no less memory "
+                    "there, and their inputs are not quantized"
                 )
             unnamed = [entry for entry in target.entries if entry.why == _KEEP_WHY["linear"]]
             if unnamed:
@@ -231,6 +260,12 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
                 f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} does not load {target.format}; "
                 f"it loads {', '.join(RUNTIMES[runtime].formats)}"
             )
+    predicts = architecture is None or architecture.predicts
+    for limit in sorted(target.limits.model_fields_set - set(applicable(predicts=predicts))):
+        raise RecipeError(
+            f"{recipe.where('targets', index, 'limits', limit)}: {checkpoint.origin} predicts {'tokens' if predicts else 'no tokens'}, "
+            f"so it has no {limit}; its limits are {', '.join(applicable(predicts=predicts))}"
+        )
     dtype = _model_dtype(recipe, checkpoint)
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
@@ -238,23 +273,25 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype)
         for name, spec in checkpoint.tensors.items()
     )
+    _require_loadable(recipe, index, target, entries, claims, architecture)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if doubled:
         raise SourceError(f"{checkpoint.origin}: {doubled[0]} would be written twice; the source already has a tensor of that name")
     layers = [layer for entry in entries if entry.scheme for layer in entry.layers()]
-    quantized = {layer.module for layer in layers}
+    quantized = {name for layer in layers for name in (layer.module, layer.stored)}
     linears = architecture.linears if architecture else [part.module for p in parameters.values() for part in p.parts]
     contents = Contents(
         layers=layers,
-        kept=[module for module in linears if module not in quantized],
+        kept=[module for module in dict.fromkeys((*linears, *_stored_names(entries))) if module not in quantized],
         dtype=dtype,
         cache=target.kv_cache,
         attentions=(architecture.attentions if architecture else None) or (),
         replaceable=architecture.replaceable if architecture else None,
         skipped=architecture.skipped if architecture else (),
         options=target.options.model_dump(exclude_none=True),
+        kept_experts=tuple(dict.fromkeys(entry.experts for entry in entries if entry.experts and not entry.scheme) if layers else ()),
     )
     form = FORMATS[target.format]
     try:
@@ -273,6 +310,16 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         contents=contents,
         dropped=_dropped(checkpoint, entries, contents),
     )
+
+
+def _stored_names(entries: Iterable[Entry]) -> Iterator[str]:
+    """Layers and routers under the model's name and the checkpoint's: readers go by the one or by the other, and to some a router is a
+    linear layer."""
+    for entry in entries:
+        if entry.kind == "router":
+            yield entry.tensor.name.removesuffix(".weight")
+        elif entry.kind in ("linear", "head") and len(entry.modules) == 1:
+            yield from (part.module for part in entry.parts)
 
 
 def _dropped(checkpoint: Checkpoint, entries: Iterable[Entry], contents: Contents) -> tuple[str, ...]:
@@ -406,15 +453,27 @@ def _enter(
     rule, label = claim or (None, "default")
     coded = checkpoint.coded.get(spec.name)
     plain = TensorSpec(spec.name, _float_dtype(spec.dtype, wanted, checkpoint), spec.shape)
+    kept = Entry(
+        spec,
+        plain,
+        parameter.modules,
+        parameter.kind,
+        parameter.parts,
+        None,
+        None,
+        label,
+        (rule.why or "") if rule else _KEEP_WHY[parameter.kind],
+        (plain,),
+        note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
+        experts=parameter.experts,
+        reading=parameter.reading,
+    )
     if rule is None or rule.scheme is None:
-        why = (rule.why or "") if rule else _KEEP_WHY[parameter.kind]
-        note = f"{DEQUANTIZED} ({coded.description})" if coded else ""
-        return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,), note=note)
+        return kept
     scheme = SCHEMES[rule.scheme]
-    position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
-    refusal = _refusal(spec, parameter, scheme, target.format)
+    refusal = _refusal(spec, parameter, scheme, target)
     if refusal:
-        raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
+        raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
     algorithm, scale_dtype, note = rule.algorithm, dtype, ""
     if coded is not None:
         note = f"{REQUANTIZED} ({coded.description})"
@@ -427,20 +486,93 @@ def _enter(
         for part in parameter.parts
         for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
     )
-    return Entry(
-        spec,
-        plain,
-        parameter.modules,
-        parameter.kind,
-        parameter.parts,
-        scheme,
-        algorithm,
-        label,
-        "",
-        outputs,
-        scale_dtype=scale_dtype,
-        note=note,
-    )
+    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note)
+
+
+def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:
+    rules = recipe.targets[index].rules
+    return next((recipe.where("targets", index, "rules", i) for i, known in enumerate(rules) if known is rule), label)
+
+
+def _require_loadable(
+    recipe: Recipe,
+    index: int,
+    target: Target,
+    entries: Iterable[Entry],
+    claims: Mapping[str, tuple[Rule, str]],
+    architecture: Architecture | None,
+) -> None:
+    """What a runtime of the target asks of layers together. Raises :class:`RecipeError` where layers that become one do not have one
+    scheme, or none of them one, and where layers that are kept would be looked for as codes, or codes where none are looked for."""
+    fates = {entry.module(part): entry for entry in entries for part in entry.parts}
+    quantized = [entry for entry in fates.values() if entry.scheme]
+    merged = [module for module, entry in fates.items() if entry.reading == "merged"]
+
+    def where(*found: Entry) -> str:
+        return next(_position(recipe, index, *claims[entry.tensor.name]) for entry in found if entry.tensor.name in claims)
+
+    for name in target.runtimes if quantized else ():
+        runtime = RUNTIMES[name]
+        together = [(merged, "reads all experts of a model in one way")] if runtime.merges else []
+        together += [(group, "makes them one layer") for group in _fused(architecture, fates)] if runtime.fuses else []
+        for modules, why in together:
+            schemes = Counter(_fate(fates[module]) for module in modules)
+            if len(schemes) > 1:
+                odd = next(module for module in modules if _fate(fates[module]) == schemes.most_common()[-1][0])
+                other = next(module for module in modules if _fate(fates[module]) != _fate(fates[odd]))
+                raise RecipeError(
+                    f"{where(fates[odd], fates[other])}: {odd} is {_fate(fates[odd])} where {other} is {_fate(fates[other])}, "
+                    f"and {name} {why}; give all {len(modules)} of them one scheme, or keep all"
+                )
+        if runtime.merges is None:
+            continue
+        whole = next((entry for entry in fates.values() if entry.reading == "linear" and not entry.scheme), None)
+        if whole is not None:
+            raise RecipeError(
+                f"{where(whole, quantized[0])}: {whole.tensor.name} is kept, and in a model of which anything is quantized {name} looks "
+                "for its experts one by one; quantize the experts too, or nothing"
+            )
+        hidden = next((entry for entry in quantized if _is_hidden(entry, architecture)), None)
+        if hidden is not None:
+            raise RecipeError(
+                f"{where(hidden)}: {hidden.tensor.name} cannot be {_fate(hidden)}: in {name} its layer is a Linear with arithmetic of "
+                "its own, which does not find packed codes; use a scheme with 8-bit activations, or FP8"
+            )
+        integers = next((entry for entry in quantized if entry.scheme and entry.scheme.weight.grid.kind == "int"), None)
+        kept = next((module for module in merged if not fates[module].scheme and len(fates[module].parts) == 1), None)
+        if runtime.merges and integers is not None and kept is not None:
+            raise RecipeError(
+                f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
+                f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
+            )
+
+
+def _fate(entry: Entry) -> str:
+    return entry.scheme.name if entry.scheme else "kept"
+
+
+def _fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
+    """Layers that a runtime may make into one: all experts of a layer; and of one parent those that were seen to read the same input (q, k
+    and v, or gate and up, but no MLP beside an attention)."""
+    experts: dict[str, list[str]] = {}
+    for module, entry in fates.items():
+        if entry.experts:
+            experts.setdefault(entry.experts, []).append(module)
+    found = list(experts.values())
+    for group in (architecture.groups if architecture else None) or ():
+        by_parent: dict[str, list[str]] = {}
+        for module in group:
+            if module in fates:
+                by_parent.setdefault(module.rpartition(".")[0], []).append(module)
+        found += by_parent.values()
+    return found
+
+
+def _is_hidden(entry: Entry, architecture: Architecture | None) -> bool:
+    """Whether a module that is not torch's own Linear would look for its weight under a name that the artifact does not have."""
+    if architecture is None or entry.kind != "linear" or entry.modules[0] in architecture.replaceable:
+        return False
+    return not any(output.name.endswith(".weight") for output in entry.outputs)
 
 
 def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Part]) -> bool:
@@ -455,19 +587,42 @@ def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Pa
     return all(part.start % (existing.tile.rows or 1) == 0 for part in parts)
 
 
-def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name: str) -> str | None:
+def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
     if parameter.kind == "head" and len(parameter.modules) > 1:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
-    if parameter.kind not in ("linear", "head", "expert", "unknown"):
+    if parameter.kind not in ("linear", "head", "expert", "unknown") and not (parameter.kind == "router" and parameter.parts):
         return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"
+    if parameter.kind == "expert" and (refused := _refused_expert(parameter, scheme, target)):
+        return refused
     if not parameter.parts or spec.elements == 0:
         return f"no linear layer was found in it, of shape {list(spec.shape)}"
     if spec.dtype not in FLOATS:
         return f"it is stored as {spec.dtype}, and only {', '.join(FLOATS)} can be quantized"
     for part in parameter.parts:
-        refused = FORMATS[format_name].refusal(scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert")
+        refused = FORMATS[target.format].refusal(
+            scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert"
+        )
         if refused:
             return refused
+    return None
+
+
+def _refused_expert(parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
+    if not parameter.parts:
+        return "no reader of 8-bit experts is known that takes them in the layout of this model; keep them with a rule"
+    if scheme.static:
+        return "calibration does not see what goes into one expert; use a scheme with dynamic activations"
+    for name in target.runtimes:
+        merges = RUNTIMES[name].merges
+        if merges is None or parameter.reading == "linear":
+            continue
+        if parameter.reading == "unread" or not merges:
+            return f"{name} holds the experts of this model as floats only; keep them with a rule, or name another runtime"
+        if scheme.name not in merges:
+            return (
+                f"{name} holds experts as floats, and reads them from {', '.join(sorted(merges))} only; "
+                "use one of these, keep them, or name another runtime"
+            )
     return None
 
 
@@ -476,15 +631,26 @@ def _matches(pattern: str, name: str, parameter: Parameter, where: str) -> bool:
         return parameter.kind in ("linear", "expert")
     if not name.endswith(".weight") and parameter.kind != "expert":
         return False
-    candidates = (*parameter.modules, name.removesuffix(".weight"))
+    if any(_names(pattern, module, where) for module in (*parameter.modules, name.removesuffix(".weight"))):
+        return True
+    named = [part.module for part in parameter.parts if _names(pattern, part.module, where)]
+    if named and len(named) < len(parameter.parts):
+        raise RecipeError(
+            f"{where}: {pattern!r} names {named[0]} and not all {len(parameter.parts)} layers that the source has in one tensor, {name}; "
+            f"they share their fate, so name {name}"
+        )
+    return bool(named)
+
+
+def _names(pattern: str, module: str, where: str) -> bool:
     if pattern.startswith("re:"):
         try:
-            return any(re.fullmatch(pattern[3:], candidate) for candidate in candidates)
+            return re.fullmatch(pattern[3:], module) is not None
         except re.error as error:
             raise RecipeError(f"{where}: {pattern!r} is no regular expression: {error}") from None
     if any(sign in pattern for sign in "*?["):
-        return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates)
-    return any(candidate == pattern or candidate.endswith(f".{pattern}") for candidate in candidates)
+        return fnmatch.fnmatchcase(module, pattern)
+    return module == pattern or module.endswith(f".{pattern}")
 
 
 def _suggest(pattern: str, parameters: Mapping[str, Parameter]) -> str:

@@ -131,7 +131,7 @@ def _encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, wo
     for spec in specs.rows:
         yield _piece(target.name, spec, work.start - part.start, weight.shape[0], tensors[spec.name])
     if work.start == part.start:
-        once = form.constants(weight, entry.scheme, stats.inputs.get(part.module))
+        once = form.constants(weight, entry.scheme, stats.inputs.get(entry.module(part)))
         for spec in specs.once:
             yield _piece(target.name, spec, 0, 1, once[spec.name])
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.runtimes.transformers import measure
+from convert.runtimes.transformers import measure, model_class
 from convert.source import open_source
 from formats.dtypes import DTYPES
 
@@ -32,15 +32,13 @@ def main(request_path: str, answer_path: str) -> None:
 def load(request: dict[str, Any]) -> Any:
     """The request's ``model`` in its ``dtype``, on the CPU."""
     import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
     for file in checkpoint.files:
         checkpoint.reader.path(file.name)
     if checkpoint.folder is not None and not checkpoint.coded:
-        return AutoModelForCausalLM.from_pretrained(
+        return model_class(dict(checkpoint.config)).from_pretrained(
             str(checkpoint.folder), dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
         )
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
@@ -51,9 +49,7 @@ def load(request: dict[str, Any]) -> Any:
         name: checkpoint.reader.read(name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(dtype)
         for name, spec in checkpoint.tensors.items()
     }
-    return getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype
-    )
+    return model_class(dict(checkpoint.config)).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 if __name__ == "__main__":
