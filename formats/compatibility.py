@@ -1,7 +1,7 @@
 """Which runtime loads which format and scheme on which hardware, and with what kind of kernel: a table, and how to ask it.
 
-Every row says where it was read (``read: project:path``) or which run showed it (``seen: what, versions``). What is in no row is not known;
-nothing is concluded from its neighbours. :func:`find` takes the first row that fits, so of several versions of a runtime the newest stands first.
+Every row says where it was read (``read: project:path``) or which run showed it (``seen: what, versions``). What is in no row is not
+known; nothing is concluded from its neighbours. :func:`find` takes the first row that fits, of the newest version that has one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """``runtime`` in ``versions``, newest first, on any of ``hardware`` runs ``format`` with any of ``schemes`` by a ``kernel`` of that kind.
+    """``runtime`` in ``versions``, newest first, on any of ``hardware`` runs any of ``schemes`` in ``format`` by that kind of ``kernel``.
 
     ``evidence`` begins with ``read:`` or ``seen:``; ``note`` says why and what to do; ``shape`` is what the runtime wants of every layer.
     """
@@ -95,7 +95,7 @@ _TRANSFORMERS = (
         ("5.23", "5.19", "4.57.1"),
         ("cpu-vnni",),
         "compressed-tensors",
-        ("int8-dynamic", "int8-static", "int8-weight-only", "int8-weight-only-g64", "int8-weight-only-g128", UNPACKED, *_FP8_WHOLE),
+        ("int8-dynamic", "int8-static", "int8-weight-only", "int8-weight-only-g128", UNPACKED, *_FP8_WHOLE),
         "dequantize",
         f"seen: transformers 5.23, 5.19 and 4.57.1 {_RUN}",
         f"{_WIDE}; {_NO_SPEED}",
@@ -116,7 +116,7 @@ _TRANSFORMERS = (
         ("5.23",),
         ("cpu-vnni",),
         "compressed-tensors",
-        ("int8-dynamic-asymmetric", "fp8-weight-only"),
+        ("int8-dynamic-asymmetric", "int8-weight-only-g64", "fp8-weight-only"),
         "dequantize",
         f"seen: transformers 5.23 {_RUN}",
         f"{_WIDE}; {_NO_SPEED}",
@@ -222,6 +222,15 @@ _TRANSFORMERS = (
         "none",
         "read: torchao:torchao/quantization/quant_api.py (asserts sm_89); seen on CPU: requires CUDA >= 8.9",
         "FP8 activations of torchao want sm_89; fp8-weight-only loads",
+    ),
+    Row(
+        "transformers",
+        ("5.23",),
+        _WITH_FP8,
+        "torchao",
+        ("fp8-dynamic",),
+        "native",
+        "read: torchao:torchao/quantization/quant_api.py (from sm_89), torchao:torchao/float8/inference.py (torch._scaled_mm)",
     ),
 )
 
@@ -466,7 +475,8 @@ _VLLM_CUDA = (
         "compressed-tensors",
         (*_FP8_WHOLE, TENSOR_DYNAMIC, "fp8-weight-only"),
         "fused",
-        f"read: {_CT}/compressed_tensors.py (below 8.9 activations are left alone), {_CT}/schemes/compressed_tensors_w8a16_fp8.py (from 7.5)",
+        f"read: {_CT}/compressed_tensors.py (below 8.9 activations are left alone), "
+        f"{_CT}/schemes/compressed_tensors_w8a16_fp8.py (from 7.5)",
         "there is no FP8 product before sm_89: Marlin widens the weights and prefill is not faster; int8-dynamic has a kernel",
     ),
     Row(
@@ -708,17 +718,6 @@ _TRT = "read: tensorrt-llm:docs/source/features/quantization.md (hardware suppor
 _TENSORRT_LLM = (
     Row("tensorrt-llm", ("1.0",), _WITH_FP8, "modelopt", ("fp8-static",), "native", _TRT),
     Row("tensorrt-llm", ("1.0",), ("sm_80", "sm_86"), "modelopt", ("fp8-static",), "none", _TRT, "FP8 begins with sm_89 there"),
-    Row("tensorrt-llm", ("1.0",), ("sm_90", "sm_100"), "modelopt", ("fp8-block",), "native", _TRT, shape=_BLOCKS),
-    Row(
-        "tensorrt-llm",
-        ("1.0",),
-        ("sm_80", "sm_86", "sm_89", "sm_120"),
-        "modelopt",
-        ("fp8-block",),
-        "none",
-        _TRT,
-        "block FP8 has kernels for sm_90 and sm_100 only; fp8-static loads from sm_89",
-    ),
 )
 
 _PLAIN = (
@@ -760,9 +759,9 @@ def find(runtime: str, hardware: str, format: str, scheme: str, *, version: str 
     """The first row that speaks of this, or None where nothing is known; without ``version`` of the newest version that has one."""
     for asked in (version,) if version else VERSIONS.get(runtime, ()):
         for row in TABLE:
-            if row.runtime == runtime and asked in row.versions and hardware in row.hardware:
-                if row.format == format and scheme in row.schemes:
-                    return row
+            speaks = (row.runtime, row.format) == (runtime, format) and asked in row.versions
+            if speaks and hardware in row.hardware and scheme in row.schemes:
+                return row
     return None
 
 
@@ -852,7 +851,8 @@ def matrix(format: str, parts: Sequence[Part]) -> list[Line]:  # noqa: A002
 def markdown() -> str:
     """``docs/compatibility.md``: what ``make docs`` writes."""
     out = [
-        "# Compatibility\n\nWhich runtime loads what, on which hardware, by what kind of kernel; written by `make docs` from `formats/compatibility.py`.",
+        "# Compatibility\n\nWhich runtime loads what, on which hardware, by what kind of kernel; written by `make docs` from "
+        "`formats/compatibility.py`.",
         "What is in no row is not known. `octavo plan` asks this table, and `octavo inspect --matrix DIR` prints it for any folder.\n",
         "| kernel | |\n| --- | --- |",
         *(f"| {name} | {what} |" for name, what in KERNELS.items()),
