@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from formats.compatibility import HARDWARE, KERNELS, PLAIN, Line, Part, Row, matrix, worst
+from formats.compatibility import HARDWARE, KERNELS, PLAIN, VERSIONS, Line, Part, Row, matrix, worst
 from formats.scheme import SCHEMES
 
 
@@ -66,7 +66,7 @@ def judge(runtime: str, format_name: str, parts: Sequence[Part], *, hardware: Se
     return Judgement(
         None,
         tuple(
-            f"{runtime} on {', '.join(places)}{where}: {what}: {_why(kernel, row, parts)}"
+            f"{runtime} on {', '.join(places)}{where}: {what}: {_why(kernel, row, parts)}{_elsewhere(name, places, parts)}"
             for (kernel, row), places in together.items()
             if _is_amiss(kernel, row, parts)
         ),
@@ -104,6 +104,12 @@ def places(format_name: str, parts: Sequence[Part], ran: Mapping[str, str]) -> l
             version, _, device = run.partition(" ")
             found.append(Place(runtime, version, f"{version} on {device}", "", ()))
     return found
+
+
+def _elsewhere(format_name: str, places: Sequence[str], parts: Sequence[Part]) -> str:
+    """The runtimes that have an 8-bit kernel in all these places."""
+    good = [name for name in VERSIONS if all(not _is_amiss(*worst(name, place, format_name, parts), parts) for place in places)]
+    return f"; {', '.join(good)} {'has one' if len(good) == 1 else 'have one'} there" if good else ""
 
 
 def _is_amiss(kernel: str, row: Row | None, parts: Sequence[Part]) -> bool:

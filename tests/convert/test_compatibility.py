@@ -68,7 +68,14 @@ def test_what_has_no_8_bit_kernel_is_warned_of(runtime: str, scheme: str, hardwa
         assert all(str(said) in warning and hardware in warning for warning in found.warnings)
 
 
-def test_the_plan_refuses_with_the_line_of_the_runtime_and_warns(make_llama: Any, recipe_for: Any) -> None:
+def test_a_warning_names_a_runtime_that_has_the_kernel() -> None:
+    (warning,) = judge("transformers", CT, of("int8-dynamic"), hardware=("cpu-vnni",), machine=None).warnings
+    assert warning.endswith("; vllm has one there")
+    (warning,) = judge("transformers", CT, of("int8-dynamic"), hardware=("sm_120",), machine=None).warnings
+    assert not warning.endswith("there"), "no runtime of the table has one"
+
+
+def test_the_plan_warns_and_knows_the_words_for_hardware(make_llama: Any, recipe_for: Any) -> None:
     text = (
         "model: {model}\ntargets:\n  - name: q\n    format: compressed-tensors\n    rules: [{{match: linear, scheme: {scheme}}}]\n"
         "    runtimes:\n      - transformers\n    hardware: [sm_90]\n"
