@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from convert.compatibility import parts_of_ledger, places
 from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.manifest import Manifest
@@ -52,6 +53,11 @@ def render_card(report: Report, manifest: Manifest) -> str:
             predicts=predicts,
             auto="AutoModelForCausalLM" if predicts else "AutoModel",
             weight_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors")),
+            places=places(
+                manifest.format,
+                parts_of_ledger(manifest.ledger),
+                {run.name: f"{run.versions.get(run.name, '')} {run.device}" for run in report.runtimes},
+            ),
             repo=(recipe["push"] or {}).get("repo", "FOLDER"),
             recipe=_yaml(recipe),
         )

@@ -6,15 +6,13 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from convert import __version__, environments
+from convert.hardware import instructions, this_machine
 from convert.runtimes import RUNTIMES, Runtime
 from formats.errors import MachineError
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "huggingface-hub", "safetensors", "tokenizers", "gguf", "ml_dtypes")
-#: What eight-bit arithmetic on a CPU lives on, as Linux names it.
-INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 
 
 def examine() -> dict[str, dict[str, str]]:
@@ -34,7 +32,8 @@ def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": str(len(os.sched_getaffinity(0))),
-        "instructions": " ".join(sorted(_instructions())) or "none that matter here",
+        "instructions": " ".join(sorted(instructions())) or "none that matter here",
+        "8-bit hardware": this_machine(),
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free",
         "disk here": f"{disk.total / 1e9:.1f} GB, {disk.free / 1e9:.1f} GB free",
     }
@@ -78,15 +77,6 @@ def _environment(name: str, runtime: Runtime) -> str:
         return f"loads {', '.join(runtime.formats)} ({environments.describe(name)})"
     except MachineError as error:
         return f"cannot load {', '.join(runtime.formats)}: {error}"
-
-
-def _instructions() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return set(INSTRUCTIONS) & set(line.split())
 
 
 def _version(name: str) -> str | None:

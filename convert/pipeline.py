@@ -12,6 +12,7 @@ from convert.architecture import describe
 from convert.calibrate import calibrate
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
+from convert.hardware import this_machine
 from convert.html import render
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
@@ -144,7 +145,7 @@ def plain_bytes(target: TargetPlan) -> int:
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
-    return make_plan(recipe, checkpoint, architecture)
+    return make_plan(recipe, checkpoint, architecture, machine=this_machine())
 
 
 def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:

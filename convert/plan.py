@@ -17,6 +17,7 @@ from typing import Any
 from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
+from convert.compatibility import judge, parts_of
 from convert.recipe import HEAD_WHY, Recipe, Rule, Target, applicable
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
@@ -123,8 +124,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``. ``dropped``: scales of keys,
-    values and inputs that the source has and no tensor here comes from."""
+    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``.
+
+    ``dropped``: scales of keys, values and inputs that the source has and no tensor here comes from. ``cautions``: where a runtime it is
+    for loads it without an 8-bit kernel.
+    """
 
     name: str
     format: str
@@ -136,6 +140,7 @@ class TargetPlan:
     bounds: Quality
     contents: Contents
     dropped: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @cached_property
     def quantized(self) -> tuple[Entry, ...]:
@@ -231,6 +236,7 @@ class Plan:
                 found.append(
                     f"{target.name}: no rule names {len(unnamed)} linear layers ({share:.0%} of the bytes), first {unnamed[0].tensor.name}"
                 )
+            found += (f"{target.name}: {caution}" for caution in target.cautions)
         return found
 
     def deployment_bytes(self, target: TargetPlan) -> dict[int, int] | None:
@@ -242,18 +248,23 @@ class Plan:
         return {length: target.weight_bytes + length * per_token for length in CONTEXTS if length <= max(longest, CONTEXTS[0])}
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture | None) -> Plan:
-    """Decides everything. Raises :class:`RecipeError` (naming the recipe's line) or :class:`SourceError`; nothing was written then."""
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture | None, *, machine: str | None = None) -> Plan:
+    """Decides everything. Raises :class:`RecipeError` (naming the recipe's line) or :class:`SourceError`; nothing was written then.
+
+    ``machine``: the hardware here (:func:`convert.hardware.this_machine`), of which the plan warns where a target names none.
+    """
     if architecture is not None and architecture.missing:
         first, more = architecture.missing[0], len(architecture.missing) - 1
         raise SourceError(
             f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
         )
-    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture) for i, target in enumerate(recipe.targets))
+    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
 
 
-def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, architecture: Architecture | None) -> TargetPlan:
+def _plan_target(
+    recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, architecture: Architecture | None, machine: str | None
+) -> TargetPlan:
     for i, runtime in enumerate(target.runtimes):
         if target.format not in RUNTIMES[runtime].formats:
             raise RecipeError(
@@ -309,7 +320,20 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         bounds=target.bounds(),
         contents=contents,
         dropped=_dropped(checkpoint, entries, contents),
+        cautions=_cautions(recipe, index, target, layers, machine),
     )
+
+
+def _cautions(recipe: Recipe, index: int, target: Target, layers: Iterable[QuantizedLayer], machine: str | None) -> tuple[str, ...]:
+    """What the compatibility table says of each runtime the target names; an error for one that cannot load it."""
+    parts = parts_of((layer.scheme, layer.shape) for layer in layers)
+    found: list[str] = []
+    for i, runtime in enumerate(target.runtimes):
+        judgement = judge(runtime, target.format, parts, hardware=target.hardware, machine=machine)
+        if judgement.refusal:
+            raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {judgement.refusal}")
+        found += judgement.warnings
+    return tuple(found)
 
 
 def _stored_names(entries: Iterable[Entry]) -> Iterator[str]:

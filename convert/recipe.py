@@ -20,6 +20,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from convert.algorithms import ALGORITHMS
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
+from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
 
@@ -127,6 +128,8 @@ class Target(_Section):
     """Scales for keys and values in eight bits, found by calibration: `fp8` (one a layer) or `fp8-per-head`."""
     runtimes: Annotated[tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1)] = ("transformers",)
     """The programs that must load the artifact; it is proven in each."""
+    hardware: Annotated[tuple[Annotated[str, _one_of(dict.fromkeys(HARDWARE), "hardware")], ...], Field(strict=False)] = ()
+    """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
     options: Options = Options()
@@ -285,6 +288,7 @@ def json_schema() -> dict[str, Any]:
     definitions["Target"]["properties"]["kv_cache"]["anyOf"][0]["enum"] = list(CACHES)
     definitions["Rule"]["properties"]["scheme"]["anyOf"][0]["enum"] = list(SCHEMES)
     definitions["Target"]["properties"]["runtimes"]["items"]["enum"] = list(RUNTIMES)
+    definitions["Target"]["properties"]["hardware"]["items"]["enum"] = list(HARDWARE)
     definitions["Target"]["properties"]["max_shard_size"] = {
         **definitions["Target"]["properties"]["max_shard_size"],
         "type": ["integer", "string"],
