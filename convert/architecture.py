@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.bitsandbytes import converts
 from formats.errors import SourceError
 from formats.layer import Attention
 from formats.safetensors import TensorSpec
+from formats.skips import skips
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +233,7 @@ def _replaceable(model: Any) -> frozenset[str]:
     from transformers.pytorch_utils import Conv1D
 
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear or isinstance(module, Conv1D)}
-    return frozenset(name for name in linear if converts(name, model._keep_in_fp32_modules or ()))
+    return frozenset(name for name in linear if not skips(name, model._keep_in_fp32_modules or ()))
 
 
 def _head_name(model: Any) -> str | None:

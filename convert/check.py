@@ -24,7 +24,7 @@ from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import RUNTIMES
 from convert.text import load_tokenizer, take_tokens
-from formats.dtypes import DTYPES
+from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
 from formats.scheme import Quality
@@ -47,17 +47,19 @@ class _Text:
 def require_runtimes(target: Target) -> None:
     """Raises :class:`MachineError` when a runtime that the target names is not here: an unproven artifact cannot pass."""
     for name in target.runtimes:
-        if RUNTIMES[name].environment:
+        runtime = RUNTIMES[name]
+        if runtime.environment:
             try:
                 environments.require(name)
             except MachineError as error:
                 raise MachineError(f"{target.name}: {error}") from None
-        for distribution in RUNTIMES[name].needs:
+        for distribution in (*runtime.needs, *runtime.formats[target.format]):
             try:
                 version(distribution)
             except PackageNotFoundError:
                 raise MachineError(
-                    f"{target.name}: runtime {name} needs {distribution}, which is not installed; run: pip install {distribution}"
+                    f"{target.name}: runtime {name} needs {distribution} to load {target.format}, and it is not installed; "
+                    f"run: pip install {distribution}"
                 ) from None
 
 
@@ -122,7 +124,7 @@ def _check_one(
             continue
         result = _result(name, answer, text, found_here)
         results.append(result)
-        checks.append(_check_modules(name, manifest, answer["module_dtypes"]))
+        checks.append(_check_modules(name, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
         if target.kv_cache and "cache_dtype" in answer:
             checks.append(_check_cache(name, manifest, answer))
         if isinstance(found_here, Divergence):
@@ -167,9 +169,10 @@ def _check_numbers(path: Path, model: str, asked: dict[str, Any], scratch: Path)
     return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> Check:
-    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float. A runtime that
-    merges experts has no module for each of them, and is said to make floats of them."""
+def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
+    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float; or, where the
+    runtime says that it dequantizes at load, that every one is there and none of them as codes that it would take for weights. A runtime
+    that merges experts has no module for each of them, and is said to make floats of them."""
     promised = {}
     merged = 0
     for entry in manifest.ledger:
@@ -180,8 +183,13 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> 
             if "experts" in entry and RUNTIMES[runtime].merges is not None and module not in dtypes:
                 merged += 1
                 continue
-            codes = next(dtype for name, dtype, _ in entry["outputs"] if name in (f"{stored}.weight", f"{stored}.weight_packed"))
-            promised[module] = DTYPES[codes].torch_name
+            names = (f"{stored}.weight", f"{stored}.weight_packed", f"{stored}._weight_qdata")
+            promised[module] = DTYPES[next(dtype for name, dtype, _ in entry["outputs"] if name in names)].torch_name
+    if dequantized:
+        floats = {DTYPES[name].torch_name for name in FLOATS}
+        left = [f"{module} is {dtypes.get(module, 'absent')}" for module in promised if dtypes.get(module) not in floats]
+        detail = "; ".join(left[:3]) or "it decodes them while it loads: nothing is held or multiplied in 8 bit here"
+        return at_least(f"{runtime}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
     said = [*wrong[:3], *([f"{merged} layers of experts are floats there"] if merged else [])]
     return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))

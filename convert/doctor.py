@@ -66,9 +66,9 @@ def _runtimes() -> dict[str, str]:
         if runtime.environment:
             found[name] = _environment(name, runtime)
             continue
-        missing = [package for package in runtime.needs if not _version(package)]
-        formats = ", ".join(runtime.formats)
-        found[name] = f"cannot load {formats}: pip install {' '.join(missing)}" if missing else f"loads {formats}"
+        missing = {form: [p for p in (*runtime.needs, *further) if not _version(p)] for form, further in runtime.formats.items()}
+        loads = [f"loads {', '.join(form for form in missing if not missing[form])}"] if not all(missing.values()) else []
+        found[name] = "; ".join([*loads, *(f"cannot load {form}: pip install {' '.join(m)}" for form, m in missing.items() if m)])
     return found
 
 

@@ -24,6 +24,7 @@ from convert.quantize import SLAB_ELEMENTS
 from convert.report import LayerNumbers
 from convert.source import Checkpoint, SafetensorsReader, open_source
 from formats import FORMATS
+from formats.dtypes import DTYPES
 from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
@@ -106,6 +107,8 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
             worst = _worse(worst, error, weight.abs() * RESPELL_ROUNDING)
             continue
         scale = decoded.spread_scale() if scheme.weight.unit == 1 else decoded.spread_scale() * scheme.weight.unit
+        if scheme.weight.scale == "model":  # to whose dtype it was rounded, even where it is stored in float32
+            scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
         # float32 rounding of the comparison itself is not the codes' fault
         bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
         if scheme.weight.scale == "absmax":

@@ -107,7 +107,7 @@ class Entry:
         fate: dict[str, Any] = {"why": self.why}
         if self.scheme:
             parts = [[part.module, part.start, part.stop, part.columns] for part in self.parts]
-            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "parts": parts}
+            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "scale_dtype": self.scale_dtype, "parts": parts}
         return {
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,
@@ -313,7 +313,7 @@ def _plan_target(
         name=target.name,
         format=target.format,
         entries=entries,
-        shards=lay_out(specs, lambda group: form.metadata(group, contents), target.max_shard_size),
+        shards=lay_out(specs, form.metadata(specs, contents), target.max_shard_size),
         config=spell(checkpoint.config, dtype, quantization),
         dtype=dtype,
         runtimes=target.runtimes,

@@ -155,7 +155,9 @@ def cache_pieces(target: TargetPlan, stats: Stats, checkpoint: Checkpoint) -> It
                 remedy = f"that is what {sources[attention.module][i]} says; the checkpoint is damaged"
             else:
                 seen = (stats.keys, stats.values)[i][attention.module]
-                scale = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)]) / quantization.grid.high
+                absmax = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)])
+                # Rounded to the dtype of the model whatever it is stored in, so that all targets have one scale.
+                scale = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[target.dtype].torch_name))
                 remedy = f"calibration saw magnitudes of {min(seen):g} to {max(seen):g}; give it other text"
             scale = scale.to(getattr(torch, DTYPES[entry.tensor.dtype].torch_name))
             if not is_finite(scale) or not bool((scale > 0).all()):

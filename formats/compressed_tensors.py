@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from formats.layer import Attention, Contents, LayerNames, LayerTensors, QuantizedLayer
+from formats.layer import Attention, Contents, LayerNames, LayerTensors, QuantizedLayer, static_scale
 from formats.safetensors import TensorSpec
 from formats.scheme import BLOCK_128, CACHES, PER_TENSOR, SCHEMES, Quantization, Scheme
 
@@ -92,17 +92,11 @@ def constants(weight: TensorSpec, scheme: Scheme, input_absmax: float | None) ->
     """The tensors that are written once a layer. ``input_absmax``: the largest magnitude calibration saw come in, for a static scheme."""
     import torch
 
-    from formats.dtypes import DTYPES
-
     if _is_packed(scheme):
         return {f"{weight.name}_shape": torch.tensor(weight.matrix_shape)}
     if not scheme.static:
         return {}
-    assert scheme.activation is not None
-    assert input_absmax is not None
-    # In float64, so that a scale that was multiplied by the largest code comes back as it was.
-    scale = torch.tensor([input_absmax], dtype=torch.float64) / scheme.activation.grid.high
-    return {f"{LayerNames.of(weight.name).module}.input_scale": scale.to(getattr(torch, DTYPES[weight.dtype].torch_name))}
+    return {f"{LayerNames.of(weight.name).module}.input_scale": static_scale(scheme, input_absmax, weight.dtype).reshape(1)}
 
 
 def decode(weight: TensorSpec, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:

@@ -27,6 +27,7 @@ from formats.dtypes import FLOATS
 from formats.errors import FormatError
 from formats.safetensors import TensorSpec
 from formats.scheme import FP8_E4M3, INT8, PER_CHANNEL, PER_TENSOR, PER_TOKEN, Quantization, Tile
+from formats.skips import skips
 
 #: Last parts of the names of output heads.
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "proj_out")
@@ -199,19 +200,6 @@ def matches_name(module: str, pattern: str) -> bool:
 def is_class_name(pattern: str) -> bool:
     """Whether a target is the name of a module's class: ``Linear``, ``ParallelLMHead``."""
     return pattern.isidentifier() and pattern[0].isupper()
-
-
-def skips(module: str, patterns: Iterable[str]) -> bool:
-    """transformers ``quantizers/quantizers_utils.py``, ``should_convert_module``, negated."""
-    for key in patterns:
-        if module.endswith(key):
-            return True
-        try:
-            if re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module):
-                return True
-        except re.error:
-            continue
-    return False
 
 
 def excludes(module: str, patterns: Iterable[str]) -> bool:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from formats.dtypes import DTYPES
 from formats.safetensors import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from formats.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,15 @@ class Contents:
     skipped: Sequence[str] = ()
     options: Mapping[str, float] = field(default_factory=dict)
     kept_experts: Sequence[str] = ()
+
+
+def static_scale(scheme: Scheme, input_absmax: float | None, dtype: str) -> torch.Tensor:
+    """(): what the codes of a static input are multiplied by, rounded to ``dtype`` (a safetensors name), which readers will do.
+    ``input_absmax``: the largest magnitude that calibration saw come in."""
+    import torch
+
+    assert scheme.activation is not None
+    assert input_absmax is not None
+    # In float64, so that a scale that was multiplied by the largest code comes back as it was.
+    scale = torch.tensor(input_absmax, dtype=torch.float64) / scheme.activation.grid.high
+    return scale.to(getattr(torch, DTYPES[dtype].torch_name))

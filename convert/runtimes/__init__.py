@@ -6,13 +6,15 @@ of this package, so that it can run under the interpreter of another virtual env
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it cannot load ``formats``. With ``environment``
-    it is run as a file, by the interpreter that :func:`convert.environments.require` finds.
+    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it does not run, ``formats`` what it loads, and
+    which further distributions it needs for each. With ``environment`` it is run as a file, by the interpreter that
+    :func:`convert.environments.require` finds.
 
     ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
     can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
@@ -20,7 +22,7 @@ class Runtime:
     """
 
     program: str
-    formats: tuple[str, ...]
+    formats: Mapping[str, tuple[str, ...]]
     needs: tuple[str, ...]
     environment: bool = False
     fuses: bool = False
@@ -34,10 +36,15 @@ _MERGED = frozenset(("fp8-dynamic", "fp8-weight-only", "int8-weight-only", *(f"i
 
 RUNTIMES = {
     "transformers": Runtime(
-        "convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors"), merges=_MERGED
+        "convert.runtimes.transformers",
+        formats={"compressed-tensors": ("compressed-tensors",), "fp8": ("accelerate",), "torchao": ("torchao",)},
+        needs=("transformers",),
+        merges=_MERGED,
     ),
     "bitsandbytes": Runtime(
-        "convert.runtimes.bitsandbytes", formats=("bitsandbytes",), needs=("transformers", "bitsandbytes"), merges=frozenset()
+        "convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",), merges=frozenset()
     ),
-    "vllm": Runtime("convert.runtimes.vllm", formats=("compressed-tensors",), needs=(), environment=True, fuses=True),
+    "vllm": Runtime(
+        "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True
+    ),
 }

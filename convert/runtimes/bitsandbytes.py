@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from convert.runtimes.transformers import measure, model_class
@@ -34,7 +33,6 @@ def main(request_path: str, answer_path: str) -> None:
         **quantize,
     )
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
-    answer["versions"]["bitsandbytes"] = version("bitsandbytes")
     Path(answer_path).write_text(json.dumps(answer))
 
 

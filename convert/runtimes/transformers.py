@@ -7,9 +7,10 @@ Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``
 vocabulary), raw; of a model that predicts no tokens its last hidden states, or whatever logits it has), ``prompt`` (token ids),
 ``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``, ``trust_remote_code``.
 
-Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``weight_bytes``, ``peak_bytes``,
-``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated`` (token ids, none where it predicts none),
-``vocabulary`` (the last axis of what was written), ``predicts`` (whether that is logits of next tokens), ``device``, ``versions``.
+Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``dequantized`` (whether loading turned codes into
+floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated``
+(token ids, none where it predicts none), ``vocabulary`` (the last axis of what was written), ``predicts`` (whether that is logits of next
+tokens), ``device``, ``versions``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+#: What decodes a ``quant_method``, beside transformers itself.
+_DECODERS = {"compressed-tensors": "compressed-tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -55,7 +59,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
 
     model.eval()
     module_dtypes = {name: _weight_dtype(module) for name, module in model.named_modules() if _weight_dtype(module)}
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    weights = {part.data_ptr(): part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in _stored(tensor)}
     device = request["device"]
     tokens = torch.from_numpy(np.load(request["tokens"])).to(device)
     seconds = 0.0
@@ -83,8 +87,12 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
             )[0, prompt.shape[1] :]
             decode_seconds = time.perf_counter() - started
     on_gpu = device != "cpu"
+    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    decoders = [_DECODERS[method]] if method in _DECODERS else []
     return {
         "module_dtypes": module_dtypes,
+        "dequantized": bool(getattr(quantization, "dequantize", False)),
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
         "load_seconds": load_seconds,
@@ -94,7 +102,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         "vocabulary": vocabulary,
         "predicts": predicts,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+        "versions": {name: version(name) for name in ("torch", "transformers", *decoders)},
     }
 
 
@@ -109,8 +117,16 @@ def _weight_dtype(module: Any) -> str | None:
     for name in ("weight", "weight_packed"):
         tensor = getattr(module, "_parameters", {}).get(name)
         if tensor is not None:
-            return str(tensor.dtype).removeprefix("torch.")
+            return str(_stored(tensor)[0].dtype).removeprefix("torch.")
     return None
+
+
+def _stored(tensor: Any) -> list[Any]:
+    """The plain tensors that a tensor is made of, its codes first: torchao's weights claim the dtype that they stand for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(tensor, name))]
 
 
 if __name__ == "__main__":
