@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.plan import RESPELL
+from convert.plan import cache_sources, takes_input_scale
 from formats.errors import InputError, MachineError, NumericsError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from convert.plan import Plan
     from convert.progress import Progress
+    from formats.layer import Contents
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
     """
     known = _source_scales(plan)
     modules = sorted({module for target in plan.targets for module in target.static} - known.keys())
-    cache = any(target.contents.cache for target in plan.targets)
-    if not modules and not cache:
-        return Stats(inputs=known, record={"text": "the source's own scales"}) if known else NO_STATS
+    unknown = [target.contents for target in plan.targets if target.contents.cache and not _has_cache(plan, target.contents)]
+    if not modules and not unknown:
+        taken = any(target.calibrated for target in plan.targets)
+        return Stats(inputs=known, record={"text": "the source's own scales"}) if taken else NO_STATS
     import numpy as np
 
     from convert.child import request, run
@@ -73,7 +75,7 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
             "model": plan.checkpoint.pinned,
             "dtype": "float32" if plan.recipe.validation.reference == "float32" else "auto",
             "modules": modules,
-            "cache": cache,
+            "cache": bool(unknown),
         }
         answer, failure = run("convert.calibrate", asked, scratch)
     if answer is None:
@@ -84,7 +86,7 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
     unseen = [module for module in modules if module not in answer["inputs"]]
     if unseen:
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
-    attentions = next((target.contents.attentions for target in plan.targets if target.contents.cache), ())
+    attentions = unknown[0].attentions if unknown else ()
     return Stats(
         inputs={**known, **answer["inputs"]},
         keys={attention.module: tuple(answer["keys"][str(attention.layer)]) for attention in attentions},
@@ -93,15 +95,21 @@ def calibrate(plan: Plan, progress: Progress) -> Stats:
     )
 
 
+def _has_cache(plan: Plan, contents: Contents) -> bool:
+    return bool(cache_sources(plan.checkpoint, contents.attentions, contents.cache))
+
+
 def _source_scales(plan: Plan) -> dict[str, float]:
     """What the source's own static scales say of its inputs, for layers that are only spelled anew."""
     known: dict[str, float] = {}
     for target in plan.targets:
         for entry in target.quantized:
-            if entry.algorithm == RESPELL and entry.scheme and entry.scheme.activation and entry.scheme.static:
-                scale = plan.checkpoint.input_scale(entry.tensor.name)
-                if scale is not None:
-                    known |= {part.module: scale * entry.scheme.activation.grid.high for part in entry.parts}
+            coded = plan.checkpoint.coded.get(entry.tensor.name)
+            if coded is not None and takes_input_scale(coded, entry) and entry.scheme and entry.scheme.activation:
+                scales = plan.checkpoint.scales(str(coded.input_scale))
+                if len(scales) != 1 or not 0 < scales[0] < float("inf"):
+                    raise NumericsError(f"{coded.input_scale}: {scales[0]:g} is no scale; the checkpoint is damaged")
+                known |= {entry.module(part): scales[0] * entry.scheme.activation.grid.high for part in entry.parts}
     return known
 
 

@@ -222,6 +222,18 @@ def doctor(
             print(f"  {name:<22} {value}")
 
 
+@app.command()
+def runtimes(quiet: QuietOption = False) -> None:
+    """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
+    from convert import environments
+    from convert.progress import choose
+
+    for name in environments.PINS:
+        built = environments.build(name, choose(quiet=quiet))
+        if not quiet:
+            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
+
+
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -306,7 +318,7 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
         "source_bytes": job.checkpoint.size_bytes,
         "needs": asdict(found),
         "warnings": job.warnings(),
-        "recipe": job.recipe.resolved(),
+        "recipe": job.resolved(),
         "targets": [
             {
                 "name": target.name,
@@ -364,6 +376,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         if ledger:
             for entry in target.entries:
                 fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
+                fate += f", {entry.note}" if entry.note else ""
                 console.print(
                     f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False
                 )

@@ -7,9 +7,10 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 
-from convert import __version__
+from convert import __version__, environments
 from convert.hardware import instructions, this_machine
-from convert.runtimes import RUNTIMES
+from convert.runtimes import RUNTIMES, Runtime
+from formats.errors import MachineError
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "huggingface-hub", "safetensors", "tokenizers", "gguf", "ml_dtypes")
 
@@ -62,10 +63,20 @@ def _devices() -> dict[str, str]:
 def _runtimes() -> dict[str, str]:
     found = {}
     for name, runtime in RUNTIMES.items():
+        if runtime.environment:
+            found[name] = _environment(name, runtime)
+            continue
         missing = [package for package in runtime.needs if not _version(package)]
         formats = ", ".join(runtime.formats)
         found[name] = f"cannot load {formats}: pip install {' '.join(missing)}" if missing else f"loads {formats}"
     return found
+
+
+def _environment(name: str, runtime: Runtime) -> str:
+    try:
+        return f"loads {', '.join(runtime.formats)} ({environments.describe(name)})"
+    except MachineError as error:
+        return f"cannot load {', '.join(runtime.formats)}: {error}"
 
 
 def _version(name: str) -> str | None:

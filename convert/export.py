@@ -88,7 +88,7 @@ def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, stat
 
     targets = {name: writer.target for name, writer in writers.items()}
     for writer in writers.values():
-        for entry, piece in quantize.cache_pieces(writer.target, stats):
+        for entry, piece in quantize.cache_pieces(writer.target, stats, plan.checkpoint):
             if entry.tensor.name not in writer.done:
                 writer.write(piece)
                 writer.finished(entry.tensor.name)
@@ -220,11 +220,12 @@ class _Writer:
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
                 "base_model": plan.checkpoint.base_model,
+                "dropped": list(self.target.dropped),
                 "files": [
                     {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
                 ],
             },
-            recipe=plan.recipe.resolved(),
+            recipe=plan.resolved(),
             calibration=stats.record if self.target.calibrated else None,
             versions=_versions(),
             plan_digest=plan.digest,

@@ -71,8 +71,11 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         wide = plan.recipe.validation.reference == "float32"
         check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
     if check:
-        vocabulary = max((entry.tensor.shape[0] for target in plan.targets for entry in target.entries if entry.kind == "head"), default=0)
-        disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
+        # Logits, or the hidden states of a model without a head, which are as wide as its embeddings.
+        entries = [entry for target in plan.targets for entry in target.entries]
+        width = max((entry.tensor.shape[0] for entry in entries if entry.kind == "head"), default=0)
+        width = width or max((entry.tensor.matrix_shape[1] for entry in entries if entry.kind == "embedding"), default=0)
+        disk += 2 * plan.recipe.validation.tokens * width * 4
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     return Needs(memory, check_memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
 
@@ -152,9 +155,10 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
     if check:
-        if job.architecture is None or job.architecture.head is None:
+        if job.architecture is None:
             raise InputError(
-                f"{job.checkpoint.origin}: it predicts no tokens, and the check compares next tokens; convert it with --no-check"
+                f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
+                "convert it with --no-check"
             )
         for target in job.recipe.targets:
             require_runtimes(target)

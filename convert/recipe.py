@@ -96,6 +96,13 @@ class Limits(_Section):
     """Share of tokens with the same most likely successor, at least."""
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     """Perplexity over the source's, at most."""
+    relative_error: Annotated[float, Field(gt=0)] | None = None
+    """Of a model that predicts no tokens: mean error of its last hidden states, as a share of their length, at most."""
+
+
+def applicable(*, predicts: bool) -> tuple[str, ...]:
+    """The limits that a model can meet or miss: what is compared follows from what it gives, next tokens or hidden states."""
+    return ("kl_nats", "top1", "perplexity_ratio") if predicts else ("relative_error",)
 
 
 class Options(_Section):
@@ -134,13 +141,12 @@ class Target(_Section):
         """``limits``, with what is left out taken from the loosest scheme that the rules use."""
         defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
         if not defaults:
-            return Quality(
-                *(_or(self.limits, name, value) for name, value in (("kl_nats", 0.001), ("top1", 0.99), ("perplexity_ratio", 1.001)))
-            )
+            defaults = [Quality(kl_nats=0.001, top1=0.99, perplexity_ratio=1.001, relative_error=0.01)]
         return Quality(
             kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
             top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
             perplexity_ratio=_or(self.limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
+            relative_error=_or(self.limits, "relative_error", max(d.relative_error for d in defaults)),
         )
 
 
@@ -214,12 +220,12 @@ class Recipe(_Section):
         """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
         return _position(self._where, path)
 
-    def resolved(self) -> dict[str, Any]:
-        """The recipe as plain data with every default spelled out; parsing it again gives the same job."""
+    def resolved(self, *, predicts: bool = True) -> dict[str, Any]:
+        """The recipe as plain data with every default spelled out; parsing it again gives the same job. ``predicts``: the model predicts
+        tokens, which decides what limits it has."""
         data = self.model_dump(mode="json")
         for target, record in zip(self.targets, data["targets"], strict=True):
-            bounds = target.bounds()
-            record["limits"] = {"kl_nats": bounds.kl_nats, "top1": bounds.top1, "perplexity_ratio": bounds.perplexity_ratio}
+            record["limits"] = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
         return data
 
 

@@ -154,7 +154,6 @@ def linear_modules(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
 
     Routers of experts are among them: some readers have them as Linear, some do not.
     """
-    conv1d = config.get("model_type") in _CONV1D_MODELS
     found = []
     for name, spec in tensors.items():
         module, _, last = name.rpartition(".")
@@ -162,10 +161,15 @@ def linear_modules(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
             continue
         if _EMBEDDINGS.search(module) and not is_head(module):
             continue
-        if conv1d and module.rpartition(".")[2] in _CONV1D:
+        if is_conv1d(config, module):
             continue
         found.append(module)
     return tuple(found)
+
+
+def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight a model keeps (in, out), by the model's type and the module's name."""
+    return config.get("model_type") in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
 
 
 def is_head(module: str) -> bool:

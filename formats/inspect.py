@@ -9,7 +9,7 @@ from typing import Any
 from formats.compatibility import Line, matrix, parts_of_folder
 from formats.dtypes import FLOATS
 from formats.errors import FormatError
-from formats.existing import SIDE_FILE
+from formats.existing import SIDE_FILE, section_of
 from formats.manifest import MANIFEST, read_manifest
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
 
@@ -79,6 +79,11 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     located = read_folder(folder)
+    side = folder / SIDE_FILE
+    try:
+        section = section_of(config, read_json(side) if side.is_file() else None)
+    except FormatError:  # of a format that is not read here, or broken: it is shown as it is
+        section = ("", config.get("quantization_config") or {})
     found: dict[str, Any] = {
         "path": str(folder),
         "model": {
@@ -86,7 +91,7 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
             for key in ("architectures", "model_type", "dtype", "hidden_size", "num_hidden_layers", "vocab_size")
             if config.get(key)
         },
-        "quantization": config.get("quantization_config") or "none",
+        "quantization": dict(section[1]) if section else "none",
         "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
     }
     if (folder / MANIFEST).exists():

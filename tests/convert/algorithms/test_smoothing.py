@@ -71,6 +71,7 @@ def test_channels_of_zeros_and_of_what_is_not_normal_stay(alpha: float) -> None:
 
 def test_values_behind_several_query_heads_get_one_scale() -> None:
     """Grouped-query attention: 4 query heads of size 3 read 2 heads of values."""
+    assert smoothing.tied(torch.tensor([1.0, 5.0, 3.0, 2.0]), torch.tensor([1, 0, 1, 0])).tolist() == [3, 5, 3, 5]
     channels = torch.arange(6).view(2, 1, 3).expand(2, 2, 3).reshape(-1)
     v, o, x = torch.randn(6, 5), torch.randn(8, 12), torch.randn(30, 5)
     s = smoothing.smoothing_scales((x @ v.T)[:, channels].abs().amax(dim=0), [o], alpha=0.6, channels=channels)
