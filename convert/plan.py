@@ -124,9 +124,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``. ``dropped``: scales of keys,
-    values and inputs that the source has and no tensor here comes from. ``cautions``: where a runtime it is for loads it without an 8-bit
-    kernel."""
+    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``.
+
+    ``dropped``: scales of keys, values and inputs that the source has and no tensor here comes from. ``cautions``: where a runtime it is
+    for loads it without an 8-bit kernel.
+    """
 
     name: str
     format: str
@@ -137,8 +139,8 @@ class TargetPlan:
     runtimes: tuple[str, ...]
     bounds: Quality
     contents: Contents
-    cautions: tuple[str, ...]
     dropped: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @cached_property
     def quantized(self) -> tuple[Entry, ...]:
@@ -317,8 +319,8 @@ def _plan_target(
         runtimes=target.runtimes,
         bounds=target.bounds(),
         contents=contents,
-        cautions=_cautions(recipe, index, target, layers, machine),
         dropped=_dropped(checkpoint, entries, contents),
+        cautions=_cautions(recipe, index, target, layers, machine),
     )
 
 
