@@ -1,47 +1,105 @@
-"""Round to nearest: the scale is the tile's largest magnitude over the grid's largest code."""
+"""Round to nearest: the scale is the tile's largest magnitude over the grid's largest code, or a part of that which loses less."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from formats.qtensor import QTensor
 from formats.scheme import Grid, Quantization
 
+#: Shares of the largest magnitude worth trying beside all of it: at eight bits, less loses more by clipping than it wins by finer steps
+#: unless a few elements stand far out.
+CLIP_RATIOS = (0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
 
-def quantize(weight: torch.Tensor, quantization: Quantization, *, scale_dtype: torch.dtype) -> QTensor:
+
+def quantize(
+    weight: torch.Tensor,
+    quantization: Quantization,
+    *,
+    scale_dtype: torch.dtype,
+    clip_search: Sequence[float] = (),
+    energy: torch.Tensor | None = None,
+) -> QTensor:
     """Rounds a weight (out, in) of any float dtype to ``quantization.grid``; symmetric, one scale a tile.
 
     ``scale = absmax(tile) / grid.high`` in float32, then rounded to what the reader will use: ``scale_dtype``, float32, or the power of
-    two at or above it, as ``quantization.scale`` says; a tile of zeros has scale 1.
+    two at or above it, as ``quantization.scale`` says; a tile of zeros has scale 1. With ``clip_search`` also these parts of it are
+    tried, and the first with the smallest ``sum energy * (weight - code * scale)**2`` over the tile is taken; ``energy`` (in,) is how
+    much each input feature weighs (its sum of squares), equal by default.
     ``code = clamp(round_half_even(weight / scale), low, high)`` against the rounded scale, in float32: IEEE division and rounding
-    are exact on every device, so CPU and CUDA give the same bytes.
+    are exact on every device, so CPU and CUDA give the same bytes, except that a search may settle ties differently.
 
     A weight of NaN or Inf gives a scale that is not finite, which the caller reports under the tensor's name. Raises ``ValueError`` when
-    tiles do not divide the weight; formats refuse such weights before.
+    tiles do not divide the weight, which formats refuse before; or when a search is asked for where the scale is the magnitude itself.
     """
     if quantization.scale == "absmax":
+        if clip_search:
+            raise ValueError("LLM.int8() stores the largest magnitude itself: there is no other scale to search for")
         return _by_absmax(weight.to(scale_dtype), quantization)
     values = weight.float()
     rows, columns = weight.shape
-    tile = quantization.tile
-    tile_rows, tile_columns = tile.rows or rows, tile.columns or columns
+    tiles = _tiles(values, quantization)
+    stored = _scales(tiles, quantization, scale_dtype, clip_search, energy)
+    scale = stored.float()
+    codes = tiles.div_(scale) if values is not weight else tiles / scale
+    return QTensor(round_to_grid(codes, quantization.grid).view(rows, columns), stored[:, 0, :, 0], quantization)
+
+
+def tile_scales(
+    weight: torch.Tensor,
+    quantization: Quantization,
+    *,
+    scale_dtype: torch.dtype,
+    clip_search: Sequence[float] = (),
+    energy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scales that :func:`quantize` would use, of shape ``tile.scale_shape(weight.shape)``, in the dtype a reader will use."""
+    return _scales(_tiles(weight.float(), quantization), quantization, scale_dtype, clip_search, energy)[:, 0, :, 0]
+
+
+def _tiles(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """A view (tiles down, rows of a tile, tiles across, columns of a tile)."""
+    rows, columns = values.shape
+    tile_rows, tile_columns = quantization.tile.rows or rows, quantization.tile.columns or columns
     if rows % tile_rows or columns % tile_columns:
         raise ValueError(f"tiles of {tile_rows} x {tile_columns} do not divide a weight of {rows} x {columns}")
-    tiles = values.view(rows // tile_rows, tile_rows, columns // tile_columns, tile_columns)
+    return values.reshape(rows // tile_rows, tile_rows, columns // tile_columns, tile_columns)
+
+
+def _scales(
+    tiles: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype, clip_search: Sequence[float], energy: torch.Tensor | None
+) -> torch.Tensor:
     # Two reductions and no temporary: fresh memory costs more than the second pass.
     absmax = torch.maximum(tiles.amax(dim=(1, 3), keepdim=True), tiles.amin(dim=(1, 3), keepdim=True).neg_())
-    scale = absmax / quantization.grid.high
+    best = _stored(absmax / quantization.grid.high, quantization, scale_dtype)
+    if not clip_search:
+        return best
+    importance = None if energy is None else energy.float().view(1, 1, *tiles.shape[2:])
+    least = _loss(tiles, best, quantization.grid, importance)
+    for ratio in clip_search:
+        candidate = _stored(absmax * (ratio / quantization.grid.high), quantization, scale_dtype)
+        loss = _loss(tiles, candidate, quantization.grid, importance)
+        better = loss < least
+        best, least = torch.where(better, candidate, best), torch.where(better, loss, least)
+    return best
+
+
+def _stored(scale: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype) -> torch.Tensor:
     if quantization.scale == "F8_E8M0":
-        scale = _power_of_two_above(scale)
-        stored = scale.to(torch.float8_e8m0fnu)
-    else:
-        scale = scale.to(torch.float32 if quantization.scale == "F32" else scale_dtype)
-        # absmax / high may underflow to zero in scale_dtype: the tile is then as good as zero, and x / 1 rounds to zero.
-        scale = stored = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = tiles.div_(scale.float()) if values is not weight else tiles / scale.float()
-    return QTensor(
-        round_to_grid(codes, quantization.grid).view(rows, columns), stored.view(rows // tile_rows, columns // tile_columns), quantization
-    )
+        return _power_of_two_above(scale).to(torch.float8_e8m0fnu)
+    scale = scale.to(torch.float32 if quantization.scale == "F32" else scale_dtype)
+    # absmax / high may underflow to zero in scale_dtype: the tile is then as good as zero, and x / 1 rounds to zero.
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _loss(tiles: torch.Tensor, stored: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> torch.Tensor:
+    scale = stored.float()
+    error = to_nearest(tiles / scale, grid).mul_(scale).sub_(tiles).square_()
+    if importance is not None:
+        error.mul_(importance)
+    return error.sum(dim=(1, 3), keepdim=True)
 
 
 def _by_absmax(weight: torch.Tensor, quantization: Quantization) -> QTensor:
@@ -73,3 +131,9 @@ def round_to_grid(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
     if grid.kind == "int":
         return codes.round_().to(torch.int8)
     return codes.to(torch.float8_e4m3fn)
+
+
+def to_nearest(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """:func:`round_to_grid` that stays in float32, in place."""
+    codes.clamp_(grid.low, grid.high)
+    return codes.round_() if grid.kind == "int" else codes.copy_(codes.to(torch.float8_e4m3fn))

@@ -7,9 +7,9 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.algorithms.rtn import quantize, round_to_grid
+from convert.algorithms.rtn import CLIP_RATIOS, quantize, round_to_grid, tile_scales
 from convert.numbers import error_bound
-from formats.scheme import FP8_E4M3, INT8, SCHEMES
+from formats.scheme import FP8_E4M3, INT8, SCHEMES, Quantization, per_group
 
 SHAPES = [(1, 1), (1, 64), (7, 13), (64, 1), (3, 576), (127, 129)]
 
@@ -89,6 +89,52 @@ def test_the_weight_given_is_left_as_it_was() -> None:
         before = weight.clone()
         quantize(weight, SCHEMES["int8-dynamic"].weight, scale_dtype=torch.bfloat16)
         assert torch.equal(weight, before)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    shape=st.sampled_from(SHAPES),
+    name=st.sampled_from(["int8-dynamic", "fp8-dynamic", "fp8-static"]),
+    weighted=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_search_takes_the_best_of_what_it_tries(seed: int, shape: tuple[int, int], name: str, weighted: bool) -> None:
+    weight = random_weight(shape, seed, torch.float32).clamp(-1e3, 1e3)
+    energy = torch.rand(shape[1], generator=torch.Generator().manual_seed(seed)) if weighted else torch.ones(shape[1])
+    scheme = SCHEMES[name].weight
+    found = quantize(weight, scheme, scale_dtype=torch.float32, clip_search=CLIP_RATIOS, energy=energy if weighted else None)
+    tried = []
+    for ratio in (1.0, *CLIP_RATIOS):
+        absmax = weight.abs().max() if name == "fp8-static" else weight.abs().amax(dim=1, keepdim=True)
+        scale = (absmax.double() * ratio / scheme.grid.high).float()
+        codes = (weight / scale).clamp(scheme.grid.low, scheme.grid.high)
+        codes = codes.round() if scheme.grid.kind == "int" else codes.to(torch.float8_e4m3fn).float()
+        tried.append((((codes * scale - weight).double() ** 2) * energy).sum(dim=1))
+    least = torch.stack(tried).sum(dim=1).min() if name == "fp8-static" else torch.stack(tried).amin(dim=0)
+    loss = (((found.dequantize() - weight).double() ** 2) * energy).sum(dim=1)
+    assert torch.allclose(loss.sum() if name == "fp8-static" else loss, least, rtol=1e-4, atol=0)
+
+
+def test_a_search_clips_what_stands_out_unless_it_matters() -> None:
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    weight[:, 9] = 12
+    for scheme in (SCHEMES["int8-dynamic"].weight, Quantization(INT8, per_group(128))):
+        plain, clipped = (tile_scales(weight, scheme, scale_dtype=torch.float32, clip_search=c, energy=e) for c, e in (
+            ((), None), (CLIP_RATIOS, torch.where(torch.arange(512) == 9, 1e-6, 1.0))))  # fmt: skip
+        assert (clipped[:, 0] <= 0.6 * plain[:, 0]).all()
+        assert torch.equal(tile_scales(weight, scheme, scale_dtype=torch.float32, clip_search=CLIP_RATIOS)[:, 0], plain[:, 0])
+
+
+def test_a_search_is_refused_where_the_scale_is_the_magnitude() -> None:
+    with pytest.raises(ValueError, match="largest magnitude itself"):
+        quantize(torch.ones(2, 2), SCHEMES["llm-int8"].weight, scale_dtype=torch.bfloat16, clip_search=(0.9,))
+
+
+def test_a_search_over_powers_of_two_takes_one() -> None:
+    weight = random_weight((4, 64), 1)
+    scale = quantize(weight, SCHEMES["mxfp8"].weight, scale_dtype=torch.bfloat16, clip_search=(0.5, 0.25)).scale.float()
+    plain = quantize(weight, SCHEMES["mxfp8"].weight, scale_dtype=torch.bfloat16).scale.float()
+    assert ((scale == plain) | (scale == plain / 2) | (scale == plain / 4)).all()
 
 
 @pytest.mark.gpu
