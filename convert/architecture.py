@@ -87,7 +87,7 @@ def describe(
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    model = _build(config, folder=folder, trust_remote_code=trust_remote_code)
+    model = build(config, folder=folder, trust_remote_code=trust_remote_code)
     if model is None:
         return None
     names = _checkpoint_names(model, tensors)
@@ -121,7 +121,8 @@ def describe(
     )
 
 
-def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
+def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
+    """transformers' own model on the meta device, None when it does not know the architecture. Raises :class:`SourceError`."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
