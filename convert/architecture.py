@@ -60,7 +60,8 @@ class Architecture:
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
-    ``skipped``: the patterns it leaves alone unless told which.
+    ``skipped``: the patterns it leaves alone unless told which. ``blocks``: the modules it is a stack of, in order; what
+    flows between them has ``hidden_size`` features.
     """
 
     name: str
@@ -75,6 +76,8 @@ class Architecture:
     attentions: tuple[Attention, ...] | None
     replaceable: frozenset[str]
     skipped: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+    hidden_size: int | None = None
 
 
 def describe(
@@ -118,6 +121,8 @@ def describe(
         attentions=attentions,
         replaceable=_replaceable(model),
         skipped=tuple(sorted(get_keys_to_not_convert(model))),
+        blocks=blocks_of(model),
+        hidden_size=getattr(text_config, "hidden_size", None),
     )
 
 
@@ -149,6 +154,17 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
             return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001  a config may be wrong in any way its class can trip over
         raise SourceError(f"config.json: transformers cannot build a {model_type} from it ({type(error).__name__}: {error})") from None
+
+
+def blocks_of(model: Any) -> tuple[str, ...]:
+    """The modules a model is a stack of, in their order: the items of its outermost ModuleLists that have parameters."""
+    import torch
+
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not any(name.startswith(f"{block}.") for block in found):
+            found += [f"{name}.{i}" for i, item in enumerate(module) if any(True for _ in item.parameters())]
+    return tuple(found)
 
 
 def _checkpoint_names(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[str, ...]]:

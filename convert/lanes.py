@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.architecture import blocks_of
 from formats.errors import MachineError, SourceError
 
 if TYPE_CHECKING:
@@ -49,17 +50,6 @@ class Stand:
     @property
     def kept(self) -> bool:
         return bool(self._outputs)
-
-
-def blocks_of(model: Any) -> tuple[str, ...]:
-    """The modules a model is a stack of, in their order: the items of its outermost ModuleLists that have parameters."""
-    import torch
-
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and not any(name.startswith(f"{block}.") for block in found):
-            found += [f"{name}.{i}" for i, item in enumerate(module) if any(True for _ in item.parameters())]
-    return tuple(found)
 
 
 def walk(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
-from convert.calibrate import calibrate
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.html import render
@@ -106,7 +105,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
-        artifacts = export(job, out, progress, stats=calibrate(job, progress), digests=digests, device=device)
+        artifacts = export(job, out, progress, digests=digests, device=device)
     reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
-from convert.recipe import HEAD_WHY, Recipe, Rule, Target
+from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
@@ -66,6 +66,12 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def coder(self) -> str:
+        """What chooses the codes: the last of the algorithms."""
+        return str(self.algorithm).rpartition("+")[2]
 
     @property
     def decision(self) -> str:
@@ -129,8 +135,13 @@ class TargetPlan:
         return tuple(layer.module for entry in self.quantized if entry.scheme and entry.scheme.static for layer in entry.layers())
 
     @property
+    def solved(self) -> bool:
+        """Whether codes are chosen block by block, with the model at work."""
+        return any(calibrated(entry.steps) for entry in self.quantized)
+
+    @property
     def calibrated(self) -> bool:
-        return bool(self.static) or self.contents.cache is not None
+        return self.solved or bool(self.static) or self.contents.cache is not None
 
     def texts(self) -> dict[str, bytes]:
         """The files that the plan alone decides: ``config.json``, what the format puts beside it and, for several shards, the index."""
@@ -214,7 +225,7 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
     entries = tuple(
-        _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype)
+        _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
     )
     entries += _cache_entries(recipe, index, target, architecture, dtype)
@@ -303,6 +314,7 @@ def _enter(
     wanted: str,
     checkpoint: Checkpoint,
     dtype: str,
+    architecture: Architecture | None,
 ) -> Entry:
     rule, label = claim or (None, "default")
     coded = checkpoint.coded.get(spec.name)
@@ -313,14 +325,14 @@ def _enter(
         return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,), note=note)
     scheme = SCHEMES[rule.scheme]
     position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
-    refusal = _refusal(spec, parameter, scheme, target.format)
+    refusal = _refusal(spec, parameter, scheme, target.format) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
-    algorithm, scale_dtype, note = rule.algorithm, dtype, ""
+    steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
     if coded is not None:
         note = f"requantized ({coded.description})"
         if respellable(coded.quantization, scheme.weight):
-            algorithm, note = RESPELL, f"respelled ({coded.description})"
+            steps, algorithm, note = (), RESPELL, f"respelled ({coded.description})"
             scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else dtype
     outputs = tuple(
         output
@@ -340,6 +352,7 @@ def _enter(
         outputs,
         scale_dtype=scale_dtype,
         note=note,
+        steps=steps,
     )
 
 
@@ -364,6 +377,22 @@ def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name
         refused = FORMATS[format_name].refusal(scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert")
         if refused:
             return refused
+    return None
+
+
+def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | None) -> str | None:
+    """Why no calibrated algorithm can choose its codes."""
+    if not calibrated(rule.algorithm):
+        return None
+    name = next(step.name for step in rule.algorithm if calibrated([step]))
+    if SCHEMES[str(rule.scheme)].weight.scale == "absmax":
+        return f"LLM.int8() rounds to nearest, by its definition; leave {name} out"
+    if architecture is None or not architecture.blocks:
+        return f"{name} runs the model block by block, and no blocks were found in it"
+    if parameter.kind == "expert":
+        return f"{name} does not yet see which tokens go to which expert; use rtn for experts"
+    if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
+        return f"{name} works block by block, and it lies in none; use rtn"
     return None
 
 

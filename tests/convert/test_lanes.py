@@ -11,7 +11,8 @@ import torch
 from families import FAMILIES, save_family
 
 from convert import lanes
-from convert.lanes import blocks_of, place_for, walk
+from convert.architecture import blocks_of
+from convert.lanes import place_for, walk
 from convert.loading import Skeleton
 from convert.source import open_source
 
