@@ -1,0 +1,170 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): what is large in an input channel is moved into the weights that read it.
+
+With s (in,) positive, ``X W^T = (X / s) (W * s)^T``. The division is folded into whatever makes X: a norm's weight, or the rows of a
+linear; nothing remains to do at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from convert.algorithms import rtn
+from formats.scheme import Quantization
+
+#: Migration strengths worth trying; 0.5 is the paper's. Each costs as much as rounding the weights and multiplying the rows with them.
+ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Search:
+    """The best strength, its ``scales`` (in,) float32, and the output error of each strength tried, as shares of the output's square.
+    ``strength`` is None, and scales are ones, where nothing tried was better than leaving things as they are."""
+
+    strength: float | None
+    scales: torch.Tensor
+    errors: dict[float | None, float]
+
+
+def smoothing_scales(
+    input_absmax: torch.Tensor, weights: Sequence[torch.Tensor], *, alpha: float, channels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``s = input_absmax**alpha / weight_absmax**(1 - alpha)`` (in,) float32 (paper, equation 4), weights (out_i, in) sharing the input.
+
+    A channel whose input or whose weights are all zero has s = 1, and so has one whose s is no normal positive number. ``channels`` (in,):
+    the producer's channel behind each input channel, where several share one (values behind query heads that share them): these get one s.
+    """
+    of_weight = torch.stack([weight.float().abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    inputs, of_weight = (tied(values, channels) for values in (input_absmax.float(), of_weight))
+    scales = inputs.double().pow(alpha) / of_weight.double().pow(1 - alpha)
+    return _usable(scales.float(), (inputs > 0) & (of_weight > 0))
+
+
+def tied(values: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
+    """Each of ``values`` (in,) raised to the largest of those with the same entry in ``channels`` (in,)."""
+    if channels is None:
+        return values
+    largest = torch.full((int(channels.max()) + 1,), -torch.inf, device=values.device, dtype=values.dtype)
+    return largest.scatter_reduce(0, channels, values, "amax")[channels]
+
+
+def search_alpha(
+    inputs: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    *,
+    input_absmax: torch.Tensor,
+    weight_quantization: Quantization,
+    activation_quantization: Quantization | None,
+    scale_dtype: torch.dtype,
+    alphas: Sequence[float] = ALPHAS,
+    channels: torch.Tensor | None = None,
+) -> Search:
+    """The strength whose scales leave the smallest :func:`quantized_output_error` on ``inputs`` (tokens, in), a few hundred rows of X.
+
+    The first of equals, and no smoothing before any. Costs one product of ``inputs`` with all weights a strength.
+    """
+    candidates = {alpha: smoothing_scales(input_absmax, weights, alpha=alpha, channels=channels) for alpha in alphas}
+    return search(candidates, inputs, weights, weight_quantization, activation_quantization, scale_dtype)
+
+
+def search(
+    candidates: dict[float, torch.Tensor],
+    inputs: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    weight_quantization: Quantization,
+    activation_quantization: Quantization | None,
+    scale_dtype: torch.dtype,
+) -> Search:
+    """The best of some scales (in,), by strength."""
+    x = inputs.float()
+    expected = [x @ weight.float().T for weight in weights]
+    best: float | None = None
+    scales = torch.ones(x.shape[1], device=x.device)
+    errors: dict[float | None, float] = {}
+    for strength, tried in [(None, scales), *candidates.items()]:
+        errors[strength] = quantized_output_error(
+            x, weights, expected, scales=tried, weight_quantization=weight_quantization,
+            activation_quantization=activation_quantization, scale_dtype=scale_dtype,
+        )  # fmt: skip
+        if errors[strength] < errors[best]:
+            best, scales = strength, tried
+    return Search(best, scales, errors)
+
+
+def quantized_output_error(
+    inputs: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    *,
+    scales: torch.Tensor,
+    weight_quantization: Quantization,
+    activation_quantization: Quantization | None,
+    scale_dtype: torch.dtype,
+) -> float:
+    """``sum |Q(X / s) Q(W * s)^T - X W^T|**2 / sum |X W^T|**2`` over all weights; ``expected`` are the products ``X W^T``.
+
+    Weights are rounded to nearest; activations, if they are quantized, with the scale of each row (or tile), whole tensors with that of
+    these rows. Every layer of a group counts by its own output, so that none is lost beside a larger one.
+    """
+    x = fake_quantize(inputs.float() / scales, activation_quantization)
+    error = 0.0
+    for weight, output in zip(weights, expected, strict=True):
+        quantized = rtn.quantize(weight.float() * scales, weight_quantization, scale_dtype=scale_dtype).dequantize()
+        lost = (x @ quantized.T).sub_(output).square_().sum()
+        error += float(lost / output.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+    return error / max(len(weights), 1)
+
+
+def fake_quantize(x: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
+    """x (tokens, in) float32 as it is after quantizing it as ``quantization`` says and back; None leaves it."""
+    if quantization is None:
+        return x
+    if quantization.symmetric:
+        return rtn.quantize(x, quantization, scale_dtype=torch.float32).dequantize()
+    # 255 steps from the row's smallest to its largest value, zero being one of the codes
+    low, high = x.amin(dim=1, keepdim=True).clamp(max=0), x.amax(dim=1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.round(-low / scale)
+    return (torch.round(x / scale).add_(zero).clamp_(0, 255) - zero) * scale
+
+
+def fold_into_norm(weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor, *, offset: float = 0.0) -> tuple[
+    torch.Tensor, torch.Tensor | None
+]:  # fmt: skip
+    """A norm's weight (in,) and bias over s. ``offset`` is what the model adds to the weight before it multiplies (1 in Gemma)."""
+    folded = ((weight.float() + offset) / scales - offset).to(weight.dtype)
+    return folded, None if bias is None else (bias.float() / scales).to(bias.dtype)
+
+
+def fold_into_producer(weight: torch.Tensor, bias: torch.Tensor | None, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of a linear (out, in) whose output is the input, and its bias, over s (out,)."""
+    folded = (weight.float() / scales[:, None]).to(weight.dtype)
+    return folded, None if bias is None else (bias.float() / scales).to(bias.dtype)
+
+
+def fold_into_consumer(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The columns of a linear (out, in) times s (in,)."""
+    return (weight.float() * scales).to(weight.dtype)
+
+
+def of_producer(scales: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """s of the producer's channels, from tied s (in,) of the consumer's; ``channels`` (in,) names every one of them."""
+    return scales.new_ones(int(channels.max()) + 1).scatter(0, channels, scales)
+
+
+def smoothed_absmax(absmax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What the largest magnitudes (in,), or means, become when X is divided by s."""
+    return absmax / scales
+
+
+def smoothed_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What ``X^T X`` (in, in) becomes when X is divided by s: ``H / (s s^T)``, symmetric to the bit if H is."""
+    return hessian / torch.outer(scales, scales)
+
+
+def _usable(scales: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    normal = torch.isfinite(scales) & (scales >= torch.finfo(torch.float32).tiny)
+    return torch.where(alive & normal, scales, torch.ones_like(scales))

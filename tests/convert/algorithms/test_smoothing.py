@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert.algorithms import awq, smoothing
+from convert.algorithms.bias_correction import correct_bias
+from convert.algorithms.rtn import quantize
+from formats.scheme import SCHEMES
+
+
+def outliers(tokens: int, features: int, seed: int = 0) -> torch.Tensor:
+    """Inputs of which a few channels are far larger than the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, features, generator=generator)
+    x[:, :: max(1, features // 3)] *= 60
+    return x
+
+
+@given(
+    features=st.sampled_from([1, 2, 13, 64]), out=st.integers(1, 9), alpha=st.floats(0, 1), seed=st.integers(0, 1000), dead=st.booleans()
+)
+@settings(deadline=None, max_examples=60)
+def test_smoothing_leaves_the_float_function_as_it_was(features: int, out: int, alpha: float, seed: int, dead: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(20, 7, generator=generator)
+    norm, norm_bias = torch.randn(features, generator=generator), torch.randn(features, generator=generator)
+    up, up_bias = torch.randn(features, 7, generator=generator), torch.randn(features, generator=generator)
+    weights = [torch.randn(out, features, generator=generator), torch.randn(3, features, generator=generator)]
+    hidden = z @ up.T + up_bias
+    if dead:
+        up[0], up_bias[0], weights[0][:, -1], weights[1][:, -1] = 0, 0, 0, 0
+        hidden = z @ up.T + up_bias
+    s = smoothing.smoothing_scales(hidden.abs().amax(dim=0), weights, alpha=alpha)
+    assert (s > 0).all()
+    assert s.isfinite().all()
+    producer, producer_bias = smoothing.fold_into_producer(up, up_bias, s)
+    assert producer_bias is not None
+    smoothed = z @ producer.T + producer_bias
+    torch.testing.assert_close(smoothed.abs().amax(dim=0), smoothing.smoothed_absmax(hidden.abs().amax(dim=0), s))
+    hessian = smoothing.smoothed_hessian(hidden.T @ hidden, s)
+    assert (hessian - smoothed.T @ smoothed).norm() <= 1e-5 * hessian.norm()
+    for weight in weights:
+        before, after = hidden @ weight.T, smoothed @ smoothing.fold_into_consumer(weight, s).T
+        assert (after - before).norm() <= 1e-5 * before.norm()
+    for offset in (0.0, 1.0):
+        folded, folded_bias = smoothing.fold_into_norm(norm, norm_bias, s, offset=offset)
+        assert folded_bias is not None
+        y = torch.randn(5, features, generator=generator)
+        torch.testing.assert_close((y * (folded + offset) + folded_bias) * s, y * (norm + offset) + norm_bias, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_are_those_of_the_paper() -> None:
+    s = smoothing.smoothing_scales(
+        torch.tensor([16.0, 2.0]), [torch.tensor([[4.0, -1.0], [1.0, 8.0]]), torch.tensor([[1.0, 1.0]])], alpha=0.5
+    )
+    torch.testing.assert_close(s, torch.tensor([2.0, 0.5]))
+    s = smoothing.smoothing_scales(torch.tensor([16.0, 2.0]), [torch.tensor([[4.0, 8.0]])], alpha=1.0)
+    torch.testing.assert_close(s, torch.tensor([16.0, 2.0]))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_channels_of_zeros_and_of_what_is_not_normal_stay(alpha: float) -> None:
+    s = smoothing.smoothing_scales(torch.tensor([0.0, 1.0, 1e30, 3.0]), [torch.tensor([[1.0, 0.0, 1e-38, 2.0]])], alpha=alpha)
+    assert s[:2].tolist() == [1.0, 1.0]
+    assert s.isfinite().all()
+    assert (s > 0).all()
+
+
+def test_values_behind_several_query_heads_get_one_scale() -> None:
+    """Grouped-query attention: 4 query heads of size 3 read 2 heads of values."""
+    assert smoothing.tied(torch.tensor([1.0, 5.0, 3.0, 2.0]), torch.tensor([1, 0, 1, 0])).tolist() == [3, 5, 3, 5]
+    channels = torch.arange(6).view(2, 1, 3).expand(2, 2, 3).reshape(-1)
+    v, o, x = torch.randn(6, 5), torch.randn(8, 12), torch.randn(30, 5)
+    s = smoothing.smoothing_scales((x @ v.T)[:, channels].abs().amax(dim=0), [o], alpha=0.6, channels=channels)
+    assert torch.equal(s.view(2, 2, 3)[:, 0], s.view(2, 2, 3)[:, 1])
+    folded, _ = smoothing.fold_into_producer(v, None, smoothing.of_producer(s, channels))
+    after = (x @ folded.T)[:, channels] @ smoothing.fold_into_consumer(o, s).T
+    before = (x @ v.T)[:, channels] @ o.T
+    assert (after - before).norm() < 1e-5 * before.norm()
+
+
+@pytest.mark.parametrize("name", ["int8-dynamic", "int8-dynamic-asymmetric", "int8-static", "fp8-static"])
+def test_the_searched_strength_is_the_best_tried_and_helps_with_outliers(name: str) -> None:
+    x = outliers(200, 96)
+    weights = [torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    scheme = SCHEMES[name]
+    found = smoothing.search_alpha(
+        x, weights, input_absmax=x.abs().amax(dim=0), weight_quantization=scheme.weight,
+        activation_quantization=scheme.activation, scale_dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert min(found.errors, key=lambda strength: found.errors[strength]) == found.strength
+    if name.startswith("int8"):
+        assert found.strength is not None
+        assert found.errors[found.strength] < 0.25 * found.errors[None]
+
+
+def test_nothing_to_gain_is_no_smoothing() -> None:
+    weights = [torch.ones(8, 16)]
+    found = smoothing.search_alpha(
+        torch.ones(10, 16), weights, input_absmax=torch.ones(16), weight_quantization=SCHEMES["int8-dynamic"].weight,
+        activation_quantization=SCHEMES["int8-dynamic"].activation, scale_dtype=torch.float32,
+    )  # fmt: skip
+    assert found.strength is None
+    assert (found.scales == 1).all()
+
+
+def test_awq_helps_a_weight_that_is_quantized_alone() -> None:
+    x = outliers(200, 96)
+    weights = [torch.randn(64, 96, generator=torch.Generator().manual_seed(3))]
+    found = awq.search_scales(
+        x, weights, input_mean=x.abs().mean(dim=0), weight_quantization=SCHEMES["int8-weight-only-g32"].weight, scale_dtype=torch.bfloat16
+    )
+    assert found.strength is not None
+    assert found.errors[found.strength] < 0.9 * found.errors[None]
+    assert found.scales.max() * found.scales.min() == pytest.approx(1, rel=1e-5)
+    assert (awq.awq_scales(torch.zeros(4), ratio=0.5) == 1).all()
+
+
+def test_a_corrected_bias_keeps_the_mean_of_the_output() -> None:
+    x, weight, bias = outliers(500, 40) + 0.5, torch.randn(24, 40), torch.randn(24)
+    quantized = quantize(weight, SCHEMES["fp8-dynamic"].weight, scale_dtype=torch.bfloat16).dequantize()
+    corrected = correct_bias(bias, weight, quantized, input_mean=x.mean(dim=0))
+    expected = (x @ weight.T + bias).mean(dim=0)
+    assert ((x @ quantized.T + corrected).mean(dim=0) - expected).norm() < 1e-4 * expected.norm()
+    assert ((x @ quantized.T + bias).mean(dim=0) - expected).norm() > 1e-3 * expected.norm()
