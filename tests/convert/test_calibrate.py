@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from convert.pipeline import convert
-from convert.recipe import Recipe
 from convert.text import load_tokenizer, take_tokens
 from formats.manifest import read_manifest
-from formats.safetensors import read_folder
 
 RECIPE = """\
 model: {{model}}
@@ -43,7 +38,9 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _plain(folder: Path) -> tuple[Any, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
-    tokens, _ = take_tokens("sample", load_tokenizer(folder, trust_remote_code=False), sequences=6, length=32, purpose="calibration", seed=3)
+    tokens, _ = take_tokens(
+        "sample", load_tokenizer(folder, trust_remote_code=False), sequences=6, length=32, purpose="calibration", seed=3
+    )
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), torch.from_numpy(tokens)
 
 
