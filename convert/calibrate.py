@@ -65,11 +65,26 @@ def calibrate(
     return found
 
 
-def lane_bytes(plan: Plan) -> int:
-    """Hidden states of all calibration tokens, before and behind a block."""
-    hidden = (plan.architecture.hidden_size if plan.architecture else None) or 0
-    settings = _settings(plan)
-    return 2 * int(settings.sequences * settings.length) * hidden * 4
+def lane_tokens(plan: Plan) -> int:
+    """Tokens that walk through the model together."""
+    return int(_settings(plan).sequences * _settings(plan).length)
+
+
+def hessian_bytes(plan: Plan) -> int:
+    """What the Hessians of one block take, and one more while it is factorised, in float32."""
+    assert plan.architecture is not None
+    leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
+    largest = 0
+    for target in plan.targets:
+        for block in plan.architecture.blocks:
+            inputs = {
+                leaders.get(part.module, part.module): part.shape(entry.tensor)[1]
+                for entry in target.quantized
+                if entry.coder == "gptq" and _within(entry, block)
+                for part in entry.parts
+            }
+            largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
+    return largest
 
 
 def _settings(plan: Plan) -> Any:
@@ -134,7 +149,8 @@ def _walk(
     cache = any(target.contents.cache for target in targets)
     outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
-    place = place_for(lane_bytes(plan), on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
+    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * 4
+    place = place_for(lane, on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
     with _explained(plan):
         skeleton = Skeleton(plan.checkpoint, dtype=dtype, trust_remote_code=plan.recipe.trust_remote_code)
     batches: list[dict[str, Any]] = [{"input_ids": sequence[None]} for sequence in tokens]

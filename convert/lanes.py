@@ -20,12 +20,16 @@ from formats.errors import MachineError, SourceError
 if TYPE_CHECKING:
     import torch
 
+    from convert.architecture import Architecture
     from convert.loading import Skeleton
+    from convert.source import Checkpoint
 
 #: Elements of the output head that are converted to the model's dtype at once.
 HEAD_SLAB_ELEMENTS = 1 << 25
 #: What of the memory that is free a lane may take.
 LANE_SHARE = 0.5
+#: A model that takes more than this of the memory that is free does not run whole.
+WHOLE_SHARE = 0.8
 
 
 @dataclass
@@ -144,6 +148,32 @@ def place_for(lane_bytes: int, *, on_gpu: bool, gpu_free_bytes: int, host_free_b
     if on_gpu and lane_bytes <= LANE_SHARE * gpu_free_bytes:
         return "device"
     return "host" if lane_bytes <= LANE_SHARE * host_free_bytes else "disk"
+
+
+def walk_bytes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: int, wide: bool) -> int:
+    """Memory that a walk of ``tokens`` holds at its peak, its logits aside: the lane, two blocks, the head as stored, a slab of it.
+
+    ``wide``: in float32, whatever the checkpoint stores.
+    """
+    elements = 4 if wide else 2
+    blocks: dict[str, int] = dict.fromkeys(architecture.blocks, 0)
+    rest = head = 0
+    for name, parameter in architecture.parameters.items():
+        spec = checkpoint.tensors[name]
+        inside = next((block for block in blocks if any(module.startswith(f"{block}.") for module in parameter.modules)), None)
+        if inside is not None:
+            blocks[inside] += elements * spec.elements
+        elif parameter.kind == "head":
+            head = spec.size_bytes + HEAD_SLAB_ELEMENTS * 4
+        elif parameter.kind != "embedding":
+            rest += elements * spec.elements
+    lane = 3 * tokens * (architecture.hidden_size or 0) * elements  # before and behind a block, and the embeddings it began with
+    return lane + 2 * max(blocks.values(), default=0) + rest + head
+
+
+def whole_bytes(checkpoint: Checkpoint, *, wide: bool) -> int:
+    """Memory that the whole model takes."""
+    return sum(4 * spec.elements if wide else spec.size_bytes for spec in checkpoint.tensors.values())
 
 
 def _prepare(skeleton: Skeleton, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]], home: str, *, head: bool) -> str | None:

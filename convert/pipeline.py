@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
+from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.html import render
+from convert.lanes import WHOLE_SHARE, walk_bytes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
@@ -64,15 +66,21 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
 
     disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
     memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
+    free = psutil.virtual_memory().available
+    wide = plan.recipe.validation.reference == "float32"
+    if plan.architecture is not None and any(target.calibrated for target in plan.targets):
+        tokens = lane_tokens(plan)
+        memory = max(memory, BASE_BYTES + walk_bytes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide) + hessian_bytes(plan))
     check_memory = 0
-    if check or any(target.calibrated for target in plan.targets):
-        wide = plan.recipe.validation.reference == "float32"
-        check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
+    if check:
+        check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
+        if check_memory > WHOLE_SHARE * free and plan.architecture is not None:
+            check_memory = BASE_BYTES + walk_bytes(plan.checkpoint, plan.architecture, tokens=plan.recipe.validation.tokens, wide=wide)
     if check:
         vocabulary = max((entry.tensor.shape[0] for target in plan.targets for entry in target.entries if entry.kind == "head"), default=0)
         disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    return Needs(memory, check_memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
+    return Needs(memory, check_memory, free, disk, shutil.disk_usage(existing).free)
 
 
 def require(found: Needs, out: Path) -> None:
@@ -84,7 +92,7 @@ def require(found: Needs, out: Path) -> None:
         )
     if found.check_memory_bytes > found.memory_free_bytes:
         raise MachineError(
-            f"the check runs the source, which needs {found.check_memory_bytes / 1e9:.2f} GB of memory, "
+            f"the check runs the source, which needs {found.check_memory_bytes / 1e9:.2f} GB of memory even block by block, "
             f"{found.memory_free_bytes / 1e9:.2f} are free; "
             "set validation.reference: source in the recipe, or convert with --no-check and run octavo check on a larger machine"
         )

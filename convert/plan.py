@@ -92,7 +92,9 @@ class Entry:
         fate: dict[str, Any] = {"why": self.why}
         if self.scheme:
             parts = [[part.module, part.start, part.stop, part.columns] for part in self.parts]
-            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "parts": parts}
+            options = {step.name: getattr(step, step.name).model_dump(exclude_defaults=True) for step in self.steps}
+            options = {name: chosen for name, chosen in options.items() if chosen}
+            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "parts": parts, **({"options": options} if options else {})}
         return {
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,

@@ -191,3 +191,20 @@ def test_nan_logits_and_another_vocabulary_do_not_pass(tmp_path: Path) -> None:
     assert np.isnan(found.kl_nats)
     with pytest.raises(OctavoError, match="the vocabularies differ"):
         compare_logits(write(tmp_path / "a", logits), write(tmp_path / "b", np.zeros((1, 8, 6))), tokens, 5)
+
+
+def test_a_source_that_does_not_fit_runs_block_by_block_to_the_same_numbers(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import check as module
+    from convert.pipeline import convert
+
+    reports = []
+    for share in (0.8, 0.0):
+        monkeypatch.setattr(module, "WHOLE_SHARE", share)
+        reports.append(convert(recipe_for(make_llama()), tmp_path / str(share)).reports[0])
+    whole, walked = (report.runtimes[0].divergence for report in reports)
+    assert whole == walked
+    assert reports[1].passed
+    assert reports[0].source.continuation
+    assert reports[1].source.continuation == ""
