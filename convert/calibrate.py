@@ -3,7 +3,7 @@ and, where codes are chosen with the model at work, the codes themselves, each a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from convert.plan import Plan
     from convert.progress import Progress
     from convert.solve import Solved
-    from formats.qtensor import QTensor
 
 
-#: Codes that an interrupted run has written already: (target, entry, part) -> them.
-Recall = Callable[[str, Entry, "Part"], "QTensor"]
+#: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
+Recall = Callable[[str, Entry, "Part | None"], "torch.Tensor"]
 
 
 def calibrate(
@@ -138,9 +137,10 @@ def _walk(
     import psutil
     import torch
 
+    from convert.groups import Group, find_groups
     from convert.lanes import place_for, walk
     from convert.loading import Skeleton
-    from convert.solve import solve_block
+    from convert.solve import smooth_block, solve_block
 
     assert plan.architecture is not None
     dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
@@ -160,6 +160,7 @@ def _walk(
     observer = Observer(skeleton, plan.architecture.groups)
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
+    groups: tuple[Group, ...] = ()
     with observer, progress.stage("calibrating", tokens.numel() * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
             with _explained(plan):
@@ -175,23 +176,36 @@ def _walk(
             left = {name: [entry for entry in entries if entry.tensor.name not in done[name]] for name, entries in todo.items()}
             # A block of which anything is missing is done again whole: the same inputs give the same bytes.
             again = {name: entries for name, entries in todo.items() if left[name]}
-            observer.want([part.module for e in again.values() for entry in e if entry.coder == "gptq" for part in entry.parts], "hessian")
+            entries = [entry for entries in again.values() for entry in entries]
+            smoothing = [entry for entry in entries if any(step.smoothquant for step in entry.steps)]
+            observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
+            observer.want(_modules(smoothing), "channels")
+            observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     observer.active = True
                     stand.run(keep=not quantized)
                     observer.active = False
+                groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
                 if target.name in again:
                     inputs = {**known, **observer.absmax()}
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs):
+                    were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
+                    smoothed, changed = (
+                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
+                    )
+                    # What is kept but changed comes first: a block is finished when its codes are.
+                    yield from (solved for solved in changed if solved.tensor not in done[target.name])
+                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
                             yield solved
+                    for parameter, was in were or ():
+                        parameter.copy_(was)
                 elif quantized:
-                    _recall(target, todo[target.name], skeleton, recall)
-            observer.forget("hessian")
+                    _recall(target, stand.name, done[target.name], skeleton, recall)
+            observer.forget("hessian", "channels", "rows")
             advance(tokens.numel())
     inputs = observer.absmax()
     for module, absmax in inputs.items():
@@ -239,11 +253,21 @@ def _within(entry: Entry, block: str) -> bool:
     return any(part.module.startswith(f"{block}.") for part in entry.parts)
 
 
-def _recall(target: TargetPlan, entries: Sequence[Entry], skeleton: Skeleton, recall: Recall) -> None:
-    """Puts the codes of an earlier run where its successors will see them."""
-    for entry in entries:
-        for part in entry.parts:
-            _replace(skeleton, {part.module: recall(target.name, entry, part).dequantize()})
+def _modules(entries: Iterable[Entry]) -> list[str]:
+    return [part.module for entry in entries for part in entry.parts]
+
+
+def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skeleton, recall: Recall) -> None:
+    """Makes a block what an earlier run wrote of it, so that its successors see the same."""
+    for entry in target.entries:
+        if entry.tensor.name not in done or entry.algorithm == RESPELL:
+            continue
+        if entry.scheme is not None and _within(entry, block):
+            for part in entry.parts:
+                _replace(skeleton, {part.module: recall(target.name, entry, part)})
+        for name in skeleton.parameters(entry.tensor.name) if entry.scheme is None else ():
+            if name.startswith(f"{block}."):
+                skeleton.model.get_parameter(name).copy_(recall(target.name, entry, None))
 
 
 def _replace(skeleton: Skeleton, weights: Mapping[str, torch.Tensor]) -> None:

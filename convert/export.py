@@ -37,13 +37,16 @@ from formats.safetensors import Shard, TensorSpec
 from formats.verify import verify
 
 if TYPE_CHECKING:
+    import torch
+
     from convert.architecture import Part
     from convert.plan import Entry
-    from formats.qtensor import QTensor
 
 JOURNAL = "journal"
 #: What was seen while tensors were solved, a JSON line each; like the journal it is there until the artifact is whole.
 HEALTH = "health"
+#: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
+SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
 
@@ -252,15 +255,16 @@ class _Writer:
         folder.mkdir()
         return folder
 
-    def recall(self, entry: Entry, part: Part) -> QTensor:
-        """The codes of a part that an earlier run has written."""
-        assert entry.scheme is not None
+    def recall(self, entry: Entry, part: Part | None) -> torch.Tensor:
+        """What an earlier run has written: the values that the codes of a part stand for, or those of a tensor that is kept."""
+        reader = SafetensorsReader({name: item for name, (_, item) in self._places.items()}, lambda file: self._partial / file)
+        if entry.scheme is None or part is None:
+            return reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
         weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
         form = FORMATS[self.target.format]
         specs = form.layer_tensors(weight, entry.scheme).rows
-        reader = SafetensorsReader({name: item for name, (_, item) in self._places.items()}, lambda file: self._partial / file)
         stored = {spec.name: reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape) for spec in specs}
-        return form.decode(weight, stored, entry.scheme)
+        return form.decode(weight, stored, entry.scheme).dequantize()
 
     def wait_for_hashes(self) -> None:
         for follower in self._followers.values():
@@ -275,7 +279,10 @@ class _Writer:
         for name, content in {**sidecars, **self.target.texts()}.items():
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        ledger = self.target.ledger()
+        ledger = [
+            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
+            for record in self.target.ledger()
+        ]
         manifest = Manifest(
             target=self.target.name,
             format=self.target.format,

@@ -51,6 +51,10 @@ class Stand:
             if keep:
                 self._outputs[i : i + 1] = [self._keep(output)]
 
+    def output(self, i: int) -> Any:
+        """What the block as it is now makes of one batch; nothing is kept."""
+        return self._run(i)
+
     @property
     def kept(self) -> bool:
         return bool(self._outputs)
@@ -68,7 +72,8 @@ def walk(
 ) -> Iterator[Stand]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
 
-    ``batches``: keyword arguments of the model's forward, tensors on the CPU. Blocks run on ``device``; hidden states and all other code
+    ``batches``: keyword arguments of the model's forward, tensors on the CPU, and no cache that keeps what it is given, for a block may run
+    more than once. Blocks run on ``device``; hidden states and all other code
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
     each batch; without it the walk ends behind the last block, and the output head is never read.

@@ -122,6 +122,15 @@ class Skeleton:
         names, converter = self._fills.get(parameter, ((), None))
         return names[0][0] if names and converter is None else None
 
+    def parameters(self, tensor: str) -> list[str]:
+        """The parameters that a tensor of the checkpoint is, unchanged."""
+        return [target for target in self._fills if self.own_tensor(target) == tensor]
+
+    def has(self, parameter: str) -> bool:
+        """Whether there is a parameter of that name."""
+        path, _, last = parameter.rpartition(".")
+        return self.model.get_submodule(path)._parameters.get(last) is not None
+
     def load_rows(self, parameter: str, rows: torch.Tensor, device: str) -> None:
         """Fills an embedding with some rows only (int64, rising); it then has as many rows as that."""
         import torch

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from convert.loading import Skeleton
 
 
+#: Rows of each batch that searches try things on.
+ROWS = 8
+
+
 @dataclass(frozen=True)
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
@@ -46,7 +50,8 @@ class Observer:
             hook.remove()
 
     def want(self, modules: Sequence[str], kind: str) -> None:
-        """Begins to accumulate ``absmax`` or ``hessian`` of the inputs of modules, where that was not begun."""
+        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``hessian``, or
+        ``rows`` (some of them as they are)."""
         for module in modules:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
@@ -67,18 +72,27 @@ class Observer:
         seen = {leader: kinds["absmax"].value.item() for leader, kinds in self._seen.items() if kinds.get("absmax") is not None}
         return {module: seen[leader] for module, leader in members if leader in seen}
 
-    def forget(self, kind: str) -> None:
+    def forget(self, *names: str) -> None:
         for kinds in self._seen.values():
-            kinds.pop(kind, None)
+            for kind in names:
+                kinds.pop(kind, None)
 
     def _feed(self, leader: str, x: torch.Tensor) -> None:
-        from convert.statistics import AbsMax, Hessian
+        from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 
         if not self.active:
             return
         rows = x.detach().reshape(-1, x.shape[-1])
         for kind, accumulator in self._seen[leader].items():
             if accumulator is None:
-                accumulator = AbsMax(x.device) if kind == "absmax" else Hessian(x.shape[-1], x.device)
+                match kind:
+                    case "absmax":
+                        accumulator = AbsMax(x.device)
+                    case "channels":
+                        accumulator = ChannelAbsMax(x.shape[-1], x.device)
+                    case "rows":
+                        accumulator = Rows(ROWS)
+                    case _:
+                        accumulator = Hessian(x.shape[-1], x.device)
                 self._seen[leader][kind] = accumulator
             accumulator.update(rows)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from convert import quantize
-from convert.algorithms import gptq, rtn
+from convert.algorithms import gptq, rtn, smoothing
 from convert.algorithms.rtn import CLIP_RATIOS
+from convert.groups import Group, fold
 from convert.observe import Observer, Stats
 from convert.quantize import Piece
 from formats.dtypes import DTYPES
@@ -18,6 +19,7 @@ from formats.errors import NumericsError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
+    from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
     from formats.qtensor import QTensor
@@ -34,19 +36,95 @@ class Solved:
     health: Mapping[str, Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Smoothed:
+    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``."""
+
+    alpha: float
+    scales: torch.Tensor
+
+
+def smooth_block(
+    target: TargetPlan, entries: Sequence[Entry], stand: Stand, groups: Sequence[Group], skeleton: Skeleton, observer: Observer
+) -> tuple[dict[str, Smoothed], list[Solved]]:
+    """Moves what is large in inputs into weights, in every group of a block with a layer whose rule asks for it.
+
+    Returns, by the module that its group's statistics are kept under, what was done, and the tensors that are kept but changed by it. The
+    block computes what it computed before. Raises :class:`NumericsError` where a changed value cannot be stored.
+    """
+    asked = {
+        part.module: (entry, step.smoothquant) for entry in entries for step in entry.steps if step.smoothquant for part in entry.parts
+    }
+    kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
+    done: dict[str, Smoothed] = {}
+    changed: dict[str, str] = {}
+    for group in groups:
+        consumers = [f"{stand.name}.{name}" for name in group.consumers]
+        chosen = next((asked[name] for name in consumers if name in asked), None)
+        parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
+        filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
+        if chosen is None or any(tensor is None for _, tensor in filled):
+            continue
+        entry, options = chosen
+        assert entry.scheme is not None
+        weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
+        absmax = observer.get(consumers[0], "channels").value
+        if options.alpha == "search":
+            found = smoothing.search_alpha(
+                observer.get(consumers[0], "rows").value,
+                weights,
+                input_absmax=absmax,
+                weight_quantization=entry.scheme.weight,
+                activation_quantization=entry.scheme.activation,
+                scale_dtype=getattr(torch, DTYPES[entry.scale_dtype].torch_name),
+                channels=group.channels,
+            )
+            alpha, scales = found.strength or 0.0, found.scales
+        else:
+            alpha = float(options.alpha)
+            scales = smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=group.channels)
+        stored = kept.get(str(skeleton.own_tensor(f"{stand.name}.{group.producer}.weight")))
+        dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
+        scales = fold(stand.module, group, scales, dtype=dtype)
+        leader = observer.leader.get(consumers[0], consumers[0])
+        done[leader] = Smoothed(alpha, scales)
+        changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
+    return done, [_as_changed(target, kept[tensor], parameter, skeleton) for tensor, parameter in changed.items()]
+
+
+def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skeleton) -> Solved:
+    value: torch.Tensor = skeleton.model.get_parameter(parameter).detach()
+    cast = value.to(getattr(torch, DTYPES[entry.plain.dtype].torch_name))
+    if not quantize.is_finite(cast):
+        raise NumericsError(f"{entry.tensor.name}: smoothing makes values that {entry.plain.dtype} cannot hold; lower alpha")
+    data = cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Solved(target.name, entry.tensor.name, (Piece(target.name, entry.plain.name, 0, data),), {entry.tensor.name: {"smoothed": 1.0}})
+
+
 def solve_block(
-    target: TargetPlan, entries: Sequence[Entry], skeleton: Skeleton, observer: Observer, inputs: Mapping[str, float]
+    target: TargetPlan,
+    entries: Sequence[Entry],
+    skeleton: Skeleton,
+    observer: Observer,
+    inputs: Mapping[str, float],
+    smoothed: Mapping[str, Smoothed],
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
-    ``inputs``: the largest input of modules, for static scales. Layers of one input, scheme and algorithm are solved together.
-    Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
+    scheme and algorithm are solved together. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and
+    for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
     health: dict[str, dict[str, float]] = {}
     for members in _together(entries, observer):
-        _solve(members, skeleton, observer, codes, health)
-    stats = Stats(inputs=inputs)
+        _solve(members, skeleton, observer, smoothed, codes, health)
+    divided = {
+        module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
+        for module, leader in observer.leader.items()
+        if leader in smoothed
+    }
+    stats = Stats(inputs={**inputs, **divided})
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
@@ -69,6 +147,7 @@ def _solve(
     members: Sequence[tuple[Entry, Part]],
     skeleton: Skeleton,
     observer: Observer,
+    smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
     health: dict[str, dict[str, float]],
 ) -> None:
@@ -77,6 +156,9 @@ def _solve(
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     weights = [_weight(skeleton, part) for _, part in members]
     step = entry.steps[-1]
+    leader = observer.leader.get(part.module, part.module)
+    asked = any(step.smoothquant for step in entry.steps)
+    noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
     for (each, part), weight in zip(members, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {part.module}; the checkpoint is damaged, fetch or train it again")
@@ -84,12 +166,14 @@ def _solve(
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for (_, part), weight in zip(members, weights, strict=True):
             codes[part.module] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            health[part.module] = {}
+            health[part.module] = dict(noted)
         return
-    hessian = observer.get(part.module, "hessian")
+    hessian = observer.get(part.module, "hessian").value
+    if leader in smoothed:
+        hessian = smoothing.smoothed_hessian(hessian, smoothed[leader].scales)
     options = step.gptq
     try:
-        factor = gptq.factorise(hessian.value, damping=options.damping, activation_order=options.activation_order)
+        factor = gptq.factorise(hessian, damping=options.damping, activation_order=options.activation_order)
     except gptq.FactorisationError as error:
         raise NumericsError(f"{part.module}: {error}") from None
     results = gptq.quantize_together(
@@ -103,7 +187,7 @@ def _solve(
     )
     for (_, part), result in zip(members, results, strict=True):
         codes[part.module] = result.qtensor
-        health[part.module] = {"damping": result.damping, "dead": float(result.dead)}
+        health[part.module] = {**noted, "damping": result.damping, "dead": float(result.dead)}
 
 
 def _weight(skeleton: Skeleton, part: Part) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The source itself, as the reference: the same request and answer as :mod:`convert.runtimes.transformers`.
 
-Beside ``artifact`` the request has ``model``, what the recipe calls the source, and ``blocks``: whether it is to run block by block, because
-it would not fit in memory whole; the logits are the same to the bit, but nothing is generated. This one may use this package, because it
+Beside ``artifact`` the request has ``model``, what the recipe calls the source, and ``blocks``: whether it runs block by block, because
+it would not fit in memory whole; the logits are the same, to the bit, but nothing is generated. This one may use this package: it
 must open whatever the recipe can name.
 """
 

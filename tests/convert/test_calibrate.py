@@ -133,18 +133,22 @@ convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), P
 """
 
 
-@pytest.mark.parametrize(("propagate", "count"), [("quantized", 9), ("float", 3)])
-def test_a_killed_run_is_taken_up_to_the_same_bytes(propagate: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("propagate", "algorithm", "count"), [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", 12), ("float", "gptq", 3)]
+)
+def test_a_killed_run_is_taken_up_to_the_same_bytes(
+    propagate: str, algorithm: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
     """Killed within the second block, the first being finished, and within the first."""
     folder = make_llama()
-    text = _text("int8-dynamic", "gptq", propagate).format(model=folder)
+    text = _text("int8-dynamic", algorithm, propagate).format(model=folder)
     (tmp_path / "recipe.yaml").write_text(text)
-    whole = convert(recipe_for(folder, text=_text("int8-dynamic", "gptq", propagate)), tmp_path / "whole", check=False).artifacts[0]
+    whole = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), tmp_path / "whole", check=False).artifacts[0]
     out = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(count)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (out / ".q.partial" / "journal").exists()
-    again = convert(recipe_for(folder, text=_text("int8-dynamic", "gptq", propagate)), out, check=False).artifacts[0]
+    again = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), out, check=False).artifacts[0]
     assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
@@ -158,3 +162,33 @@ def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_f
     assert any(name.startswith("model.layers.0.") and name.endswith("_proj.weight") for name in same)
     assert all(name in same for name in made[0] if name.startswith("model.layers.0."))
     assert not all(name in same for name in made[0] if name.startswith("model.layers.1."))
+
+
+@pytest.mark.parametrize("alpha", ["0.7", "search"])
+def test_smoothing_leaves_the_function_and_the_ledger_says_it(alpha: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """The artifact's weights, as floats in the plain model, against the source: as far apart as rounding to 8 bit and no further."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(dtype="float32")
+    algorithm = f"[{{{{smoothquant: {{{{alpha: {alpha}}}}}}}}}, rtn]"
+    made = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm)), tmp_path, check=False).artifacts[0]
+    stored = _tensors(made.path)
+    model, tokens = _plain(folder)
+    smoothed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    source = _tensors(folder)
+    with torch.no_grad():
+        for name, parameter in smoothed.named_parameters():
+            value = stored[name].float()
+            parameter.copy_(value * stored[f"{name}_scale"].float() if f"{name}_scale" in stored else value)
+        expected, got = model(input_ids=tokens).logits, smoothed(input_ids=tokens).logits
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    notes = {entry["tensor"]: entry.get("note", "") for entry in made.manifest.ledger}
+    norms = [f"model.layers.{i}.{name}.weight" for i in range(2) for name in ("input_layernorm", "post_attention_layernorm")]
+    changed = [name for name in notes if "smoothed" in notes[name]]
+    assert changed == [name for name in changed if name in norms]
+    assert changed
+    for name, tensor in source.items():
+        if name in stored and not name.endswith("_proj.weight"):
+            assert torch.equal(stored[name], tensor) == (name not in changed)
+    solved = made.manifest.calibration["solved"]
+    assert solved["model.layers.0.mlp.down_proj"]["alpha"] == (0.7 if alpha == "0.7" else pytest.approx(0.65, abs=0.65))
