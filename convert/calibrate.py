@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.ailments import explain
 from convert.observe import NO_STATS, Observer, Stats
-from convert.plan import RESPELL, Entry, TargetPlan
+from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
 from formats.errors import InputError, MachineError, NumericsError, OctavoError
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def calibrate(
     """
     found = dict.fromkeys((target.name for target in targets), NO_STATS)
     known = _source_scales(plan)
-    wanted = [target for target in targets if target.solved or target.contents.cache or set(target.static) - known.keys()]
+    wanted = [target for target in targets if target.solved or _lacks_cache(plan, target) or set(target.static) - known.keys()]
     for target in targets:
-        if target.static and target not in wanted:
+        if target.calibrated and target not in wanted:
             found[target.name] = Stats(inputs=known, record={"text": "the source's own scales"})
     if not wanted:
         return found
@@ -77,7 +77,7 @@ def hessian_bytes(plan: Plan) -> int:
     for target in plan.targets:
         for block in plan.architecture.blocks:
             inputs = {
-                leaders.get(part.module, part.module): part.shape(entry.tensor)[1]
+                leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
                 for entry in target.quantized
                 if entry.coder == "gptq" and _within(entry, block)
                 for part in entry.parts
@@ -110,15 +110,23 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     return torch.from_numpy(tokens), record
 
 
+def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
+    """Whether scales of keys and values are wanted that the source does not have."""
+    contents = target.contents
+    return contents.cache is not None and not cache_sources(plan.checkpoint, contents.attentions, contents.cache)
+
+
 def _source_scales(plan: Plan) -> dict[str, float]:
     """What the source's own static scales say of its inputs, for layers that are only spelled anew."""
     known: dict[str, float] = {}
     for target in plan.targets:
         for entry in target.quantized:
-            if entry.algorithm == RESPELL and entry.scheme and entry.scheme.activation and entry.scheme.static:
-                scale = plan.checkpoint.input_scale(entry.tensor.name)
-                if scale is not None:
-                    known |= {part.module: scale * entry.scheme.activation.grid.high for part in entry.parts}
+            coded = plan.checkpoint.coded.get(entry.tensor.name)
+            if coded is not None and takes_input_scale(coded, entry) and entry.scheme and entry.scheme.activation:
+                scales = plan.checkpoint.scales(str(coded.input_scale))
+                if len(scales) != 1 or not 0 < scales[0] < float("inf"):
+                    raise NumericsError(f"{coded.input_scale}: {scales[0]:g} is no scale; the checkpoint is damaged")
+                known |= {entry.module(part): scales[0] * entry.scheme.activation.grid.high for part in entry.parts}
     return known
 
 
@@ -146,7 +154,7 @@ def _walk(
     dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
     quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
     static = sorted({module for target in targets for module in target.static} - known.keys())
-    cache = any(target.contents.cache for target in targets)
+    cache = any(_lacks_cache(plan, target) for target in targets)
     outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
     lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * 4
@@ -214,7 +222,7 @@ def _walk(
     unseen = [module for module in static if module not in inputs]
     if unseen:
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
-    attentions = next((target.contents.attentions for target in targets if target.contents.cache), ())
+    attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
     return Stats(
         inputs={**known, **inputs},
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions} if ranges else {},
@@ -250,11 +258,11 @@ def _watch_cache(batches: list[dict[str, Any]]) -> _Ranges:
 
 
 def _within(entry: Entry, block: str) -> bool:
-    return any(part.module.startswith(f"{block}.") for part in entry.parts)
+    return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
 
 
 def _modules(entries: Iterable[Entry]) -> list[str]:
-    return [part.module for entry in entries for part in entry.parts]
+    return [entry.module(part) for entry in entries for part in entry.parts]
 
 
 def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skeleton, recall: Recall) -> None:
@@ -264,7 +272,7 @@ def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skel
             continue
         if entry.scheme is not None and _within(entry, block):
             for part in entry.parts:
-                _replace(skeleton, {part.module: recall(target.name, entry, part)})
+                _replace(skeleton, {entry.module(part): recall(target.name, entry, part)})
         for name in skeleton.parameters(entry.tensor.name) if entry.scheme is None else ():
             if name.startswith(f"{block}."):
                 skeleton.model.get_parameter(name).copy_(recall(target.name, entry, None))

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from convert.compatibility import parts_of_ledger, places
+from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.manifest import Manifest
-from formats.scheme import Quality
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 
@@ -25,12 +26,13 @@ def render_card(report: Report, manifest: Manifest) -> str:
     decisions = Counter(entry["decision"] for entry in manifest.ledger)
     title = f"{(source['base_model'] or source['origin']).rstrip('/').rpartition('/')[2].rpartition(':')[2]} {manifest.target}"
     target = next(item for item in recipe["targets"] if item["name"] == manifest.target)
+    predicts = "relative_error" not in target["limits"]
     metadata = ModelCardData(
         license=source["licence"],
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if predicts else "feature-extraction",
         tags=["octavo", manifest.format, *schemes],
     )
     body = (
@@ -43,9 +45,19 @@ def render_card(report: Report, manifest: Manifest) -> str:
             base_model=source["base_model"],
             schemes=" and ".join(schemes) or "nothing quantized",
             counts={"quantize": decisions["quantize"], "keep": decisions["keep"], "total": len(manifest.ledger)},
+            notes=Counter(entry["note"] for entry in manifest.ledger if entry.get("note")).most_common(),
+            requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
+            dropped=source.get("dropped", []),
             reasons=Counter(entry["why"] for entry in manifest.ledger if entry["decision"] == "keep").most_common(),
-            bounds=Quality(**target["limits"]),
+            bounds=target["limits"],
+            predicts=predicts,
+            auto="AutoModelForCausalLM" if predicts else "AutoModel",
             weight_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors")),
+            places=places(
+                manifest.format,
+                parts_of_ledger(manifest.ledger),
+                {run.name: f"{run.versions.get(run.name, '')} {run.device}" for run in report.runtimes},
+            ),
             repo=(recipe["push"] or {}).get("repo", "FOLDER"),
             recipe=_yaml(recipe),
         )

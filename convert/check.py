@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import psutil
 
+from convert import environments
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.child import request, run
-from convert.divergence import compare_logits
+from convert.divergence import compare_logits, compare_states
 from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
-from convert.report import Check, Divergence, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
+from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import RUNTIMES
 from convert.source import open_source
 from convert.text import load_tokenizer, take_tokens
-from formats.dtypes import DTYPES
+from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
 from formats.scheme import Quality
@@ -49,12 +50,19 @@ class _Text:
 def require_runtimes(target: Target) -> None:
     """Raises :class:`MachineError` when a runtime that the target names is not here: an unproven artifact cannot pass."""
     for name in target.runtimes:
-        for distribution in RUNTIMES[name].needs:
+        runtime = RUNTIMES[name]
+        if runtime.environment:
+            try:
+                environments.require(name)
+            except MachineError as error:
+                raise MachineError(f"{target.name}: {error}") from None
+        for distribution in (*runtime.needs, *runtime.formats[target.format]):
             try:
                 version(distribution)
             except PackageNotFoundError:
                 raise MachineError(
-                    f"{target.name}: runtime {name} needs {distribution}, which is not installed; run: pip install {distribution}"
+                    f"{target.name}: runtime {name} needs {distribution} to load {target.format}, and it is not installed; "
+                    f"run: pip install {distribution}"
                 ) from None
 
 
@@ -112,20 +120,27 @@ def _check_one(
     for name in target.runtimes:
         progress.say(f"{target.name}: running it in {name}")
         runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32")}
-        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch)
+        python = environments.require(name).python if RUNTIMES[name].environment else None
+        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch, python=python)
         checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
         if answer is None:
             continue
         try:
-            divergence = compare_logits(scratch / "source.f32", scratch / "artifact.f32", text.tokens, int(source["vocabulary"]))
+            files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
+            found_here = compare_logits(*files, text.tokens, width) if source["predicts"] else compare_states(*files, width)
         except OctavoError as error:
-            checks.append(holds(f"{name}: finite logits", False, str(error)))
+            checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))
             continue
-        result = _result(name, answer, text, divergence)
+        result = _result(name, answer, text, found_here)
         results.append(result)
-        checks.append(_check_modules(name, manifest, answer["module_dtypes"]))
-        checks += _check_quality(name, divergence, target.bounds())
-        checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
+        checks.append(_check_modules(name, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
+        if target.kv_cache and "cache_dtype" in answer:
+            checks.append(_check_cache(name, manifest, answer))
+        if isinstance(found_here, Divergence):
+            checks += _check_quality(name, found_here, target.bounds())
+            checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
+        else:
+            checks += _check_drift(name, found_here, target.bounds())
     return Report(
         recipe=recipe.name,
         target=target.name,
@@ -163,18 +178,37 @@ def _check_numbers(path: Path, model: str, asked: dict[str, Any], scratch: Path)
     return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str]) -> Check:
-    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float."""
-    promised = {
-        part[0]: DTYPES[dtype].torch_name
-        for entry in manifest.ledger
-        if entry["decision"] == "quantize"
-        for part in entry["parts"]
-        for name, dtype, _ in entry["outputs"]
-        if name in (f"{part[0]}.weight", f"{part[0]}.weight_packed")
-    }
+def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
+    """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float; or, where the
+    runtime says that it dequantizes at load, that every one is there and none of them as codes that it would take for weights. A runtime
+    that merges experts has no module for each of them, and is said to make floats of them."""
+    promised = {}
+    merged = 0
+    for entry in manifest.ledger:
+        if entry["decision"] != "quantize":
+            continue
+        for stored, *_ in entry["parts"]:
+            module = stored if "experts" in entry else entry["module"]
+            if "experts" in entry and RUNTIMES[runtime].merges is not None and module not in dtypes:
+                merged += 1
+                continue
+            names = (f"{stored}.weight", f"{stored}.weight_packed", f"{stored}._weight_qdata")
+            promised[module] = DTYPES[next(dtype for name, dtype, _ in entry["outputs"] if name in names)].torch_name
+    if dequantized:
+        floats = {DTYPES[name].torch_name for name in FLOATS}
+        left = [f"{module} is {dtypes.get(module, 'absent')}" for module in promised if dtypes.get(module) not in floats]
+        detail = "; ".join(left[:3]) or "it decodes them while it loads: nothing is held or multiplied in 8 bit here"
+        return at_least(f"{runtime}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
-    return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(wrong[:3]))
+    said = [*wrong[:3], *([f"{merged} layers of experts are floats there"] if merged else [])]
+    return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))
+
+
+def _check_cache(runtime: str, manifest: Manifest, answer: dict[str, Any]) -> Check:
+    """That the runtime keeps keys and values in eight bits, with the scales that were written for them."""
+    written = sum(name.endswith(".k_scale") for entry in manifest.ledger for name, _, _ in entry["outputs"])
+    found = answer["cache_scales"] if answer["cache_dtype"].startswith("fp8") else 0
+    return at_least(f"{runtime}: layers with an 8-bit cache", found, written, "layers", f"its cache is {answer['cache_dtype']}")
 
 
 def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Check]:
@@ -186,6 +220,14 @@ def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Che
         at_most(f"{runtime}: kl_nats", found.kl_nats, bounds.kl_nats, "nats", tail),
         at_least(f"{runtime}: top1", found.top1, bounds.top1, "share"),
         at_most(f"{runtime}: perplexity_ratio", found.perplexity_ratio, bounds.perplexity_ratio, "ratio", perplexities),
+    ]
+
+
+def _check_drift(runtime: str, found: Drift, bounds: Quality) -> list[Check]:
+    detail = f"mean cosine {found.cosine:.5f}"
+    return [
+        holds(f"{runtime}: finite hidden states", math.isfinite(found.relative_error)),
+        at_most(f"{runtime}: relative_error", found.relative_error, bounds.relative_error, "share", detail),
     ]
 
 
@@ -210,7 +252,7 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), tokenizer)
 
 
-def _result(name: str, answer: dict[str, Any], text: _Text, divergence: Divergence | None) -> RuntimeResult:
+def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:
     return RuntimeResult(
         name=name,
         versions=answer["versions"],
@@ -221,5 +263,7 @@ def _result(name: str, answer: dict[str, Any], text: _Text, divergence: Divergen
         prefill_tokens_per_second=answer["prefill_tokens_per_second"],
         decode_tokens_per_second=answer["decode_tokens_per_second"],
         continuation=text.tokenizer.decode(answer["generated"], skip_special_tokens=True),
-        divergence=divergence,
+        divergence=found if isinstance(found, Divergence) else None,
+        drift=found if isinstance(found, Drift) else None,
+        kernels=answer.get("kernels", {}),
     )

@@ -135,11 +135,16 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors or a .gguf file.")], as_json: JsonOption = False
+    path: Annotated[Path, typer.Argument(help="A model folder, a .safetensors or a .gguf file.")],
+    as_matrix: Annotated[bool, typer.Option("--matrix", help="Instead: which runtime loads the folder, where, by what kernel.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a folder or file holds and how it is quantized. Reads headers only."""
     from formats.inspect import inspect as inspect_path
 
+    if as_matrix:
+        _show_matrix(path, as_json=as_json)
+        return
     found = inspect_path(path)
     if as_json:
         _print_json(found)
@@ -156,6 +161,35 @@ def inspect(
     for row in found["tensors"]:
         table.add_row(row["dtype"], row["kind"], f"{row['tensors']:,}", f"{row['elements']:,}", f"{row['bytes']:,}")
     console.print(table)
+
+
+def _show_matrix(path: Path, *, as_json: bool) -> None:
+    from formats.compatibility import HARDWARE, KERNELS
+    from formats.inspect import compatibility
+
+    found = compatibility(path)
+    if as_json:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console.print(f"{path}: {found['format']}, {', '.join(found['schemes'])}", markup=False)
+    table = Table("runtime", "version", *HARDWARE, box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for line in found["matrix"]:
+        table.add_row(line["runtime"], " ".join(line["versions"]), *(line["kernels"][name].replace("not known", "?") for name in HARDWARE))
+    console.print(table)
+    used = {kernel for line in found["matrix"] for kernel in line["kernels"].values()}
+    for name, what in {**KERNELS, "?": "not known"}.items():
+        if name in used or (name == "?" and "not known" in used):
+            console.print(f"{name:<10} {what}", markup=False)
+    for line in found["matrix"]:
+        for row in line["rows"]:
+            places = " ".join(row["hardware"])
+            console.print(f"\n{line['runtime']} {' '.join(line['versions'])}, {places}: {row['kernel']}; {row['evidence']}", markup=False)
+            if row["note"]:
+                console.print(f"  {row['note']}", markup=False)
 
 
 @app.command()
@@ -186,6 +220,18 @@ def doctor(
         print(section)
         for name, value in facts.items():
             print(f"  {name:<22} {value}")
+
+
+@app.command()
+def runtimes(quiet: QuietOption = False) -> None:
+    """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
+    from convert import environments
+    from convert.progress import choose
+
+    for name in environments.PINS:
+        built = environments.build(name, choose(quiet=quiet))
+        if not quiet:
+            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
 
 
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
@@ -259,6 +305,8 @@ def _device(name: str) -> str:
 def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from convert.compatibility import loads_in, parts_of
+
     return {
         "digest": job.digest,
         "model": job.checkpoint.origin,
@@ -270,11 +318,12 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
         "source_bytes": job.checkpoint.size_bytes,
         "needs": asdict(found),
         "warnings": job.warnings(),
-        "recipe": job.recipe.resolved(),
+        "recipe": job.resolved(),
         "targets": [
             {
                 "name": target.name,
                 "format": target.format,
+                "loads_in": loads_in(target.format, parts_of((layer.scheme, layer.shape) for layer in target.contents.layers)),
                 "weight_bytes": target.weight_bytes,
                 "deployment_bytes": job.deployment_bytes(target),
                 "files": {shard.file: shard.size_bytes for shard in target.shards},
@@ -290,6 +339,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from convert.compatibility import loads_in, parts_of
     from convert.plan import summarize
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -321,9 +371,12 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
                 + ", ".join(f"{_size(size)} at {length:,} tokens" for length, size in deployment.items())
                 + " (weights, keys and values)"
             )
+        parts = parts_of((layer.scheme, layer.shape) for layer in target.contents.layers)
+        console.print("loads in   " + "\n           ".join(loads_in(target.format, parts) or ["nothing that is known"]), markup=False)
         if ledger:
             for entry in target.entries:
                 fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
+                fate += f", {entry.note}" if entry.note else ""
                 console.print(
                     f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False
                 )

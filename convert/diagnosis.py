@@ -13,9 +13,10 @@ from typing import Any
 from convert.ailments import AILMENTS, FLAG, FLOAT, MEMORY, REPEATED, REPEATED_SHARE, last_lines, recognise, repeated_share
 from convert.architecture import Architecture, describe
 from convert.child import run_program
-from formats.bitsandbytes import THRESHOLD, converts, quantization_config, skip_modules
+from formats.bitsandbytes import THRESHOLD, quantization_config
 from formats.errors import FormatError
 from formats.safetensors import TensorSpec, read_folder, read_json
+from formats.skips import skip_list, skips
 
 QUESTION = "What is the capital of France?"
 NEW_TOKENS = 32
@@ -61,7 +62,7 @@ class _Model:
 
     def cure(self) -> str:
         """The ``quantization_config`` that the tensors ask for."""
-        skipped = skip_modules(self.codes, self.kept(), self.architecture.skipped if self.architecture else ())
+        skipped = skip_list(self.codes, self.kept(), self.architecture.skipped if self.architecture else ())
         threshold = self.section.get("llm_int8_threshold") if isinstance(self.section, dict) else None
         section = json.dumps(quantization_config(skipped, llm_int8_threshold=THRESHOLD if threshold is None else threshold))
         return f'{self.folder / "config.json"} must have "quantization_config": {section}'
@@ -122,8 +123,8 @@ def _look_at_skip_modules(model: _Model) -> list[Diagnosis]:
         return [Diagnosis(REPEATED, True, what, "quantize it again from the source and keep them")]
     said = model.section.get("llm_int8_skip_modules")
     patterns = model.architecture.skipped if said is None else said
-    wrong = [module for module in model.codes if not converts(module, patterns)]
-    unnamed = [module for module in model.kept() if converts(module, patterns)]
+    wrong = [module for module in model.codes if skips(module, patterns)]
+    unnamed = [module for module in model.kept() if not skips(module, patterns)]
     if not wrong and not unnamed:
         return []
     how = "leaves out, when nothing is said," if said is None else "names"
@@ -213,7 +214,7 @@ def _is_replaced(tensor: str, architecture: Architecture | None) -> bool:
     if architecture is None or not tensor.endswith(".weight"):
         return False
     return any(
-        module in architecture.replaceable and converts(module, architecture.skipped) for module in architecture.parameters[tensor].modules
+        module in architecture.replaceable and not skips(module, architecture.skipped) for module in architecture.parameters[tensor].modules
     )
 
 

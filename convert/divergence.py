@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convert.report import Divergence
+from convert.report import Divergence, Drift
 from formats.errors import OctavoError
 
 #: Tokens compared at a time: 64 x 128,256 float32 logits are 33 MB.
@@ -49,6 +49,27 @@ def compare_logits(source: Path, artifact: Path, tokens: np.ndarray, vocabulary:
         perplexity=_exp(losses / predicted),
         source_perplexity=_exp(source_losses / predicted),
     )
+
+
+def compare_states(source: Path, artifact: Path, width: int) -> Drift:
+    """Compares raw float32 files of vectors of ``width``, the last hidden states of as many tokens.
+
+    Raises :class:`OctavoError` when one is longer than the other. NaN in ``artifact`` gives NaN results.
+    """
+    if source.stat().st_size != artifact.stat().st_size:
+        raise OctavoError(
+            f"{artifact.name}: {artifact.stat().st_size:,} bytes of hidden states, the source has {source.stat().st_size:,}: widths differ"
+        )
+    count = source.stat().st_size // (4 * width)
+    reference = np.memmap(source, np.float32, "r", shape=(count, width))
+    other = np.memmap(artifact, np.float32, "r", shape=(count, width))
+    errors, cosines = [], []
+    for start in range(0, count, CHUNK):
+        p = torch.from_numpy(np.array(reference[start : start + CHUNK])).double()
+        q = torch.from_numpy(np.array(other[start : start + CHUNK])).double()
+        errors.append((p - q).norm(dim=-1) / p.norm(dim=-1).clamp_min(1e-30))
+        cosines.append(torch.nn.functional.cosine_similarity(p, q, dim=-1))
+    return Drift(count, relative_error=float(torch.cat(errors).mean()), cosine=float(torch.cat(cosines).mean()))
 
 
 def _exp(value: float) -> float:

@@ -6,14 +6,13 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from convert import __version__
-from convert.runtimes import RUNTIMES
+from convert import __version__, environments
+from convert.hardware import instructions, this_machine
+from convert.runtimes import RUNTIMES, Runtime
+from formats.errors import MachineError
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "huggingface-hub", "safetensors", "tokenizers", "gguf", "ml_dtypes")
-#: What eight-bit arithmetic on a CPU lives on, as Linux names it.
-INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 
 
 def examine() -> dict[str, dict[str, str]]:
@@ -33,7 +32,8 @@ def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": str(len(os.sched_getaffinity(0))),
-        "instructions": " ".join(sorted(_instructions())) or "none that matter here",
+        "instructions": " ".join(sorted(instructions())) or "none that matter here",
+        "8-bit hardware": this_machine(),
         "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free",
         "disk here": f"{disk.total / 1e9:.1f} GB, {disk.free / 1e9:.1f} GB free",
     }
@@ -63,19 +63,20 @@ def _devices() -> dict[str, str]:
 def _runtimes() -> dict[str, str]:
     found = {}
     for name, runtime in RUNTIMES.items():
-        missing = [package for package in runtime.needs if not _version(package)]
-        formats = ", ".join(runtime.formats)
-        found[name] = f"cannot load {formats}: pip install {' '.join(missing)}" if missing else f"loads {formats}"
+        if runtime.environment:
+            found[name] = _environment(name, runtime)
+            continue
+        missing = {form: [p for p in (*runtime.needs, *further) if not _version(p)] for form, further in runtime.formats.items()}
+        loads = [f"loads {', '.join(form for form in missing if not missing[form])}"] if not all(missing.values()) else []
+        found[name] = "; ".join([*loads, *(f"cannot load {form}: pip install {' '.join(m)}" for form, m in missing.items() if m)])
     return found
 
 
-def _instructions() -> set[str]:
+def _environment(name: str, runtime: Runtime) -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return set(INSTRUCTIONS) & set(line.split())
+        return f"loads {', '.join(runtime.formats)} ({environments.describe(name)})"
+    except MachineError as error:
+        return f"cannot load {', '.join(runtime.formats)}: {error}"
 
 
 def _version(name: str) -> str | None:

@@ -131,7 +131,7 @@ def _stream(
 
     targets = {name: writer.target for name, writer in writers.items()}
     for writer in writers.values():
-        for entry, piece in quantize.cache_pieces(writer.target, stats[writer.target.name]):
+        for entry, piece in quantize.cache_pieces(writer.target, stats[writer.target.name], plan.checkpoint):
             if entry.tensor.name not in writer.done:
                 writer.write(piece)
                 writer.finished(entry.tensor.name)
@@ -291,11 +291,12 @@ class _Writer:
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
                 "base_model": plan.checkpoint.base_model,
+                "dropped": list(self.target.dropped),
                 "files": [
                     {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
                 ],
             },
-            recipe=plan.recipe.resolved(),
+            recipe=plan.resolved(),
             calibration=self._calibration(stats) if self.target.calibrated else None,
             versions=_versions(),
             plan_digest=plan.digest,
@@ -317,7 +318,7 @@ class _Writer:
 
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
-        modules = [part.module for entry in self.target.quantized for part in entry.parts]
+        modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
         health = {module: self.health[module] for module in modules if self.health.get(module)}
         return {**stats.record, **({"solved": health} if health else {})}
 

@@ -7,12 +7,15 @@ import hashlib
 import math
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from convert.panels import EXACT_DB, draw_panels, is_drawable
+from convert.plan import REQUANTIZED
 from convert.report import Check, Report
 from formats.errors import FormatError
 from formats.manifest import Manifest
@@ -61,9 +64,16 @@ def render(report: Report, manifest: Manifest) -> str:
         exact=sum(layer.snr_db >= EXACT_DB for layer in report.layers),
         broken=sum(math.isnan(layer.snr_db) or layer.snr_db == -math.inf for layer in report.layers),
         worst=sorted(report.layers, key=lambda layer: (not math.isnan(layer.snr_db), layer.snr_db, -layer.worst))[:5],
-        decisions=Counter(entry["scheme"] if entry["decision"] == "quantize" else "kept" for entry in manifest.ledger),
+        decisions=Counter(_fate(entry) for entry in manifest.ledger),
+        quantized=any(entry["decision"] == "quantize" for entry in manifest.ledger),
+        requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
         recipe=json_bytes(manifest.recipe).decode(),
     )
+
+
+def _fate(entry: Mapping[str, Any]) -> str:
+    what = str(entry["scheme"]) if entry["decision"] == "quantize" else "kept"
+    return f"{what} {entry['note'].partition(' (')[0]}" if entry.get("note") else what
 
 
 def _number(value: float, other: float | None = None) -> str:
@@ -102,6 +112,13 @@ def _csp_hash(script: str) -> str:
 
 def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     sizes = f"The weights take {_size(weight_bytes)} on disk, the files of the source {_size(source_bytes)}"
+    drifts = [(run.name, run.drift) for run in report.runtimes if run.drift]
+    if drifts:
+        name, worst = max(drifts, key=lambda item: (math.isnan(item[1].relative_error), item[1].relative_error))
+        return (
+            f"{sizes}. Over {worst.vectors:,} last hidden states on held-out text the mean error, in {name}, is "
+            f"{_number(worst.relative_error)} of their length."
+        )
     measured = [(run.name, run.divergence) for run in report.runtimes if run.divergence]
     if not measured:
         return f"{sizes}; no runtime returned logits, so how far it is from the source is not known."

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from convert.architecture import Part
@@ -23,11 +24,15 @@ from convert.quantize import SLAB_ELEMENTS
 from convert.report import LayerNumbers
 from convert.source import Checkpoint, SafetensorsReader, open_source
 from formats import FORMATS
+from formats.dtypes import DTYPES
 from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
 from formats.safetensors import TensorSpec, read_folder
 from formats.scheme import SCHEMES, Grid
+
+#: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
+RESPELL_ROUNDING = 2.0**-22
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -97,15 +102,20 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         error = (decoded.dequantize() - weight).abs_()
+        signal += float(weight.square().sum(dtype=torch.float64))
+        noise += float(error.square().sum(dtype=torch.float64))
+        if entry["algorithm"] == RESPELL:
+            worst = _worse(worst, error, weight.abs() * RESPELL_ROUNDING)
+            continue
         scale = decoded.spread_scale() if scheme.weight.unit == 1 else decoded.spread_scale() * scheme.weight.unit
+        if scheme.weight.scale == "model":  # to whose dtype it was rounded, even where it is stored in float32
+            scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
         # float32 rounding of the comparison itself is not the codes' fault
         bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
         if scheme.weight.scale == "absmax":
             bound += _cast_bound(weight, source.dtype)
         if _rounds(entry):
-            worst = max(worst, float((error / bound).max()))
-        signal += float(weight.square().sum(dtype=torch.float64))
-        noise += float(error.square().sum(dtype=torch.float64))
+            worst = _worse(worst, error, bound)
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
     snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
@@ -115,7 +125,13 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
 def _rounds(entry: dict[str, Any]) -> bool:
     """Whether each code is the nearest to its weight; GPTQ moves them further, and a searched scale clips, to lose less at the output."""
     options = entry.get("options", {})
-    return entry["algorithm"] in ("rtn", RESPELL) and not options.get("rtn", {}).get("clip")
+    return entry["algorithm"] == "rtn" and not options.get("rtn", {}).get("clip")
+
+
+def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:
+    """The larger of ``worst`` and the largest error as a share of its bound; NaN stays NaN, which is no good number."""
+    share = torch.where(error == 0, 0.0, error / bound)
+    return float(np.maximum(worst, float(share.max()))) if share.numel() else worst
 
 
 def _slabs(part: Part, rows: int, columns: int, multiple: int | None) -> Iterator[tuple[int, int]]:

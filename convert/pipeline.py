@@ -12,6 +12,7 @@ from convert.architecture import describe
 from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
+from convert.hardware import this_machine
 from convert.html import render
 from convert.lanes import WHOLE_SHARE, walk_bytes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
@@ -77,8 +78,11 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         if check_memory > WHOLE_SHARE * free and plan.architecture is not None:
             check_memory = BASE_BYTES + walk_bytes(plan.checkpoint, plan.architecture, tokens=plan.recipe.validation.tokens, wide=wide)
     if check:
-        vocabulary = max((entry.tensor.shape[0] for target in plan.targets for entry in target.entries if entry.kind == "head"), default=0)
-        disk += 2 * plan.recipe.validation.tokens * vocabulary * 4
+        # Logits, or the hidden states of a model without a head, which are as wide as its embeddings.
+        entries = [entry for target in plan.targets for entry in target.entries]
+        width = max((entry.tensor.shape[0] for entry in entries if entry.kind == "head"), default=0)
+        width = width or max((entry.tensor.matrix_shape[1] for entry in entries if entry.kind == "embedding"), default=0)
+        disk += 2 * plan.recipe.validation.tokens * width * 4
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     return Needs(memory, check_memory, free, disk, shutil.disk_usage(existing).free)
 
@@ -148,7 +152,7 @@ def plain_bytes(target: TargetPlan) -> int:
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
-    return make_plan(recipe, checkpoint, architecture)
+    return make_plan(recipe, checkpoint, architecture, machine=this_machine())
 
 
 def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:
@@ -158,9 +162,10 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
     if check:
-        if job.architecture is None or job.architecture.head is None:
+        if job.architecture is None:
             raise InputError(
-                f"{job.checkpoint.origin}: it predicts no tokens, and the check compares next tokens; convert it with --no-check"
+                f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
+                "convert it with --no-check"
             )
         for target in job.recipe.targets:
             require_runtimes(target)

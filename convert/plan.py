@@ -8,27 +8,31 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
 from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
-from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, calibrated
+from convert.coded import Coded
+from convert.compatibility import judge, parts_of
+from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
-from formats.dtypes import FLOATS, from_torch_name
+from formats.dtypes import DTYPES, FLOATS, from_torch_name
 from formats.errors import FormatError, RecipeError, SourceError
-from formats.layer import Contents, QuantizedLayer
+from formats.layer import Attention, Contents, QuantizedLayer
 from formats.model_config import spell
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
-from formats.scheme import SCHEMES, Quality, Quantization, Scheme
+from formats.scheme import CACHES, SCHEMES, Quality, Quantization, Scheme
 
 #: The algorithm that chooses nothing: the source's own codes.
 RESPELL = "respell"
+#: What a note begins with: what became of codes that the source had, and of scales that belong to no weight.
+DEQUANTIZED, RESPELLED, REQUANTIZED, TAKEN_OVER = "dequantized", "respelled", "requantized", "taken over"
 CONTEXTS = (2_048, 8_192, 32_768, 131_072)
 
 _KEEP_WHY = {
@@ -39,6 +43,7 @@ _KEEP_WHY = {
     "unused": "no parameter of the architecture",
     "linear": "no rule names it",
     "expert": "no rule names it",
+    "router": "a router: its error changes which experts are asked",
     "other": "not a linear layer",
     "unknown": "no rule names it",
 }
@@ -51,7 +56,8 @@ class Entry:
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
-    is a scale that no source tensor becomes, and ``tensor`` the scale itself.
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
+    :class:`~convert.architecture.Parameter`.
     """
 
     tensor: TensorSpec
@@ -66,6 +72,8 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    experts: str = ""
+    reading: str = ""
     steps: tuple[Step, ...] = ()
 
     @property
@@ -74,13 +82,26 @@ class Entry:
         return str(self.algorithm).rpartition("+")[2]
 
     @property
+    def again(self) -> str:
+        """The word for what became of the source's codes; empty where it had none."""
+        return self.note.partition(" (")[0]
+
+    @property
     def decision(self) -> str:
         return "quantize" if self.scheme else "add" if self.kind == "cache" else "keep"
 
     def layers(self) -> list[QuantizedLayer]:
         """The linear layers it is quantized as."""
         scheme = self.scheme.name if self.scheme else ""
-        return [QuantizedLayer(part.module, scheme, part.shape(self.tensor), head=self.kind == "head") for part in self.parts]
+        head = self.kind == "head"
+        return [
+            QuantizedLayer(self.module(part), scheme, part.shape(self.tensor), head, stored=part.module, experts=self.experts)
+            for part in self.parts
+        ]
+
+    def module(self, part: Part) -> str:
+        """What the model calls a layer; an expert is no module of transformers', so it has the name it has on disk."""
+        return part.module if self.experts else self.modules[0]
 
     @property
     def size_bytes(self) -> int:
@@ -94,13 +115,20 @@ class Entry:
             parts = [[part.module, part.start, part.stop, part.columns] for part in self.parts]
             options = {step.name: getattr(step, step.name).model_dump(exclude_defaults=True) for step in self.steps}
             options = {name: chosen for name, chosen in options.items() if chosen}
-            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "parts": parts, **({"options": options} if options else {})}
+            fate = {
+                "scheme": self.scheme.name,
+                "algorithm": self.algorithm,
+                **({"options": options} if options else {}),
+                "scale_dtype": self.scale_dtype,
+                "parts": parts,
+            }
         return {
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,
             "shape": list(self.tensor.shape),
             "module": self.modules[0],
             "decision": self.decision,
+            **({"experts": self.experts} if self.experts else {}),
             **fate,
             **({"note": self.note} if self.note else {}),
             "rule": self.rule,
@@ -110,7 +138,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``."""
+    """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``.
+
+    ``dropped``: scales of keys, values and inputs that the source has and no tensor here comes from. ``cautions``: where a runtime it is
+    for loads it without an 8-bit kernel.
+    """
 
     name: str
     format: str
@@ -121,6 +153,8 @@ class TargetPlan:
     runtimes: tuple[str, ...]
     bounds: Quality
     contents: Contents
+    dropped: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     @cached_property
     def quantized(self) -> tuple[Entry, ...]:
@@ -169,8 +203,17 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        facts = [__version__, self.recipe.resolved(), self.checkpoint.fingerprint()]
+        facts = [__version__, self.resolved(), self.checkpoint.fingerprint()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts tokens; of one that transformers does not know it is taken for granted."""
+        return self.architecture is None or self.architecture.predicts
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default that applies to this model."""
+        return self.recipe.resolved(predicts=self.predicts)
 
     def warnings(self) -> list[str]:
         """What a user should know and is no error."""
@@ -180,7 +223,7 @@ class Plan:
             found.append(f"transformers does not know the architecture {kind!r}: only tensors that rules name are quantized")
         elif self.architecture.groups is None:
             found.append(f"{self.architecture.name} could not be run on the meta device: which layers share an input was not observed")
-        again = [entry.tensor for target in self.targets for entry in target.quantized if entry.note.startswith("requantized")]
+        again = [entry.tensor for target in self.targets for entry in target.quantized if entry.again == REQUANTIZED]
         if again:
             was = self.checkpoint.coded[again[0].name].description
             found.append(
@@ -188,12 +231,31 @@ class Plan:
                 "convert the model it was made from, if there is one"
             )
         for target in self.targets:
+            rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _will_round(entry, target.dtype)]
+            if rounded:
+                found.append(
+                    f"{target.name}: {len(rounded)} respelled tensors keep their scales in {rounded[0].scale_dtype}, lossless on disk; "
+                    f"transformers rounds scales of compressed-tensors to {target.dtype} as it loads them"
+                )
+            if target.dropped:
+                found.append(
+                    f"{target.name}: {len(target.dropped)} scales of inputs, keys or values that the source has are not taken over, "
+                    f"first {target.dropped[0]}"
+                )
+            merging = [name for name in target.runtimes if RUNTIMES[name].merges]
+            merged = sum(len(entry.parts) for entry in target.quantized if entry.reading == "merged")
+            if merging and merged:
+                found.append(
+                    f"{target.name}: {merging[0]} makes floats of {merged} layers of experts while it loads them: they take no less memory "
+                    "there, and their inputs are not quantized"
+                )
             unnamed = [entry for entry in target.entries if entry.why == _KEEP_WHY["linear"]]
             if unnamed:
                 share = sum(entry.tensor.size_bytes for entry in unnamed) / max(self.checkpoint.size_bytes, 1)
                 found.append(
                     f"{target.name}: no rule names {len(unnamed)} linear layers ({share:.0%} of the bytes), first {unnamed[0].tensor.name}"
                 )
+            found += (f"{target.name}: {caution}" for caution in target.cautions)
         return found
 
     def deployment_bytes(self, target: TargetPlan) -> dict[int, int] | None:
@@ -205,24 +267,35 @@ class Plan:
         return {length: target.weight_bytes + length * per_token for length in CONTEXTS if length <= max(longest, CONTEXTS[0])}
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture | None) -> Plan:
-    """Decides everything. Raises :class:`RecipeError` (naming the recipe's line) or :class:`SourceError`; nothing was written then."""
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture | None, *, machine: str | None = None) -> Plan:
+    """Decides everything. Raises :class:`RecipeError` (naming the recipe's line) or :class:`SourceError`; nothing was written then.
+
+    ``machine``: the hardware here (:func:`convert.hardware.this_machine`), of which the plan warns where a target names none.
+    """
     if architecture is not None and architecture.missing:
         first, more = architecture.missing[0], len(architecture.missing) - 1
         raise SourceError(
             f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
         )
-    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture) for i, target in enumerate(recipe.targets))
+    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
 
 
-def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, architecture: Architecture | None) -> TargetPlan:
+def _plan_target(
+    recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, architecture: Architecture | None, machine: str | None
+) -> TargetPlan:
     for i, runtime in enumerate(target.runtimes):
         if target.format not in RUNTIMES[runtime].formats:
             raise RecipeError(
                 f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} does not load {target.format}; "
                 f"it loads {', '.join(RUNTIMES[runtime].formats)}"
             )
+    predicts = architecture is None or architecture.predicts
+    for limit in sorted(target.limits.model_fields_set - set(applicable(predicts=predicts))):
+        raise RecipeError(
+            f"{recipe.where('targets', index, 'limits', limit)}: {checkpoint.origin} predicts {'tokens' if predicts else 'no tokens'}, "
+            f"so it has no {limit}; its limits are {', '.join(applicable(predicts=predicts))}"
+        )
     dtype = _model_dtype(recipe, checkpoint)
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
@@ -230,23 +303,25 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
     )
-    entries += _cache_entries(recipe, index, target, architecture, dtype)
+    _require_loadable(recipe, index, target, entries, claims, architecture)
+    entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if doubled:
         raise SourceError(f"{checkpoint.origin}: {doubled[0]} would be written twice; the source already has a tensor of that name")
     layers = [layer for entry in entries if entry.scheme for layer in entry.layers()]
-    quantized = {layer.module for layer in layers}
+    quantized = {name for layer in layers for name in (layer.module, layer.stored)}
     linears = architecture.linears if architecture else [part.module for p in parameters.values() for part in p.parts]
     contents = Contents(
         layers=layers,
-        kept=[module for module in linears if module not in quantized],
+        kept=[module for module in dict.fromkeys((*linears, *_stored_names(entries))) if module not in quantized],
         dtype=dtype,
         cache=target.kv_cache,
         attentions=(architecture.attentions if architecture else None) or (),
         replaceable=architecture.replaceable if architecture else None,
         skipped=architecture.skipped if architecture else (),
         options=target.options.model_dump(exclude_none=True),
+        kept_experts=tuple(dict.fromkeys(entry.experts for entry in entries if entry.experts and not entry.scheme) if layers else ()),
     )
     form = FORMATS[target.format]
     try:
@@ -257,16 +332,101 @@ def _plan_target(recipe: Recipe, index: int, target: Target, checkpoint: Checkpo
         name=target.name,
         format=target.format,
         entries=entries,
-        shards=lay_out(specs, lambda group: form.metadata(group, contents), target.max_shard_size),
+        shards=lay_out(specs, form.metadata(specs, contents), target.max_shard_size),
         config=spell(checkpoint.config, dtype, quantization),
         dtype=dtype,
         runtimes=target.runtimes,
         bounds=target.bounds(),
         contents=contents,
+        dropped=_dropped(checkpoint, entries, contents),
+        cautions=_cautions(recipe, index, target, layers, machine),
     )
 
 
-def _cache_entries(recipe: Recipe, index: int, target: Target, architecture: Architecture | None, dtype: str) -> tuple[Entry, ...]:
+def _cautions(recipe: Recipe, index: int, target: Target, layers: Iterable[QuantizedLayer], machine: str | None) -> tuple[str, ...]:
+    """What the compatibility table says of each runtime the target names; an error for one that cannot load it."""
+    parts = parts_of((layer.scheme, layer.shape) for layer in layers)
+    found: list[str] = []
+    for i, runtime in enumerate(target.runtimes):
+        judgement = judge(runtime, target.format, parts, hardware=target.hardware, machine=machine)
+        if judgement.refusal:
+            raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {judgement.refusal}")
+        found += judgement.warnings
+    return tuple(found)
+
+
+def _stored_names(entries: Iterable[Entry]) -> Iterator[str]:
+    """Layers and routers under the model's name and the checkpoint's: readers go by the one or by the other, and to some a router is a
+    linear layer."""
+    for entry in entries:
+        if entry.kind == "router":
+            yield entry.tensor.name.removesuffix(".weight")
+        elif entry.kind in ("linear", "head") and len(entry.modules) == 1:
+            yield from (part.module for part in entry.parts)
+
+
+def _dropped(checkpoint: Checkpoint, entries: Iterable[Entry], contents: Contents) -> tuple[str, ...]:
+    entries = list(entries)
+    kept = {
+        checkpoint.coded[entry.tensor.name].input_scale
+        for entry in entries
+        if entry.scheme and entry.tensor.name in checkpoint.coded and takes_input_scale(checkpoint.coded[entry.tensor.name], entry)
+    }
+    if any(entry.kind == "cache" and entry.note.startswith(TAKEN_OVER) for entry in entries):
+        kept |= {name for pair in cache_sources(checkpoint, contents.attentions, contents.cache).values() for name in pair}
+    inputs = [coded.input_scale for coded in checkpoint.coded.values() if coded.input_scale]
+    return tuple(name for name in (*inputs, *checkpoint.cache_scales) if name not in kept)
+
+
+def takes_input_scale(coded: Coded, entry: Entry) -> bool:
+    """Whether the source's scale of a static input is that of the target: of codes that are only spelled anew, on the same grid."""
+    wanted = entry.scheme.activation if entry.scheme else None
+    if entry.algorithm != RESPELL or coded.input_scale is None or coded.activation is None or wanted is None:
+        return False
+    return (coded.activation.grid, coded.activation.tile, coded.activation.symmetric, coded.activation.dynamic) == (
+        wanted.grid,
+        wanted.tile,
+        wanted.symmetric,
+        False,
+    ) and not wanted.dynamic
+
+
+def cache_sources(checkpoint: Checkpoint, attentions: Iterable[Attention], cache: str | None) -> dict[str, tuple[str, str]]:
+    """By attention module, the source's tensors of the scales of its keys and values; empty unless every attention has both, of the
+    quantization that is wanted. ``k_proj.k_scale`` is ModelOpt's name for them."""
+    if cache is None or checkpoint.cache is None:
+        return {}
+    if (checkpoint.cache.grid, checkpoint.cache.tile, checkpoint.cache.symmetric) != (CACHES[cache].grid, CACHES[cache].tile, True):
+        return {}
+    found = {}
+    for attention in attentions:
+        names = tuple(
+            next(
+                (
+                    name
+                    for name in (f"{attention.module}.{x}_scale", f"{attention.module}.{x}_proj.{x}_scale")
+                    if name in checkpoint.cache_scales
+                ),
+                "",
+            )
+            for x in "kv"
+        )
+        count = attention.heads if CACHES[cache].tile.rows == 1 else 1
+        if not all(name and checkpoint.cache_scales[name].elements == count for name in names):
+            return {}
+        found[attention.module] = (names[0], names[1])
+    return found
+
+
+def _will_round(entry: Entry, dtype: str) -> bool:
+    """Whether a reader that keeps scales in ``dtype`` changes those of the source."""
+    assert entry.scheme is not None
+    return entry.scheme.weight.scale == "model" and entry.scale_dtype != dtype and DTYPES[dtype].bits < 32
+
+
+def _cache_entries(
+    recipe: Recipe, index: int, target: Target, architecture: Architecture | None, checkpoint: Checkpoint, dtype: str
+) -> tuple[Entry, ...]:
     """The scales of keys and values, which no tensor of the source becomes."""
     if target.kv_cache is None:
         return ()
@@ -274,12 +434,28 @@ def _cache_entries(recipe: Recipe, index: int, target: Target, architecture: Arc
     if architecture is None or not architecture.attentions:
         raise RecipeError(f"{where}: no attention of this model was seen to write to the cache; leave kv_cache out")
     found: list[Entry] = []
+    sources = cache_sources(checkpoint, architecture.attentions, target.kv_cache)
+    note = "calibrated anew (the source's own scales are dropped)" if checkpoint.cache_scales else ""
+    if sources:
+        note, dtype = f"{TAKEN_OVER} (the source's own scale)", checkpoint.cache_scales[next(iter(sources.values()))[0]].dtype
     for attention in architecture.attentions:
         specs = FORMATS[target.format].cache_tensors(attention, target.kv_cache, dtype)
         if specs is None:
             raise RecipeError(f"{where}: {target.format} has no place for scales of a kv_cache in {target.kv_cache}; leave it out")
         found += (
-            Entry(spec, spec, (attention.module,), "cache", (), None, None, PurePosixPath(where).name, f"the scale of its {what}", (spec,))
+            Entry(
+                spec,
+                spec,
+                (attention.module,),
+                "cache",
+                (),
+                None,
+                None,
+                PurePosixPath(where).name,
+                f"the scale of its {what}",
+                (spec,),
+                note=note,
+            )
             for spec, what in zip(specs, ("keys", "values"), strict=True)
         )
     return tuple(found)
@@ -321,62 +497,155 @@ def _enter(
     rule, label = claim or (None, "default")
     coded = checkpoint.coded.get(spec.name)
     plain = TensorSpec(spec.name, _float_dtype(spec.dtype, wanted, checkpoint), spec.shape)
-    if rule is None or rule.scheme is None:
-        why = (rule.why or "") if rule else _KEEP_WHY[parameter.kind]
-        note = f"dequantized ({coded.description})" if coded else ""
-        return Entry(spec, plain, parameter.modules, parameter.kind, parameter.parts, None, None, label, why, (plain,), note=note)
-    scheme = SCHEMES[rule.scheme]
-    position = next((recipe.where("targets", index, "rules", i) for i, known in enumerate(target.rules) if known is rule), label)
-    refusal = _refusal(spec, parameter, scheme, target.format) or _unsolvable(parameter, rule, architecture)
-    if refusal:
-        raise RecipeError(f"{position}: {spec.name} cannot be {scheme.name}: {refusal}")
-    steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
-    if coded is not None:
-        note = f"requantized ({coded.description})"
-        if respellable(coded.quantization, scheme.weight):
-            steps, algorithm, note = (), RESPELL, f"respelled ({coded.description})"
-            scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else dtype
-    outputs = tuple(
-        output
-        for part in parameter.parts
-        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
-    )
-    return Entry(
+    kept = Entry(
         spec,
         plain,
         parameter.modules,
         parameter.kind,
         parameter.parts,
-        scheme,
-        algorithm,
+        None,
+        None,
         label,
-        "",
-        outputs,
-        scale_dtype=scale_dtype,
-        note=note,
-        steps=steps,
+        (rule.why or "") if rule else _KEEP_WHY[parameter.kind],
+        (plain,),
+        note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
+        experts=parameter.experts,
+        reading=parameter.reading,
     )
+    if rule is None or rule.scheme is None:
+        return kept
+    scheme = SCHEMES[rule.scheme]
+    refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
+    if refusal:
+        raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
+    steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
+    if coded is not None:
+        note = f"{REQUANTIZED} ({coded.description})"
+        if coded.quantization is not None and respellable(coded.quantization, scheme.weight, parameter.parts):
+            steps, algorithm, note = (), RESPELL, f"{RESPELLED} ({coded.description})"
+            # A power of two is exact in every float but float16, whose exponents are too few.
+            scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else "F32" if dtype == "F16" else dtype
+    outputs = tuple(
+        output
+        for part in parameter.parts
+        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
+    )
+    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note, steps=steps)
 
 
-def respellable(existing: Quantization | None, wanted: Quantization) -> bool:
-    """Whether codes that exist are those that are wanted, so that only their spelling changes: the same grid and tiles, and scales that can
-    be had from the other's (the largest magnitude is a scale times 127)."""
-    if existing is None or (existing.grid, existing.tile) != (wanted.grid, wanted.tile):
+def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:
+    rules = recipe.targets[index].rules
+    return next((recipe.where("targets", index, "rules", i) for i, known in enumerate(rules) if known is rule), label)
+
+
+def _require_loadable(
+    recipe: Recipe,
+    index: int,
+    target: Target,
+    entries: Iterable[Entry],
+    claims: Mapping[str, tuple[Rule, str]],
+    architecture: Architecture | None,
+) -> None:
+    """What a runtime of the target asks of layers together. Raises :class:`RecipeError` where layers that become one do not have one
+    scheme, or none of them one, and where layers that are kept would be looked for as codes, or codes where none are looked for."""
+    fates = {entry.module(part): entry for entry in entries for part in entry.parts}
+    quantized = [entry for entry in fates.values() if entry.scheme]
+    merged = [module for module, entry in fates.items() if entry.reading == "merged"]
+
+    def where(*found: Entry) -> str:
+        return next(_position(recipe, index, *claims[entry.tensor.name]) for entry in found if entry.tensor.name in claims)
+
+    for name in target.runtimes if quantized else ():
+        runtime = RUNTIMES[name]
+        together = [(merged, "reads all experts of a model in one way")] if runtime.merges else []
+        together += [(group, "makes them one layer") for group in _fused(architecture, fates)] if runtime.fuses else []
+        for modules, why in together:
+            schemes = Counter(_fate(fates[module]) for module in modules)
+            if len(schemes) > 1:
+                odd = next(module for module in modules if _fate(fates[module]) == schemes.most_common()[-1][0])
+                other = next(module for module in modules if _fate(fates[module]) != _fate(fates[odd]))
+                raise RecipeError(
+                    f"{where(fates[odd], fates[other])}: {odd} is {_fate(fates[odd])} where {other} is {_fate(fates[other])}, "
+                    f"and {name} {why}; give all {len(modules)} of them one scheme, or keep all"
+                )
+        if runtime.merges is None:
+            continue
+        whole = next((entry for entry in fates.values() if entry.reading == "linear" and not entry.scheme), None)
+        if whole is not None:
+            raise RecipeError(
+                f"{where(whole, quantized[0])}: {whole.tensor.name} is kept, and in a model of which anything is quantized {name} looks "
+                "for its experts one by one; quantize the experts too, or nothing"
+            )
+        hidden = next((entry for entry in quantized if _is_hidden(entry, architecture)), None)
+        if hidden is not None:
+            raise RecipeError(
+                f"{where(hidden)}: {hidden.tensor.name} cannot be {_fate(hidden)}: in {name} its layer is a Linear with arithmetic of "
+                "its own, which does not find packed codes; use a scheme with 8-bit activations, or FP8"
+            )
+        integers = next((entry for entry in quantized if entry.scheme and entry.scheme.weight.grid.kind == "int"), None)
+        kept = next((module for module in merged if not fates[module].scheme and len(fates[module].parts) == 1), None)
+        if runtime.merges and integers is not None and kept is not None:
+            raise RecipeError(
+                f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
+                f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
+            )
+
+
+def _fate(entry: Entry) -> str:
+    return entry.scheme.name if entry.scheme else "kept"
+
+
+def _fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
+    """Layers that a runtime may make into one: all experts of a layer; and of one parent those that were seen to read the same input (q, k
+    and v, or gate and up, but no MLP beside an attention)."""
+    experts: dict[str, list[str]] = {}
+    for module, entry in fates.items():
+        if entry.experts:
+            experts.setdefault(entry.experts, []).append(module)
+    found = list(experts.values())
+    for group in (architecture.groups if architecture else None) or ():
+        by_parent: dict[str, list[str]] = {}
+        for module in group:
+            if module in fates:
+                by_parent.setdefault(module.rpartition(".")[0], []).append(module)
+        found += by_parent.values()
+    return found
+
+
+def _is_hidden(entry: Entry, architecture: Architecture | None) -> bool:
+    """Whether a module that is not torch's own Linear would look for its weight under a name that the artifact does not have."""
+    if architecture is None or entry.kind != "linear" or entry.modules[0] in architecture.replaceable:
         return False
-    return (existing.scale == "F8_E8M0") == (wanted.scale == "F8_E8M0")
+    return not any(output.name.endswith(".weight") for output in entry.outputs)
 
 
-def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, format_name: str) -> str | None:
+def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Part]) -> bool:
+    """Whether codes that exist can stay as they are under the scales that are wanted: the same grid, each tile the same or cut out of a
+    larger one along a whole axis (a scale for all rows is repeated for each), every part beginning where a tile does, and scales that
+    can be had from the other's: magnitudes divided by 127, powers of two as floats, but no powers of two from any others."""
+    tile = wanted.tile
+    if existing.grid != wanted.grid or existing.tile.rows not in (None, tile.rows) or existing.tile.columns not in (None, tile.columns):
+        return False
+    if wanted.scale == "F8_E8M0" and existing.scale != "F8_E8M0":
+        return False
+    return all(part.start % (existing.tile.rows or 1) == 0 for part in parts)
+
+
+def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
     if parameter.kind == "head" and len(parameter.modules) > 1:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
-    if parameter.kind not in ("linear", "head", "expert", "unknown"):
+    if parameter.kind not in ("linear", "head", "expert", "unknown") and not (parameter.kind == "router" and parameter.parts):
         return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"
+    if parameter.kind == "expert" and (refused := _refused_expert(parameter, scheme, target)):
+        return refused
     if not parameter.parts or spec.elements == 0:
         return f"no linear layer was found in it, of shape {list(spec.shape)}"
     if spec.dtype not in FLOATS:
         return f"it is stored as {spec.dtype}, and only {', '.join(FLOATS)} can be quantized"
     for part in parameter.parts:
-        refused = FORMATS[format_name].refusal(scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert")
+        refused = FORMATS[target.format].refusal(
+            scheme, part.shape(spec), transposed=part.columns is not None and parameter.kind != "expert"
+        )
         if refused:
             return refused
     return None
@@ -398,20 +667,50 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
     return None
 
 
+def _refused_expert(parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
+    if not parameter.parts:
+        return "no reader of 8-bit experts is known that takes them in the layout of this model; keep them with a rule"
+    if scheme.static:
+        return "calibration does not see what goes into one expert; use a scheme with dynamic activations"
+    for name in target.runtimes:
+        merges = RUNTIMES[name].merges
+        if merges is None or parameter.reading == "linear":
+            continue
+        if parameter.reading == "unread" or not merges:
+            return f"{name} holds the experts of this model as floats only; keep them with a rule, or name another runtime"
+        if scheme.name not in merges:
+            return (
+                f"{name} holds experts as floats, and reads them from {', '.join(sorted(merges))} only; "
+                "use one of these, keep them, or name another runtime"
+            )
+    return None
+
+
 def _matches(pattern: str, name: str, parameter: Parameter, where: str) -> bool:
     if pattern == "linear":
         return parameter.kind in ("linear", "expert")
     if not name.endswith(".weight") and parameter.kind != "expert":
         return False
-    candidates = (*parameter.modules, name.removesuffix(".weight"))
+    if any(_names(pattern, module, where) for module in (*parameter.modules, name.removesuffix(".weight"))):
+        return True
+    named = [part.module for part in parameter.parts if _names(pattern, part.module, where)]
+    if named and len(named) < len(parameter.parts):
+        raise RecipeError(
+            f"{where}: {pattern!r} names {named[0]} and not all {len(parameter.parts)} layers that the source has in one tensor, {name}; "
+            f"they share their fate, so name {name}"
+        )
+    return bool(named)
+
+
+def _names(pattern: str, module: str, where: str) -> bool:
     if pattern.startswith("re:"):
         try:
-            return any(re.fullmatch(pattern[3:], candidate) for candidate in candidates)
+            return re.fullmatch(pattern[3:], module) is not None
         except re.error as error:
             raise RecipeError(f"{where}: {pattern!r} is no regular expression: {error}") from None
     if any(sign in pattern for sign in "*?["):
-        return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates)
-    return any(candidate == pattern or candidate.endswith(f".{pattern}") for candidate in candidates)
+        return fnmatch.fnmatchcase(module, pattern)
+    return module == pattern or module.endswith(f".{pattern}")
 
 
 def _suggest(pattern: str, parameters: Mapping[str, Parameter]) -> str:
@@ -454,11 +753,13 @@ def _float_dtype(dtype: str, wanted: str, checkpoint: Checkpoint) -> str:
 
 
 def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
-    """Entries that share a fate, together: (what, tensors, bytes before, bytes after, rule or reason), for a table."""
+    """Entries that share a fate, together: (what, tensors, bytes before, bytes after, rule or reason, and what became of the source's
+    codes), for a table."""
     rows: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
-        row = rows.setdefault((what, f"{entry.rule}" if entry.scheme else entry.why), [0, 0, 0])
+        reason = entry.rule if entry.scheme else entry.why
+        row = rows.setdefault((what, f"{reason}; {entry.note}" if entry.note else reason), [0, 0, 0])
         row[0] += 1
         row[1] += entry.plain.size_bytes
         row[2] += entry.size_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ import torch
 
 from convert.algorithms import ALGORITHMS, rtn
 from convert.algorithms.rtn import CLIP_RATIOS
-from convert.plan import RESPELL
+from convert.plan import RESPELL, cache_sources
 from formats import FORMATS
 from formats.dtypes import DTYPES
 from formats.errors import NumericsError
+from formats.qtensor import QTensor
 from formats.safetensors import TensorSpec
 from formats.scheme import CACHES, Quantization
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from convert.observe import Stats
     from convert.plan import Entry, TargetPlan
     from convert.source import Checkpoint
-    from formats.qtensor import QTensor
 
 #: Elements of a slab. On 2 cores with 1 MiB of L2 each, 0.5 to 2 million ran equally fast, 8 million 20 % slower.
 SLAB_ELEMENTS = 1 << 20
@@ -97,7 +97,10 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
     Targets that agree on how the weight is quantized, on the algorithm and on the dtype of scales share the codes.
     Raises :class:`NumericsError`, naming the tensor, on NaN or Inf.
     """
-    values = checkpoint.reader.read(work.spec.name, work.start, work.stop)
+    if all(entry.algorithm == RESPELL for entry in work.entries.values()):
+        values = torch.empty(0)  # nobody wants floats
+    else:
+        values = checkpoint.reader.read(work.spec.name, work.start, work.stop)
     pieces: list[Piece] = []
     codes: dict[tuple[str, Quantization, str, str], QTensor] = {}
     for name, entry in work.entries.items():
@@ -111,9 +114,8 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
             key = (part.module, entry.scheme.weight, repr(entry.steps), dtype)
             if key not in codes:
                 if entry.algorithm == RESPELL:
-                    codes[key] = _respell(checkpoint.codes(work.spec.name, work.start, work.stop), entry.scheme.weight)
-                    if not is_finite(codes[key].scale.float()):
-                        raise NumericsError(f"{work.spec.name}: its scales are not finite numbers; the checkpoint is damaged")
+                    stored = checkpoint.codes(work.spec.name, *(part.columns or (work.start, work.stop)))
+                    codes[key] = respell(stored, entry.scheme.weight, dtype, work.spec.name)
                 else:
                     weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
                     codes[key] = _quantize(weight.to(device), entry, dtype, work)
@@ -131,28 +133,38 @@ def encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, wor
     for spec in specs.rows:
         yield _piece(target.name, spec, work.start - part.start, weight.shape[0], tensors[spec.name])
     if work.start == part.start:
-        once = form.constants(weight, entry.scheme, stats.inputs.get(part.module))
+        once = form.constants(weight, entry.scheme, stats.inputs.get(entry.module(part)))
         for spec in specs.once:
             yield _piece(target.name, spec, 0, 1, once[spec.name])
 
 
-def cache_pieces(target: TargetPlan, stats: Stats) -> Iterator[tuple[Entry, Piece]]:
-    """The scales of keys and values: the largest magnitude seen, a layer or a head, over the largest code. Raises
-    :class:`NumericsError` where calibration saw nothing but zeros, or what is not finite."""
+def cache_pieces(target: TargetPlan, stats: Stats, checkpoint: Checkpoint) -> Iterator[tuple[Entry, Piece]]:
+    """The scales of keys and values: the source's own where the plan takes them over, else the largest magnitude seen, a layer or a head,
+    over the largest code. Raises :class:`NumericsError` where they are zero or not finite."""
     cache = target.contents.cache
     if cache is None:
         return
     quantization = CACHES[cache]
     entries = {entry.tensor.name: entry for entry in target.entries if entry.kind == "cache"}
+    sources = cache_sources(checkpoint, target.contents.attentions, cache)
     for attention in target.contents.attentions:
-        specs = FORMATS[target.format].cache_tensors(attention, cache, target.dtype)
-        assert specs is not None
-        for spec, seen in zip(specs, (stats.keys[attention.module], stats.values[attention.module]), strict=True):
-            absmax = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)])
-            scale = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[spec.dtype].torch_name))
+        named = FORMATS[target.format].cache_tensors(attention, cache, target.dtype)
+        assert named is not None
+        for i, name in enumerate(named):
+            entry = entries[name.name]
+            if sources:
+                scale = torch.tensor(checkpoint.scales(sources[attention.module][i]))
+                remedy = f"that is what {sources[attention.module][i]} says; the checkpoint is damaged"
+            else:
+                seen = (stats.keys, stats.values)[i][attention.module]
+                absmax = torch.tensor(seen if quantization.tile.rows == 1 else [max(seen)])
+                # Rounded to the dtype of the model whatever it is stored in, so that all targets have one scale.
+                scale = (absmax / quantization.grid.high).to(getattr(torch, DTYPES[target.dtype].torch_name))
+                remedy = f"calibration saw magnitudes of {min(seen):g} to {max(seen):g}; give it other text"
+            scale = scale.to(getattr(torch, DTYPES[entry.tensor.dtype].torch_name))
             if not is_finite(scale) or not bool((scale > 0).all()):
-                raise NumericsError(f"{spec.name}: calibration saw magnitudes of {min(seen):g} to {max(seen):g}; give it other text")
-            yield entries[spec.name], _piece(target.name, spec, 0, 1, scale.reshape(spec.shape))
+                raise NumericsError(f"{name.name}: a scale of zero or NaN: {remedy}")
+            yield entry, _piece(target.name, entry.tensor, 0, 1, scale.reshape(entry.tensor.shape))
 
 
 def working_bytes(targets: Sequence[TargetPlan], workers: int, *, gpu: bool) -> int:
@@ -197,15 +209,34 @@ def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTe
     return result
 
 
-def _respell(quantized: QTensor, wanted: Quantization) -> QTensor:
-    """The same codes with scales as another format has them. Raises :class:`NumericsError` for NaN or Inf among scales."""
-    scale = quantized.scale
-    if quantized.quantization.scale != "absmax" and wanted.scale == "absmax":
-        scale = scale.float() * wanted.grid.high
-    elif quantized.quantization.scale == "absmax" and wanted.scale != "absmax":
-        scale = scale * quantized.quantization.unit
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of a row of zeros, which readers may divide by
-    return replace(quantized, scale=scale, quantization=wanted)
+def respell(stored: QTensor, wanted: Quantization, dtype: str, name: str) -> QTensor:
+    """The same codes under scales as another format has them: repeated where its tiles are smaller, in ``dtype`` (a safetensors name),
+    which holds them exactly; between largest magnitudes and scales they are divided or multiplied by 127 in float64 and rounded to float32.
+
+    INT8 codes of -128 stay what they are, though the grid ends at -127. Raises :class:`NumericsError` for NaN or Inf among scales or
+    codes, and for a scale of zero over codes that are not.
+    """
+    before = stored.quantization
+    scale = stored.scale.float() if wanted.scale != "F8_E8M0" else stored.scale
+    if not is_finite(scale.float()):
+        raise NumericsError(f"{name}: a scale is NaN or Inf; the checkpoint is damaged, fetch or make it again")
+    if before.grid.kind == "float" and bool(((stored.values.view(torch.uint8) & 0x7F) == 0x7F).any()):
+        raise NumericsError(f"{name}: a code is NaN; the checkpoint is damaged, fetch or make it again")
+    rows, columns = wanted.tile.scale_shape((stored.values.shape[0], stored.values.shape[1]))
+    scale = scale.expand(rows, columns)  # what tiles of the source have in common is one element along that axis
+    if before.scale == "absmax" and wanted.scale != "absmax":
+        scale = (scale.double() / wanted.grid.high).float()
+    elif before.scale != "absmax" and wanted.scale == "absmax":
+        scale = (scale.double() * wanted.grid.high).float()
+    if wanted.scale not in ("absmax", "F8_E8M0"):
+        zero = scale == 0
+        if bool(zero.any()):
+            if before.scale != "absmax" and bool((stored.values[(stored.spread_scale() == 0).expand_as(stored.values)].float() != 0).any()):
+                raise NumericsError(f"{name}: a scale is zero over codes that are not; the checkpoint is damaged, fetch or make it again")
+            scale = torch.where(zero, torch.ones_like(scale), scale)  # readers may divide by it
+        if wanted.scale == "model":
+            scale = scale.to(getattr(torch, DTYPES[dtype].torch_name))
+    return QTensor(stored.values, scale.contiguous(), wanted)
 
 
 def _cast(values: torch.Tensor, plain: TensorSpec, work: Work) -> torch.Tensor:

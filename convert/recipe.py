@@ -30,6 +30,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from convert.algorithms import ALGORITHMS, TRANSFORMS
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
+from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
 
@@ -175,6 +176,13 @@ class Limits(_Section):
     """Share of tokens with the same most likely successor, at least."""
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
     """Perplexity over the source's, at most."""
+    relative_error: Annotated[float, Field(gt=0)] | None = None
+    """Of a model that predicts no tokens: mean error of its last hidden states, as a share of their length, at most."""
+
+
+def applicable(*, predicts: bool) -> tuple[str, ...]:
+    """The limits that a model can meet or miss: what is compared follows from what it gives, next tokens or hidden states."""
+    return ("kl_nats", "top1", "perplexity_ratio") if predicts else ("relative_error",)
 
 
 class Options(_Section):
@@ -200,6 +208,8 @@ class Target(_Section):
     """Scales for keys and values in eight bits, found by calibration: `fp8` (one a layer) or `fp8-per-head`."""
     runtimes: Annotated[tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1)] = ("transformers",)
     """The programs that must load the artifact; it is proven in each."""
+    hardware: Annotated[tuple[Annotated[str, _one_of(dict.fromkeys(HARDWARE), "hardware")], ...], Field(strict=False)] = ()
+    """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
     options: Options = Options()
@@ -211,13 +221,12 @@ class Target(_Section):
         """``limits``, with what is left out taken from the loosest scheme that the rules use."""
         defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
         if not defaults:
-            return Quality(
-                *(_or(self.limits, name, value) for name, value in (("kl_nats", 0.001), ("top1", 0.99), ("perplexity_ratio", 1.001)))
-            )
+            defaults = [Quality(kl_nats=0.001, top1=0.99, perplexity_ratio=1.001, relative_error=0.01)]
         return Quality(
             kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
             top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
             perplexity_ratio=_or(self.limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
+            relative_error=_or(self.limits, "relative_error", max(d.relative_error for d in defaults)),
         )
 
 
@@ -293,12 +302,12 @@ class Recipe(_Section):
         """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
         return _position(self._where, path)
 
-    def resolved(self) -> dict[str, Any]:
-        """The recipe as plain data with every default spelled out; parsing it again gives the same job."""
+    def resolved(self, *, predicts: bool = True) -> dict[str, Any]:
+        """The recipe as plain data with every default spelled out; parsing it again gives the same job. ``predicts``: the model predicts
+        tokens, which decides what limits it has."""
         data = self.model_dump(mode="json")
         for target, record in zip(self.targets, data["targets"], strict=True):
-            bounds = target.bounds()
-            record["limits"] = {"kl_nats": bounds.kl_nats, "top1": bounds.top1, "perplexity_ratio": bounds.perplexity_ratio}
+            record["limits"] = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
         return data
 
 
@@ -365,6 +374,7 @@ def json_schema() -> dict[str, Any]:
     definitions["Target"]["properties"]["kv_cache"]["anyOf"][0]["enum"] = list(CACHES)
     definitions["Rule"]["properties"]["scheme"]["anyOf"][0]["enum"] = list(SCHEMES)
     definitions["Target"]["properties"]["runtimes"]["items"]["enum"] = list(RUNTIMES)
+    definitions["Target"]["properties"]["hardware"]["items"]["enum"] = list(HARDWARE)
     definitions["Target"]["properties"]["max_shard_size"] = {
         **definitions["Target"]["properties"]["max_shard_size"],
         "type": ["integer", "string"],

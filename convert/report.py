@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,8 +75,20 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """How far the last hidden states of a model that predicts no tokens are from the source's: over ``vectors``, the mean length of the
+    error as a share of the source's, and the mean cosine."""
+
+    vectors: int
+    relative_error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
 class RuntimeResult:
-    """What one runtime did with a model folder, or with the source. ``divergence`` is None for the source, and where it did not run."""
+    """What one runtime did with a model folder, or with the source. ``divergence`` and ``drift`` are None for the source, and where it did
+    not run; which of them there is follows from what the model gives. ``kernels`` says how many layers use which eight-bit kernel, where
+    the runtime tells."""
 
     name: str
     versions: dict[str, str]
@@ -88,6 +100,8 @@ class RuntimeResult:
     decode_tokens_per_second: float
     continuation: str
     divergence: Divergence | None
+    drift: Drift | None = None
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,8 +161,9 @@ def read_report(path: Path) -> Report:
 
 
 def _runtime(raw: dict[str, Any]) -> RuntimeResult:
-    divergence = raw["divergence"]
-    return RuntimeResult(**{**raw, "divergence": _record(Divergence, divergence) if divergence else None})
+    divergence, drift = raw["divergence"], raw.get("drift")
+    found = {"divergence": _record(Divergence, divergence) if divergence else None, "drift": _record(Drift, drift) if drift else None}
+    return RuntimeResult(**{**raw, **found})
 
 
 def _record(kind: type[_Record], raw: dict[str, Any]) -> _Record:

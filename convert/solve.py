@@ -53,7 +53,11 @@ def smooth_block(
     block computes what it computed before. Raises :class:`NumericsError` where a changed value cannot be stored.
     """
     asked = {
-        part.module: (entry, step.smoothquant) for entry in entries for step in entry.steps if step.smoothquant for part in entry.parts
+        entry.module(part): (entry, step.smoothquant)
+        for entry in entries
+        for step in entry.steps
+        if step.smoothquant
+        for part in entry.parts
     }
     kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
     done: dict[str, Smoothed] = {}
@@ -129,16 +133,18 @@ def solve_block(
         pieces: list[Piece] = []
         for part in entry.parts:
             work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
-            pieces += quantize.encode(target, entry, part, codes[part.module], work, stats)
-        solved = Solved(target.name, entry.tensor.name, tuple(pieces), {part.module: health[part.module] for part in entry.parts})
-        yield solved, {part.module: codes[part.module].dequantize() for part in entry.parts}
+            pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
+        solved = Solved(
+            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
+        )
+        yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
 
 
 def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:
     groups: dict[tuple[str, ...], list[tuple[Entry, Part]]] = {}
     for entry in entries:
         for part in entry.parts:
-            key = (observer.leader.get(part.module, part.module), repr(entry.scheme), repr(entry.steps), entry.scale_dtype)
+            key = (observer.leader.get(entry.module(part), entry.module(part)), repr(entry.scheme), repr(entry.steps), entry.scale_dtype)
             groups.setdefault(key, []).append((entry, part))
     return list(groups.values())
 
@@ -151,31 +157,32 @@ def _solve(
     codes: dict[str, QTensor],
     health: dict[str, dict[str, float]],
 ) -> None:
-    entry, part = members[0]
+    entry, _ = members[0]
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
-    weights = [_weight(skeleton, part) for _, part in members]
+    names = [each.module(part) for each, part in members]
+    weights = [_weight(skeleton, name) for name in names]
     step = entry.steps[-1]
-    leader = observer.leader.get(part.module, part.module)
+    leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
     noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
-    for (each, part), weight in zip(members, weights, strict=True):
+    for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
-            raise NumericsError(f"{each.tensor.name}: NaN or Inf in {part.module}; the checkpoint is damaged, fetch or train it again")
+            raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
     if step.gptq is None:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
-        for (_, part), weight in zip(members, weights, strict=True):
-            codes[part.module] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            health[part.module] = dict(noted)
+        for name, weight in zip(names, weights, strict=True):
+            codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
+            health[name] = dict(noted)
         return
-    hessian = observer.get(part.module, "hessian").value
+    hessian = observer.get(names[0], "hessian").value
     if leader in smoothed:
         hessian = smoothing.smoothed_hessian(hessian, smoothed[leader].scales)
     options = step.gptq
     try:
         factor = gptq.factorise(hessian, damping=options.damping, activation_order=options.activation_order)
     except gptq.FactorisationError as error:
-        raise NumericsError(f"{part.module}: {error}") from None
+        raise NumericsError(f"{names[0]}: {error}") from None
     results = gptq.quantize_together(
         weights,
         entry.scheme.weight,
@@ -185,15 +192,15 @@ def _solve(
         static_groups=options.static_groups,
         clip_search=CLIP_RATIOS if options.clip else (),
     )
-    for (_, part), result in zip(members, results, strict=True):
-        codes[part.module] = result.qtensor
-        health[part.module] = {**noted, "damping": result.damping, "dead": float(result.dead)}
+    for name, result in zip(names, results, strict=True):
+        codes[name] = result.qtensor
+        health[name] = {**noted, "damping": result.damping, "dead": float(result.dead)}
 
 
-def _weight(skeleton: Skeleton, part: Part) -> torch.Tensor:
+def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
     """(out, in) in float32, as it is now."""
     from transformers.pytorch_utils import Conv1D
 
-    module = skeleton.model.get_submodule(part.module)
+    module = skeleton.model.get_submodule(name)
     weight: torch.Tensor = module.weight.detach()
     return (weight.T if isinstance(module, Conv1D) else weight).float()

@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from convert.coded import Coded, CodedReader, decoded_specs, describe_layer
-from formats.dtypes import DTYPES, FLOATS
+from convert.coded import Coded, CodedReader, decode
+from formats.dtypes import DTYPES
 from formats.errors import FormatError, MachineError, SourceError
-from formats.existing import SIDE_FILE, read_quantization
+from formats.existing import SIDE_FILE
 from formats.gguf import GgufFile, open_gguf
 from formats.manifest import hash_file
 from formats.safetensors import (
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from formats.qtensor import QTensor
+    from formats.scheme import Quantization
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Checkpoint:
     ``tensors`` is ordered by file and offset. ``float_dtype``: what floats are stored in when the recipe says ``source``
     and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
     ``base_model`` is a Hub id, where the model has one. ``coded``: the tensors that are quantized already, and how; what is read of them
-    is float32.
+    is float32. ``cache``: how it quantizes keys and values, ``cache_scales`` the tensors that hold their scales.
     """
 
     origin: str
@@ -145,22 +145,22 @@ class Checkpoint:
     base_model: str | None = None
     download_bytes: int = 0
     coded: Mapping[str, Coded] = field(default_factory=dict)
+    cache: Quantization | None = None
+    cache_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
     def codes(self, name: str, start: int, stop: int) -> QTensor:
-        """Rows ``[start, stop)`` of a tensor of :attr:`coded` as they are stored; ``start`` must be where a tile begins."""
+        """Output features ``[start, stop)`` of a tensor of :attr:`coded` as they are stored; ``start`` must be where a tile begins."""
         assert isinstance(self.reader, CodedReader)
         return self.reader.codes(name, start, stop)
 
-    def input_scale(self, name: str) -> float | None:
-        """The scale of the static input of a linear layer, by its weight, where the source has one."""
-        coded = self.coded.get(name)
-        if coded is None or coded.input_scale is None or not isinstance(self.reader, CodedReader):
-            return None
-        return self.reader.scalar(coded.input_scale)
+    def scales(self, name: str) -> list[float]:
+        """The values of a tensor that holds scales of inputs, keys or values."""
+        assert isinstance(self.reader, CodedReader)
+        return self.reader.values(name)
 
     @property
     def pinned(self) -> str:
@@ -171,7 +171,7 @@ class Checkpoint:
         """What must not change while a conversion is interrupted: names, sizes and, for local files, their times of change."""
         local = [] if self.commit else [self.reader.path(file.name).stat().st_mtime_ns for file in self.files]
         specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors.values()]
-        coded = {name: repr(how) for name, how in self.coded.items()}
+        coded = [{name: repr(how) for name, how in self.coded.items()}, repr(self.cache), sorted(self.cache_scales)]
         return [self.origin, self.commit, dict(self.config), coded, [[file.name, file.size_bytes] for file in self.files], local, specs]
 
 
@@ -226,7 +226,7 @@ def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
         folder=folder,
         licence=_licence(folder / "README.md"),
     )
-    return _decoded(checkpoint, folder / SIDE_FILE)
+    return _decoded(checkpoint, folder / SIDE_FILE, lambda names: [_bytes_of(located[name], folder / located[name].file) for name in names])
 
 
 def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
@@ -314,7 +314,16 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         base_model=repo,
         download_bytes=sum(file.size_bytes for file in files if not cached[file.name]),
     )
-    return _decoded(checkpoint, folder / SIDE_FILE)
+
+    def peek(names: list[str]) -> list[bytes]:
+        def one(name: str) -> bytes:
+            item, local = located[name], cached[located[name].file]
+            return _bytes_of(item, local) if local else _retried(lambda: _remote_bytes(repo, commit, item))
+
+        with _hub_errors(repo, revision), ThreadPoolExecutor(8) as pool:
+            return list(pool.map(one, names))
+
+    return _decoded(checkpoint, folder / SIDE_FILE, peek)
 
 
 def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
@@ -452,33 +461,28 @@ def _read_config(path: Path, origin: str) -> dict[str, Any]:
     return config
 
 
-def _decoded(checkpoint: Checkpoint, side: Path) -> Checkpoint:
+def _decoded(checkpoint: Checkpoint, side: Path, peek: Callable[[list[str]], list[bytes]]) -> Checkpoint:
     """A checkpoint whose weights may be codes, as one of floats; ``side`` is ModelOpt's legacy file, which need not exist."""
     specs = checkpoint.tensors
-    existing = read_quantization(checkpoint.config, specs, read_json(side) if side.is_file() else None)
-    if existing is None:
+    found = decode(checkpoint.config, specs, read_json(side) if side.is_file() else None, checkpoint.origin, peek=peek)
+    if found is None:
         return checkpoint
-    dtype = _kept_dtype(checkpoint.config, specs)
-    tensors = decoded_specs(existing, specs, dtype, checkpoint.origin)
-    layers = {f"{layer.module}.weight": layer for layer in existing.layers}
     return replace(
         checkpoint,
-        config={key: value for key, value in checkpoint.config.items() if key != "quantization_config"},
-        tensors=tensors,
-        file_of={name: checkpoint.file_of[layers[name].codes if name in layers else name] for name in tensors},
-        reader=CodedReader(checkpoint.reader, layers, specs),
-        coded={name: describe_layer(existing, layer, specs) for name, layer in layers.items()},
+        config=found.config,
+        tensors=found.tensors,
+        file_of={name: checkpoint.file_of[found.layers[name].codes if name in found.layers else name] for name in found.tensors},
+        reader=CodedReader(checkpoint.reader, found, specs),
+        coded=found.coded,
+        cache=found.cache,
+        cache_scales=found.cache_scales,
     )
 
 
-def _kept_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
-    """What a quantized model's weights were, and its activations are: what the config says, or most of its embeddings and norms are in."""
-    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    spelled = {DTYPES[name].torch_name: name for name in FLOATS}
-    if said in spelled:
-        return spelled[said]
-    counted = Counter({name: sum(spec.elements for spec in specs.values() if spec.dtype == name) for name in FLOATS})
-    return counted.most_common(1)[0][0] if counted.total() else "BF16"
+def _bytes_of(item: Located, path: Path) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(item.start)
+        return stream.read(item.stop - item.start)
 
 
 def _refuse_pickles(names: Iterable[str], origin: str) -> None:
@@ -564,6 +568,13 @@ def _remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[s
     if length > len(raw):
         raw += system.cat_file(path, start=len(raw), end=length)
     return parse_header(raw, file, size_bytes)[0]
+
+
+def _remote_bytes(repo: str, commit: str, item: Located) -> bytes:
+    from huggingface_hub import HfFileSystem
+
+    raw: bytes = HfFileSystem(skip_instance_cache=True).cat_file(f"{repo}@{commit}/{item.file}", start=item.start, end=item.stop)
+    return raw
 
 
 @contextmanager

@@ -16,14 +16,14 @@ Everything else is stored in the dtype of the model.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from formats.errors import FormatError
 from formats.layer import Attention, Contents, LayerNames, LayerTensors
 from formats.safetensors import TensorSpec
 from formats.scheme import Scheme
+from formats.skips import skip_list
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 #: Activations of at least this magnitude are multiplied in 16 bit (LLM.int8(), arXiv:2208.07339, section 3.2); only readers use it.
 THRESHOLD = 6.0
-
-_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str | None:  # noqa: ARG001
@@ -84,7 +82,7 @@ def config(contents: Contents) -> dict[str, Any] | None:
                 "and bitsandbytes replaces no other class; keep it with a rule"
             )
     kept = [module for module in contents.kept if contents.replaceable is None or module in contents.replaceable]
-    skipped = skip_modules([layer.module for layer in contents.layers], kept, contents.skipped)
+    skipped = skip_list([layer.module for layer in contents.layers], kept, contents.skipped)
     return quantization_config(skipped, **contents.options)
 
 
@@ -96,28 +94,6 @@ def metadata(tensors: Sequence[TensorSpec], contents: Contents) -> dict[str, str
 def side_files(contents: Contents) -> dict[str, bytes]:  # noqa: ARG001
     """Files beside ``config.json`` that a reader wants: none."""
     return {}
-
-
-def converts(module: str, skip_modules: Iterable[str]) -> bool:
-    """Whether a reader replaces a linear module, given ``llm_int8_skip_modules``: each a prefix that ends where a name does, as a
-    regular expression, or a suffix that may begin anywhere (transformers 5.23 ``quantizers_utils.should_convert_module``)."""
-    return not any(re.match(f"(?:{pattern}){_BOUNDARY}", module) or module.endswith(pattern) for pattern in skip_modules)
-
-
-def skip_modules(quantized: Iterable[str], kept: Sequence[str], automatic: Sequence[str]) -> list[str] | None:
-    """``llm_int8_skip_modules`` that makes readers replace ``quantized`` and leave ``kept``.
-
-    ``automatic``: what transformers leaves alone when nothing is said, which None then means. Raises :class:`FormatError` when no list
-    says it: a kept module's name ends the name of a quantized one.
-    """
-    quantized = list(quantized)
-    if all(converts(module, automatic) for module in quantized) and not any(converts(module, automatic) for module in kept):
-        return None
-    for module in quantized:
-        if not converts(module, kept):
-            caught = next(name for name in kept if not converts(module, [name]))
-            raise FormatError(f"{module} cannot be quantized where {caught} is kept: readers of bitsandbytes would leave both alone")
-    return list(kept)
 
 
 def quantization_config(skipped: Sequence[str] | None, *, llm_int8_threshold: float = THRESHOLD) -> dict[str, Any]:

@@ -22,10 +22,11 @@ the model, which transformers casts them to at load anyway; they multiply. A sym
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from formats.layer import Attention, Contents, LayerNames, LayerTensors
+from formats.layer import Attention, Contents, LayerNames, LayerTensors, QuantizedLayer, static_scale
 from formats.safetensors import TensorSpec
 from formats.scheme import BLOCK_128, CACHES, PER_TENSOR, SCHEMES, Quantization, Scheme
 
@@ -41,7 +42,10 @@ _PACKED = 4
 def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str | None:
     """Why this format cannot hold a layer of this scheme and shape (out, in), or None. ``transposed``: the source stores (in, out)."""
     if transposed:
-        return "its weight is stored transposed (Conv1D), and readers of compressed-tensors replace Linear modules only"
+        return (
+            "its weight is stored transposed (Conv1D), and readers of compressed-tensors take codes of Linear modules only; "
+            "bitsandbytes holds it (scheme llm-int8), or keep it with a rule"
+        )
     if scheme.weight.scale == "F32":
         return "compressed-tensors keeps scales in the dtype of the model"
     if scheme.weight.scale == "absmax":
@@ -88,17 +92,11 @@ def constants(weight: TensorSpec, scheme: Scheme, input_absmax: float | None) ->
     """The tensors that are written once a layer. ``input_absmax``: the largest magnitude calibration saw come in, for a static scheme."""
     import torch
 
-    from formats.dtypes import DTYPES
-
     if _is_packed(scheme):
         return {f"{weight.name}_shape": torch.tensor(weight.matrix_shape)}
     if not scheme.static:
         return {}
-    assert scheme.activation is not None
-    assert input_absmax is not None
-    # In float64, so that a scale that was multiplied by the largest code comes back as it was.
-    scale = torch.tensor([input_absmax], dtype=torch.float64) / scheme.activation.grid.high
-    return {f"{LayerNames.of(weight.name).module}.input_scale": scale.to(getattr(torch, DTYPES[weight.dtype].torch_name))}
+    return {f"{LayerNames.of(weight.name).module}.input_scale": static_scale(scheme, input_absmax, weight.dtype).reshape(1)}
 
 
 def decode(weight: TensorSpec, tensors: Mapping[str, torch.Tensor], scheme: Scheme) -> QTensor:
@@ -132,11 +130,13 @@ def config(contents: Contents) -> dict[str, Any] | None:
     groups = {}
     for i, name in enumerate(names):
         scheme = SCHEMES[name]
-        modules = [layer.module for layer in layers if layer.scheme == name]
+        # Experts by what they have in common: transformers finds their scheme by such a pattern, and vLLM asks for them under other
+        # names than Mixtral's; and there may be thousands.
+        modules = dict.fromkeys(target for layer in layers if layer.scheme == name for target in _names(layer))
         # vLLM's head is a ParallelLMHead, which "Linear" does not name.
-        everywhere = ["Linear", *(layer.module for layer in layers if layer.head)]
+        everywhere = ["Linear", *(target for layer in layers if layer.head for target in _names(layer))]
         groups[f"group_{i}"] = {
-            "targets": everywhere if len(names) == 1 else modules,
+            "targets": everywhere if len(names) == 1 else list(modules),
             "weights": _arguments(scheme.weight),
             "input_activations": None if scheme.activation is None else _arguments(scheme.activation, activation=True),
             "output_activations": None,
@@ -148,7 +148,7 @@ def config(contents: Contents) -> dict[str, Any] | None:
         "format": "dense" if not formats else formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(contents.kept),
+        "ignore": [*contents.kept, *(_inside(experts) for experts in contents.kept_experts)],
         "kv_cache_scheme": None if contents.cache is None else _cache_arguments(CACHES[contents.cache]),
     }
 
@@ -161,6 +161,16 @@ def metadata(tensors: Sequence[TensorSpec], contents: Contents) -> dict[str, str
 def side_files(contents: Contents) -> dict[str, bytes]:  # noqa: ARG001
     """Files beside ``config.json`` that a reader wants: none."""
     return {}
+
+
+def _names(layer: QuantizedLayer) -> tuple[str, ...]:
+    if layer.experts:
+        return (_inside(layer.experts),)
+    return (layer.module, layer.stored) if layer.stored not in ("", layer.module) else (layer.module,)
+
+
+def _inside(module: str) -> str:
+    return f"re:{re.escape(module)}\\..+"
 
 
 def _is_packed(scheme: Scheme) -> bool:

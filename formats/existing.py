@@ -27,6 +27,7 @@ from formats.dtypes import FLOATS
 from formats.errors import FormatError
 from formats.safetensors import TensorSpec
 from formats.scheme import FP8_E4M3, INT8, PER_CHANNEL, PER_TENSOR, PER_TOKEN, Quantization, Tile
+from formats.skips import skips
 
 #: Last parts of the names of output heads.
 HEADS = ("lm_head", "embed_out", "output", "score", "classifier", "proj_out")
@@ -154,7 +155,6 @@ def linear_modules(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
 
     Routers of experts are among them: some readers have them as Linear, some do not.
     """
-    conv1d = config.get("model_type") in _CONV1D_MODELS
     found = []
     for name, spec in tensors.items():
         module, _, last = name.rpartition(".")
@@ -162,10 +162,15 @@ def linear_modules(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
             continue
         if _EMBEDDINGS.search(module) and not is_head(module):
             continue
-        if conv1d and module.rpartition(".")[2] in _CONV1D:
+        if is_conv1d(config, module):
             continue
         found.append(module)
     return tuple(found)
+
+
+def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight a model keeps (in, out), by the model's type and the module's name."""
+    return config.get("model_type") in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
 
 
 def is_head(module: str) -> bool:
@@ -195,19 +200,6 @@ def matches_name(module: str, pattern: str) -> bool:
 def is_class_name(pattern: str) -> bool:
     """Whether a target is the name of a module's class: ``Linear``, ``ParallelLMHead``."""
     return pattern.isidentifier() and pattern[0].isupper()
-
-
-def skips(module: str, patterns: Iterable[str]) -> bool:
-    """transformers ``quantizers/quantizers_utils.py``, ``should_convert_module``, negated."""
-    for key in patterns:
-        if module.endswith(key):
-            return True
-        try:
-            if re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module):
-                return True
-        except re.error:
-            continue
-    return False
 
 
 def excludes(module: str, patterns: Iterable[str]) -> bool:

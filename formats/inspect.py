@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from formats.compatibility import Line, matrix, parts_of_folder
 from formats.dtypes import FLOATS
 from formats.errors import FormatError
+from formats.existing import SIDE_FILE, section_of
 from formats.manifest import MANIFEST, read_manifest
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
 
@@ -38,11 +40,50 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
+def compatibility(folder: Path) -> dict[str, Any]:
+    """Plain data: ``path``, ``format``, ``schemes``, and the ``matrix`` of :func:`formats.compatibility.matrix`, each line with its rows.
+
+    Raises :class:`FormatError` when ``folder`` holds no model, or a quantization that cannot be understood.
+    """
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder; the matrix is of a whole model")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / 'config.json'}: not a JSON object")
+    side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else None
+    name, parts = parts_of_folder(config, {name: item.spec for name, item in read_folder(folder).items()}, side)
+    return {
+        "path": str(folder),
+        "format": name,
+        "schemes": [part.scheme or "one that has no name here" for part in parts],
+        "matrix": [_line_record(line) for line in matrix(name, parts)],
+    }
+
+
+def _line_record(line: Line) -> dict[str, Any]:
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for place, row in line.rows.items():
+        if row is not None:
+            note = "; ".join(filter(None, (row.note, f"wants {row.shape}" if row.shape else "")))
+            rows.setdefault((line.kernels[place], row.evidence, note), []).append(place)
+    return {
+        "runtime": line.runtime,
+        "versions": list(line.versions),
+        "kernels": dict(line.kernels),
+        "rows": [{"hardware": places, "kernel": kernel, "evidence": said, "note": note} for (kernel, said, note), places in rows.items()],
+    }
+
+
 def _inspect_folder(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     located = read_folder(folder)
+    side = folder / SIDE_FILE
+    try:
+        section = section_of(config, read_json(side) if side.is_file() else None)
+    except FormatError:  # of a format that is not read here, or broken: it is shown as it is
+        section = ("", config.get("quantization_config") or {})
     found: dict[str, Any] = {
         "path": str(folder),
         "model": {
@@ -50,7 +91,7 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
             for key in ("architectures", "model_type", "dtype", "hidden_size", "num_hidden_layers", "vocab_size")
             if config.get(key)
         },
-        "quantization": config.get("quantization_config") or "none",
+        "quantization": dict(section[1]) if section else "none",
         "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
     }
     if (folder / MANIFEST).exists():

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from formats.dtypes import DTYPES
 from formats.safetensors import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from formats.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,15 @@ class LayerTensors:
 @dataclass(frozen=True)
 class QuantizedLayer:
     """One quantized linear layer of an artifact: the runtime's module, its scheme's name, ``shape`` (out, in), and whether it is the
-    output head."""
+    output head. ``stored``: what its tensors are called on disk, where that is not the module. ``experts``: of an expert, what the name of
+    every expert of its layer begins with; no module of transformers has such a name."""
 
     module: str
     scheme: str
     shape: tuple[int, int]
     head: bool = False
+    stored: str = ""
+    experts: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class Attention:
 class Contents:
     """What a format must know of a whole artifact to describe it.
 
-    ``kept``: modules of linear layers that stay in ``dtype`` (a safetensors name). ``cache``: a name of
+    ``kept``: modules of linear layers that stay in ``dtype`` (a safetensors name), routers too, under every name they have;
+    ``kept_experts``: what the names of experts begin with that stay in it. ``cache``: a name of
     :data:`~formats.scheme.CACHES`, for ``attentions``. ``replaceable``: modules that readers of bitsandbytes may replace by 8-bit ones,
     None where that is not known; ``skipped``: patterns they leave alone unless told which. ``options``: what only this format can say.
     """
@@ -74,3 +85,16 @@ class Contents:
     replaceable: frozenset[str] | None = None
     skipped: Sequence[str] = ()
     options: Mapping[str, float] = field(default_factory=dict)
+    kept_experts: Sequence[str] = ()
+
+
+def static_scale(scheme: Scheme, input_absmax: float | None, dtype: str) -> torch.Tensor:
+    """(): what the codes of a static input are multiplied by, rounded to ``dtype`` (a safetensors name), which readers will do.
+    ``input_absmax``: the largest magnitude that calibration saw come in."""
+    import torch
+
+    assert scheme.activation is not None
+    assert input_absmax is not None
+    # In float64, so that a scale that was multiplied by the largest code comes back as it was.
+    scale = torch.tensor(input_absmax, dtype=torch.float64) / scheme.activation.grid.high
+    return scale.to(getattr(torch, DTYPES[dtype].torch_name))

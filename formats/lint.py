@@ -32,11 +32,11 @@ from formats.existing import (
     is_tied,
     matches_name,
     read_quantization,
-    skips,
 )
 from formats.manifest import CHUNK_BYTES
 from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, TensorSpec, read_folder, read_header, read_json
 from formats.scheme import PER_TENSOR, Quantization
+from formats.skips import skips
 
 ERROR, WARNING = "error", "warning"
 _AGAIN = "fetch or make the checkpoint again"

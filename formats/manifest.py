@@ -31,7 +31,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``source``: origin, commit, licence, base_model (a Hub id or null), and a digest of every weight file.
+    """``source``: origin, commit, licence, base_model (a Hub id or null), a digest of every weight file, and ``dropped``, scales of a
+    quantized source that nothing here comes from. ``note`` of a ledger's record: what became of codes that the source had.
 
     ``recipe``: the whole job, defaults spelled out. ``calibration``: which text was read, null where none was. ``ledger``: one record for
     every tensor of the source, and for every tensor that was added to them. ``files``: all but this one and the model card.

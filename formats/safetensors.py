@@ -12,7 +12,7 @@ import math
 import os
 import reprlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -185,10 +185,8 @@ def join_shards(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str
     return tensors
 
 
-def lay_out(
-    specs: Sequence[TensorSpec], metadata: Callable[[Sequence[TensorSpec]], Mapping[str, str]], max_shard_bytes: int
-) -> tuple[Shard, ...]:
-    """Decides files, headers and offsets of ``specs``, in their order, before any byte exists. ``metadata``: that of a file with these.
+def lay_out(specs: Sequence[TensorSpec], metadata: Mapping[str, str], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Decides files, headers and offsets of ``specs``, in their order, before any byte exists. ``metadata``: that of every file.
 
     A file is closed before it would pass ``max_shard_bytes`` of tensors (a larger tensor gets a file of its own). Within a file
     tensors keep their order as long as their sizes are multiples of eight, so that every offset is aligned to its dtype
@@ -205,7 +203,7 @@ def lay_out(
         filled += spec.size_bytes
     count = len(groups)
     return tuple(
-        _lay_out_file(SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata(group))
+        _lay_out_file(SINGLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata)
         for i, group in enumerate(groups, start=1)
     )
 

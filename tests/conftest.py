@@ -30,11 +30,24 @@ targets:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        for marker in item.iter_markers("runtime"):
+            if missing := _missing(marker.args[0]):
+                item.add_marker(pytest.mark.skip(reason=missing))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _missing(runtime: str) -> str | None:
+    """Why a runtime with an environment of its own cannot be run here."""
+    from convert import environments
+    from formats.errors import MachineError
+
+    try:
+        environments.require(runtime)
+    except MachineError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,18 @@ from typing import Any
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
 FFN = {"intermediate_size": 96}
 GQA = {"num_key_value_heads": 2}
+MLA = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 #: family -> (model class, config class, settings); all of transformers.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -17,18 +29,50 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SMALL, **FFN, **GQA, "head_dim": 16}),
+    "phi": ("PhiForCausalLM", "PhiConfig", {**SMALL, **FFN}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SMALL, **FFN, **GQA, "pad_token_id": 0}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SMALL, **FFN}),
     "opt": ("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "falcon": ("FalconForCausalLM", "FalconConfig", SMALL),
     "bert": ("BertModel", "BertConfig", {**SMALL, **FFN}),
+    "roberta": ("RobertaModel", "RobertaConfig", {**SMALL, **FFN}),
+    "distilbert": ("DistilBertModel", "DistilBertConfig", {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 300}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**SMALL, **FFN, **GQA, "num_local_experts": 4}),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         {**SMALL, **FFN, **GQA, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**SMALL, **FFN, **GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40},
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", {**SMALL, **FFN, **MLA, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**SMALL, **FFN, **MLA, "q_lora_rank": 24, "n_group": 2, "topk_group": 1}),
+    # All experts of a layer in one tensor: (experts, in, out), and (experts, out, in).
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**SMALL, **FFN, **GQA, "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "pad_token_id": 0},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        {
+            **SMALL,
+            **GQA,
+            "head_dim": 16,
+            "layer_types": ["full_attention", "full_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
+    # Gates and ups row by row in turn, and biases.
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**SMALL, **FFN, **GQA, "head_dim": 16, "num_local_experts": 4, "pad_token_id": 0}),
 }
 
 

@@ -6,19 +6,45 @@ of this package, so that it can run under the interpreter of another virtual env
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it cannot load ``formats``."""
+    """``program`` is run as ``python -m``; ``needs`` are the distributions without which it does not run, ``formats`` what it loads, and
+    which further distributions it needs for each. With ``environment`` it is run as a file, by the interpreter that
+    :func:`convert.environments.require` finds.
+
+    ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
+    can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
+    8 bit itself.
+    """
 
     program: str
-    formats: tuple[str, ...]
+    formats: Mapping[str, tuple[str, ...]]
     needs: tuple[str, ...]
+    environment: bool = False
+    fuses: bool = False
+    merges: frozenset[str] | None = None
+
+
+#: What ``CompressedTensorsDequantize`` of transformers 5.23 (``integrations/compressed_tensors.py``) takes apart, each seen to load:
+#: FP8 with scales a channel, and packed INT8. Codes of other schemes end in its error "issues during automatic conversion".
+_MERGED = frozenset(("fp8-dynamic", "fp8-weight-only", "int8-weight-only", *(f"int8-weight-only-g{size}" for size in (32, 64, 128))))
 
 
 RUNTIMES = {
-    "transformers": Runtime("convert.runtimes.transformers", formats=("compressed-tensors",), needs=("transformers", "compressed-tensors")),
-    "bitsandbytes": Runtime("convert.runtimes.bitsandbytes", formats=("bitsandbytes",), needs=("transformers", "bitsandbytes")),
+    "transformers": Runtime(
+        "convert.runtimes.transformers",
+        formats={"compressed-tensors": ("compressed-tensors",), "fp8": ("accelerate",), "torchao": ("torchao",)},
+        needs=("transformers",),
+        merges=_MERGED,
+    ),
+    "bitsandbytes": Runtime(
+        "convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",), merges=frozenset()
+    ),
+    "vllm": Runtime(
+        "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True
+    ),
 }

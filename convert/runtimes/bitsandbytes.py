@@ -9,23 +9,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from convert.runtimes.transformers import measure
+from convert.runtimes.transformers import measure, model_class
 
 
 def main(request_path: str, answer_path: str) -> None:
     """Answers one request."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
     config = json.loads((Path(request["artifact"]) / "config.json").read_text())
     quantize = {} if "quantization_config" in config else {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class(config).from_pretrained(
         request["artifact"],
         dtype=request["dtype"],
         device_map={"": request["device"]},
@@ -34,7 +33,6 @@ def main(request_path: str, answer_path: str) -> None:
         **quantize,
     )
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
-    answer["versions"]["bitsandbytes"] = version("bitsandbytes")
     Path(answer_path).write_text(json.dumps(answer))
 
 

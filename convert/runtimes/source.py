@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.runtimes.transformers import measure, peak_bytes
+from convert.runtimes.transformers import measure, model_class, peak_bytes
 from convert.source import open_source
+from formats.dtypes import DTYPES
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -56,10 +57,12 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
 
         def write(_: int, output: Any) -> None:
             nonlocal vocabulary
-            vocabulary = output.logits.shape[-1]
-            output.logits[0].float().cpu().numpy().tofile(stream)
+            given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
+            vocabulary = given.shape[-1]
+            given[0].float().cpu().numpy().tofile(stream)
 
-        batches = [{"input_ids": sequence[None], "use_cache": False} for sequence in tokens]
+        predicts = bool(skeleton.model.can_generate())
+        batches = [{"input_ids": sequence[None], **({"use_cache": False} if predicts else {})} for sequence in tokens]
         for _ in walk(skeleton, batches, device=request["device"], place="host", finish=write):
             pass
     on_gpu = request["device"] != "cpu"
@@ -72,8 +75,9 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
         "decode_tokens_per_second": 0.0,
         "generated": [],
         "vocabulary": vocabulary,
+        "predicts": predicts,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
 
@@ -84,26 +88,24 @@ def _weighted(model: Any) -> list[tuple[str, Any]]:
 def load(request: dict[str, Any]) -> Any:
     """The request's ``model`` in its ``dtype``, on the CPU."""
     import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
     for file in checkpoint.files:
         checkpoint.reader.path(file.name)
     if checkpoint.folder is not None and not checkpoint.coded:
-        return AutoModelForCausalLM.from_pretrained(
+        return model_class(dict(checkpoint.config)).from_pretrained(
             str(checkpoint.folder), dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
         )
     config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
-    dtype = torch.float32 if request["dtype"] == "auto" else getattr(torch, request["dtype"])
+    # Of codes, "auto" is the dtype that their config names for the model; a GGUF decodes to float32.
+    own = DTYPES[checkpoint.tensors[next(iter(checkpoint.coded))].dtype if checkpoint.coded else "F32"].torch_name
+    dtype = getattr(torch, own if request["dtype"] == "auto" else request["dtype"])
     weights = {
         name: checkpoint.reader.read(name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(dtype)
         for name, spec in checkpoint.tensors.items()
     }
-    return getattr(transformers, checkpoint.config["architectures"][0]).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype
-    )
+    return model_class(dict(checkpoint.config)).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 if __name__ == "__main__":

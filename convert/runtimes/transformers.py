@@ -4,12 +4,13 @@ Run as ``python -m convert.runtimes.transformers REQUEST ANSWER``, both JSON fil
 any interpreter with transformers can run it.
 
 Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``logits`` (file to write: float32 (sequences, length,
-vocabulary), raw), ``prompt`` (token ids), ``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``,
-``trust_remote_code``.
+vocabulary), raw; of a model that predicts no tokens its last hidden states, or whatever logits it has), ``prompt`` (token ids),
+``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``, ``trust_remote_code``.
 
-Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``weight_bytes``, ``peak_bytes``,
-``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated`` (token ids), ``vocabulary``, ``device``,
-``versions``.
+Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``dequantized`` (whether loading turned codes into
+floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated``
+(token ids, none where it predicts none), ``vocabulary`` (the last axis of what was written), ``predicts`` (whether that is logits of next
+tokens), ``device``, ``versions``.
 """
 
 from __future__ import annotations
@@ -20,20 +21,33 @@ import time
 from pathlib import Path
 from typing import Any
 
+#: What decodes a ``quant_method``, beside transformers itself.
+_DECODERS = {"compressed-tensors": "compressed-tensors", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
+
 
 def main(request_path: str, answer_path: str) -> None:
     """Answers one request."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        request["artifact"], dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
-    ).to(request["device"])
+    config = json.loads((Path(request["artifact"]) / "config.json").read_text())
+    model = (
+        model_class(config)
+        .from_pretrained(request["artifact"], dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"])
+        .to(request["device"])
+    )
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
     Path(answer_path).write_text(json.dumps(answer))
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """The class that a ``config.json`` names, or one that finds the code which comes with the model."""
+    import transformers
+
+    named = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    return named or transformers.AutoModelForCausalLM
 
 
 def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict[str, Any]:
@@ -45,39 +59,50 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
 
     model.eval()
     module_dtypes = {name: _weight_dtype(module) for name, module in model.named_modules() if _weight_dtype(module)}
-    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    weights = {part.data_ptr(): part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in _stored(tensor)}
     device = request["device"]
     tokens = torch.from_numpy(np.load(request["tokens"])).to(device)
     seconds = 0.0
     vocabulary = 0
+    predicts = bool(model.can_generate())
+    generated = torch.empty(0, dtype=torch.long)
+    decode_seconds = 0.0
     with torch.inference_mode(), Path(request["logits"]).open("wb") as stream:
         for sequence in tokens:
             started = time.perf_counter()
-            logits = model(input_ids=sequence[None], use_cache=False).logits[0].float().cpu()
+            output = model(input_ids=sequence[None], **({"use_cache": False} if predicts else {}))
+            given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
+            logits = given[0].float().cpu()
             seconds += time.perf_counter() - started
             vocabulary = logits.shape[-1]
             logits.numpy().tofile(stream)
-        prompt = torch.tensor([request["prompt"]], device=device)
-        started = time.perf_counter()
-        generated = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request["new_tokens"],
-            do_sample=False,
-        )[0, prompt.shape[1] :]
-        decode_seconds = time.perf_counter() - started
+        if predicts:
+            prompt = torch.tensor([request["prompt"]], device=device)
+            started = time.perf_counter()
+            generated = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=request["new_tokens"],
+                do_sample=False,
+            )[0, prompt.shape[1] :]
+            decode_seconds = time.perf_counter() - started
     on_gpu = device != "cpu"
+    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    decoders = [_DECODERS[method]] if method in _DECODERS else []
     return {
         "module_dtypes": module_dtypes,
+        "dequantized": bool(getattr(quantization, "dequantize", False)),
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "load_seconds": load_seconds,
         "prefill_tokens_per_second": tokens.numel() / seconds,
-        "decode_tokens_per_second": len(generated) / decode_seconds,
+        "decode_tokens_per_second": len(generated) / decode_seconds if predicts else 0.0,
         "generated": generated.tolist(),
         "vocabulary": vocabulary,
+        "predicts": predicts,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+        "versions": {name: version(name) for name in ("torch", "transformers", *decoders)},
     }
 
 
@@ -92,8 +117,16 @@ def _weight_dtype(module: Any) -> str | None:
     for name in ("weight", "weight_packed"):
         tensor = getattr(module, "_parameters", {}).get(name)
         if tensor is not None:
-            return str(tensor.dtype).removeprefix("torch.")
+            return str(_stored(tensor)[0].dtype).removeprefix("torch.")
     return None
+
+
+def _stored(tensor: Any) -> list[Any]:
+    """The plain tensors that a tensor is made of, its codes first: torchao's weights claim the dtype that they stand for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(tensor, name))]
 
 
 if __name__ == "__main__":

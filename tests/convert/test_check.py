@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import pipeline
-from convert.divergence import compare_logits
+from convert.divergence import compare_logits, compare_states
 from convert.numbers import compare
 from convert.report import read_report, report_path
 from convert.text import TEXTS, _read_text
@@ -146,15 +146,6 @@ def test_a_jsonl_text_is_read_by_its_text_key(tmp_path: Path) -> None:
         _read_text(str(tmp_path / "t.jsonl"), "validation")
 
 
-def test_a_model_that_predicts_no_tokens_is_converted_and_not_compared(tmp_path: Path, recipe_for: Any) -> None:
-    from families import save_family
-
-    folder = save_family("bert", tmp_path)
-    with pytest.raises(InputError, match="it predicts no tokens"):
-        pipeline.convert(recipe_for(folder), tmp_path / "out")
-    assert pipeline.convert(recipe_for(folder), tmp_path / "out", check=False).artifacts[0].path.exists()
-
-
 # --- the measure itself ---
 
 
@@ -191,6 +182,20 @@ def test_nan_logits_and_another_vocabulary_do_not_pass(tmp_path: Path) -> None:
     assert np.isnan(found.kl_nats)
     with pytest.raises(OctavoError, match="the vocabularies differ"):
         compare_logits(write(tmp_path / "a", logits), write(tmp_path / "b", np.zeros((1, 8, 6))), tokens, 5)
+
+
+def test_the_drift_is_the_mean_error_as_a_share_of_the_length(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(70, 5)).astype(np.float32), rng.normal(size=(70, 5)).astype(np.float32)
+    found = compare_states(write(tmp_path / "a", a), write(tmp_path / "b", b), 5)
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    assert found.vectors == 70
+    assert found.relative_error == pytest.approx((np.linalg.norm(a - b, axis=1) / lengths[0]).mean(), rel=1e-6)
+    assert found.cosine == pytest.approx(((a * b).sum(1) / lengths[0] / lengths[1]).mean(), rel=1e-6)
+    with pytest.raises(OctavoError, match="widths differ"):
+        compare_states(tmp_path / "a", write(tmp_path / "c", a[:-1]), 5)
+    b[3, 2] = np.nan
+    assert np.isnan(compare_states(tmp_path / "a", write(tmp_path / "b", b), 5).relative_error)
 
 
 def test_a_source_that_does_not_fit_runs_block_by_block_to_the_same_numbers(

@@ -47,19 +47,22 @@ def _batches() -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def _arguments(folder: Path) -> dict[str, Any]:
+    return {"use_cache": False} if FAMILIES[folder.name][0].endswith(("ForCausalLM", "LMHeadModel")) else {}
+
+
 def _plain(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
     import transformers
 
-    auto = transformers.AutoModel if folder.name == "bert" else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    arguments = {} if folder.name == "bert" else {"use_cache": False}
+    model = getattr(transformers, FAMILIES[folder.name][0]).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    arguments = _arguments(folder)
     with torch.no_grad():
         return [model(**batch, **arguments)[0] for batch in batches]
 
 
 def _walked(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]], **options: Any) -> tuple[list[torch.Tensor], list[str]]:
     outputs: dict[int, torch.Tensor] = {}
-    arguments = {} if folder.name == "bert" else {"use_cache": False}
+    arguments = _arguments(folder)
     skeleton = Skeleton(open_source(str(folder)), dtype=dtype)
     asked = [{**batch, **arguments} for batch in batches]
     order = [stand.name for stand in walk(skeleton, asked, finish=lambda i, out: outputs.update({i: out[0]}), **options)]

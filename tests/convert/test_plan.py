@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,13 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
         for name, module in model.named_modules()
         if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)) and module is not head
     }
-    seen = {parameter.modules[0] for parameter in found.parameters.values() if parameter.kind == "linear"}
-    assert seen == expected
+    of_kind = {
+        kind: {parameter.modules[0] for parameter in found.parameters.values() if parameter.kind == kind} for kind in ("linear", "router")
+    }
+    assert of_kind["linear"] == expected - of_kind["router"]
+    assert of_kind["router"] == {
+        name for name, _ in model.named_modules() if re.search(r"(mlp|feed_forward)\.(router|gate|shared_expert_gate)$", name)
+    }
     assert found.groups is not None
     assert {name for group in found.groups for name in group} == set(found.linears)
 

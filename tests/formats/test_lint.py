@@ -34,7 +34,7 @@ def write(folder: Path, tensors: dict[str, np.ndarray[Any, Any]], config: dict[s
     """A checkpoint by hand: float32, int8 and uint8 arrays."""
     names = {"float32": "F32", "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
     specs = [TensorSpec(name, names[array.dtype.name], array.shape) for name, array in tensors.items()]
-    (shard,) = lay_out(specs, lambda _: {"format": "pt"}, 1 << 40)
+    (shard,) = lay_out(specs, {"format": "pt"}, 1 << 40)
     content = bytearray(shard.header.ljust(shard.size_bytes))
     for item in shard.tensors:
         content[item.start : item.stop] = tensors[item.spec.name].tobytes()

@@ -68,7 +68,7 @@ def build(folder: Path) -> Path:
                 "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in outputs],
             }
         )
-    shards = lay_out(specs, lambda _: {"format": "pt"}, 150)
+    shards = lay_out(specs, {"format": "pt"}, 150)
     assert len(shards) == 3
     folder.mkdir()
     for shard in shards:

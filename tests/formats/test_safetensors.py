@@ -89,7 +89,7 @@ def as_read_here(file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 @given(specs, limits)
 def test_the_library_finds_every_tensor_at_the_offsets_that_lay_out_promised(specs: list[TensorSpec], limit: int) -> None:
     found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
-    for shard in lay_out(specs, lambda _: METADATA, limit):
+    for shard in lay_out(specs, METADATA, limit):
         tensors = as_the_library_reads(assemble(shard))
         assert not tensors.keys() & found.keys()
         found |= tensors
@@ -99,7 +99,7 @@ def test_the_library_finds_every_tensor_at_the_offsets_that_lay_out_promised(spe
 @settings(deadline=None, max_examples=100)
 @given(specs, limits)
 def test_what_is_laid_out_is_what_is_read_back_here(specs: list[TensorSpec], limit: int) -> None:
-    for shard in lay_out(specs, lambda _: METADATA, limit):
+    for shard in lay_out(specs, METADATA, limit):
         located, metadata = parse_header(assemble(shard), shard.file, shard.size_bytes)
         assert list(located.values()) == sorted(shard.tensors, key=lambda item: (item.start, item.stop))
         assert metadata == METADATA
@@ -108,7 +108,7 @@ def test_what_is_laid_out_is_what_is_read_back_here(specs: list[TensorSpec], lim
 @settings(deadline=None, max_examples=100)
 @given(specs, limits)
 def test_every_tensor_begins_at_a_multiple_of_its_element_size(specs: list[TensorSpec], limit: int) -> None:
-    for shard in lay_out(specs, lambda _: METADATA, limit):
+    for shard in lay_out(specs, METADATA, limit):
         assert [item for item in shard.tensors if item.start * 8 % DTYPES[item.spec.dtype].bits] == []
 
 
@@ -116,7 +116,7 @@ def test_every_tensor_begins_at_a_multiple_of_its_element_size(specs: list[Tenso
 @given(specs, limits)
 @example([TensorSpec("a", "U8", (3,)), TensorSpec("b", "U8", (4,)), TensorSpec("c", "U8", (3,))], 7)
 def test_a_shard_is_filled_to_the_maximum_and_passes_it_only_with_a_single_tensor(specs: list[TensorSpec], limit: int) -> None:
-    shards = lay_out(specs, lambda _: METADATA, limit)
+    shards = lay_out(specs, METADATA, limit)
     sizes = [[item.spec.size_bytes for item in shard.tensors] for shard in shards]
     assert all(sum(inside) <= limit or sum(size > 0 for size in inside) == 1 for inside in sizes)
     order = {spec.name: position for position, spec in enumerate(specs)}
@@ -130,7 +130,7 @@ def test_a_shard_is_filled_to_the_maximum_and_passes_it_only_with_a_single_tenso
 def test_tensors_keep_their_order_across_shards_and_within_one_when_they_are_multiples_of_eight(
     specs: list[TensorSpec], limit: int
 ) -> None:
-    shards = lay_out(specs, lambda _: METADATA, limit)
+    shards = lay_out(specs, METADATA, limit)
     order = {spec.name: position for position, spec in enumerate(specs)}
     per_shard = [sorted(order[item.spec.name] for item in shard.tensors) for shard in shards]
     assert [position for positions in per_shard for position in positions] == list(range(len(specs)))
@@ -144,7 +144,7 @@ def test_torch_loads_what_was_written_at_the_promised_offsets(tmp_path: Path) ->
     specs = [
         TensorSpec(f"t{i}", dtype, shape) for i, (dtype, shape) in enumerate((d, s) for d in DTYPES for s in ((), (0, 3), (1, 1), (7, 13)))
     ]
-    (shard,) = lay_out(specs, lambda _: METADATA, 1 << 30)
+    (shard,) = lay_out(specs, METADATA, 1 << 30)
     path = tmp_path / shard.file
     path.write_bytes(assemble(shard))
     tensors = safetensors.torch.load_file(path)
@@ -157,13 +157,13 @@ def test_torch_loads_what_was_written_at_the_promised_offsets(tmp_path: Path) ->
 
 
 def test_one_file_has_no_index_and_is_called_what_everybody_calls_it() -> None:
-    shards = lay_out([TensorSpec("a", "F32", (3,))], lambda _: METADATA, 1 << 20)
+    shards = lay_out([TensorSpec("a", "F32", (3,))], METADATA, 1 << 20)
     assert [shard.file for shard in shards] == [SINGLE_FILE] == ["model.safetensors"]
     assert index_json(shards) is None
 
 
 def test_nothing_to_write_is_an_empty_file_that_the_library_reads() -> None:
-    (shard,) = lay_out([], lambda _: METADATA, 1)
+    (shard,) = lay_out([], METADATA, 1)
     assert safetensors.deserialize(assemble(shard)) == []
 
 
@@ -173,7 +173,7 @@ STATE = {
 
 
 def written_in_shards(folder: Path, limit: int) -> tuple[Shard, ...]:
-    shards = lay_out([TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in STATE.items()], lambda _: {"format": "pt"}, limit)
+    shards = lay_out([TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in STATE.items()], {"format": "pt"}, limit)
     for shard in shards:
         file = bytearray(shard.header.ljust(shard.size_bytes, b"\xee"))
         for item in shard.tensors:
