@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -254,6 +255,9 @@ def main() -> None:
     from formats.errors import OctavoError
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # transformers imports torchao wherever it is installed, which warns of kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A polite kill is an interruption like any other: workers end their slab, the journal stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

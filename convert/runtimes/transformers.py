@@ -92,7 +92,8 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     decoders = [_DECODERS[method]] if method in _DECODERS else []
     return {
         "module_dtypes": module_dtypes,
-        "dequantized": bool(getattr(quantization, "dequantize", False)),
+        # A quantizer that has decoded everything takes itself off the model, and leaves this behind.
+        "dequantized": vars(model).get("is_quantized") is False,
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "load_seconds": load_seconds,
