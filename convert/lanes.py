@@ -155,25 +155,37 @@ def place_for(lane_bytes: int, *, on_gpu: bool, gpu_free_bytes: int, host_free_b
     return "host" if lane_bytes <= LANE_SHARE * host_free_bytes else "disk"
 
 
-def walk_bytes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: int, wide: bool) -> int:
-    """Memory that a walk of ``tokens`` holds at its peak, its logits aside: the lane, two blocks, the head as stored, a slab of it.
+@dataclass(frozen=True)
+class WalkSizes:
+    """What a walk holds: ``lane_bytes`` before and behind a block and where it began, the largest block, the head as it is stored with a
+    slab of it, and ``rest_bytes`` of everything else but embeddings."""
 
-    ``wide``: in float32, whatever the checkpoint stores.
-    """
-    elements = 4 if wide else 2
+    lane_bytes: int
+    block_bytes: int
+    head_bytes: int
+    rest_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Logits aside."""
+        return self.lane_bytes + 2 * self.block_bytes + self.head_bytes + self.rest_bytes
+
+
+def walk_sizes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: int, wide: bool) -> WalkSizes:
+    """Sizes of a walk of ``tokens``; ``wide``: in float32, whatever the checkpoint stores."""
+    size = 4 if wide else 2
     blocks: dict[str, int] = dict.fromkeys(architecture.blocks, 0)
     rest = head = 0
     for name, parameter in architecture.parameters.items():
         spec = checkpoint.tensors[name]
         inside = next((block for block in blocks if any(module.startswith(f"{block}.") for module in parameter.modules)), None)
         if inside is not None:
-            blocks[inside] += elements * spec.elements
+            blocks[inside] += size * spec.elements
         elif parameter.kind == "head":
             head = spec.size_bytes + HEAD_SLAB_ELEMENTS * 4
         elif parameter.kind != "embedding":
-            rest += elements * spec.elements
-    lane = 3 * tokens * (architecture.hidden_size or 0) * elements  # before and behind a block, and the embeddings it began with
-    return lane + 2 * max(blocks.values(), default=0) + rest + head
+            rest += size * spec.elements
+    return WalkSizes(3 * tokens * (architecture.hidden_size or 0) * size, max(blocks.values(), default=0), head, rest)
 
 
 def whole_bytes(checkpoint: Checkpoint, *, wide: bool) -> int:

@@ -14,7 +14,7 @@ from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
 from convert.html import render
-from convert.lanes import WHOLE_SHARE, walk_bytes, whole_bytes
+from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
@@ -71,12 +71,16 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
-        memory = max(memory, BASE_BYTES + walk_bytes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide) + hessian_bytes(plan))
+        memory = max(
+            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
+        )
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
         if check_memory > WHOLE_SHARE * free and plan.architecture is not None:
-            check_memory = BASE_BYTES + walk_bytes(plan.checkpoint, plan.architecture, tokens=plan.recipe.validation.tokens, wide=wide)
+            check_memory = (
+                BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=plan.recipe.validation.tokens, wide=wide).peak_bytes
+            )
     if check:
         # Logits, or the hidden states of a model without a head, which are as wide as its embeddings.
         entries = [entry for target in plan.targets for entry in target.entries]

@@ -10,6 +10,7 @@ import torch
 
 from convert import quantize
 from convert.algorithms import gptq, rtn, smoothing
+from convert.algorithms.output_error import output_error
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.groups import Group, fold
 from convert.observe import Observer, Stats
@@ -192,9 +193,22 @@ def _solve(
         static_groups=options.static_groups,
         clip_search=CLIP_RATIOS if options.clip else (),
     )
-    for name, result in zip(names, results, strict=True):
+    for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
-        health[name] = {**noted, "damping": result.damping, "dead": float(result.dead)}
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
+        errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
+        health[name] = {
+            **noted,
+            "damping": result.damping,
+            "dead": float(result.dead),
+            "output_error_rounded": errors[0],
+            "output_error": errors[1],
+        }
+
+
+def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The error at the layer's output as a share of the output, to four digits; it is for people."""
+    return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
 
 
 def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:

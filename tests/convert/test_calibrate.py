@@ -99,15 +99,19 @@ def test_gptq_lowers_the_output_error_and_raises_the_weight_error(make_llama: An
         for sequence in tokens:
             model(input_ids=sequence[None], use_cache=False)
     rounded = _tensors(convert(recipe_for(folder), tmp_path / "rtn", check=False).artifacts[0].path)
-    solved = _tensors(convert(recipe_for(folder, text=_text("int8-dynamic", "gptq")), tmp_path / "gptq", check=False).artifacts[0].path)
+    made = convert(recipe_for(folder, text=_text("int8-dynamic", "gptq")), tmp_path / "gptq", check=False).artifacts[0]
+    solved = _tensors(made.path)
     assert len(inputs) == 7
     for name, seen in inputs.items():
         weight = model.get_submodule(name).weight.detach()
         x = torch.cat(seen)
-        errors = [(made[f"{name}.weight"].float() * made[f"{name}.weight_scale"].float() - weight) for made in (rounded, solved)]
+        errors = [(codes[f"{name}.weight"].float() * codes[f"{name}.weight_scale"].float() - weight) for codes in (rounded, solved)]
         assert torch.equal(rounded[f"{name}.weight_scale"], solved[f"{name}.weight_scale"])
         assert errors[1].norm() > errors[0].norm(), name
         assert (x @ errors[1].T).norm() < 0.9 * (x @ errors[0].T).norm(), name
+        health = made.manifest.calibration["solved"][name]
+        for error, key in zip(errors, ("output_error_rounded", "output_error"), strict=True):
+            assert health[key] == pytest.approx(float((x @ error.T).norm() / (x @ weight.T).norm()), rel=2e-2)
 
 
 def _digest(folder: Path) -> list[tuple[str, str]]:
