@@ -35,12 +35,13 @@ def calibrate(
     *,
     done: Mapping[str, frozenset[str]],
     recall: Recall,
-    scratch: Path,
+    scratch: Callable[[], Path],
     device: str = "cpu",
 ) -> Generator[Solved, None, dict[str, Stats]]:
     """Yields what was solved, block by block, and returns what each target needs to know of the model at work, by target.
 
-    ``done``: by target, tensors that were written before. Targets whose blocks see the same inputs share a walk.
+    ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run. Targets whose blocks see
+    the same inputs share a walk.
 
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
     run, :class:`NumericsError` naming the module whose input was not finite, or always zero, or whose Hessian cannot be factorised.
@@ -53,14 +54,15 @@ def calibrate(
             found[target.name] = Stats(inputs=known, record={"text": "the source's own scales"})
     if not wanted:
         return found
-    tokens, record = _tokens(plan, scratch)
+    folder = scratch()
+    tokens, record = _tokens(plan, folder)
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
     count = sum(len(sequence) for sequence in tokens)
     for walked in [*([others] if others else []), *([target] for target in quantized)]:
         names = ", ".join(target.name for target in walked)
         progress.say(f"{names}: calibrating on {count:,} tokens")
-        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=scratch, device=device)
+        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device)
         found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
     return found
 
