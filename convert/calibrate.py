@@ -35,12 +35,13 @@ def calibrate(
     *,
     done: Mapping[str, frozenset[str]],
     recall: Recall,
-    scratch: Path,
+    scratch: Callable[[], Path],
     device: str = "cpu",
 ) -> Generator[Solved, None, dict[str, Stats]]:
     """Yields what was solved, block by block, and returns what each target needs to know of the model at work, by target.
 
-    ``done``: by target, tensors that were written before. Targets whose blocks see the same inputs share a walk.
+    ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run. Targets whose blocks see
+    the same inputs share a walk.
 
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
     run, :class:`NumericsError` naming the module whose input was not finite, or always zero, or whose Hessian cannot be factorised.
@@ -53,13 +54,15 @@ def calibrate(
             found[target.name] = Stats(inputs=known, record={"text": "the source's own scales"})
     if not wanted:
         return found
-    tokens, record = _tokens(plan, scratch)
+    folder = scratch()
+    tokens, record = _tokens(plan, folder)
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
+    count = sum(len(sequence) for sequence in tokens)
     for walked in [*([others] if others else []), *([target] for target in quantized)]:
         names = ", ".join(target.name for target in walked)
-        progress.say(f"{names}: calibrating on {tokens.numel():,} tokens")
-        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=scratch, device=device)
+        progress.say(f"{names}: calibrating on {count:,} tokens")
+        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device)
         found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
     return found
 
@@ -92,11 +95,11 @@ def _settings(plan: Plan) -> Any:
     return plan.recipe.calibration or Calibration()
 
 
-def _tokens(plan: Plan, scratch: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """int64 (sequences, length), and what they were made of."""
+def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
-    from convert.text import load_tokenizer, take_tokens
+    from convert.text import load_tokenizer, take_documents, take_tokens
 
     settings = _settings(plan)
     folder = scratch / "tokenizer"
@@ -104,10 +107,12 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
-    tokens, record = take_tokens(
-        settings.text, tokenizer, sequences=settings.sequences, length=settings.length, purpose="calibration", seed=settings.seed
-    )
-    return torch.from_numpy(tokens), record
+    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed}
+    if settings.documents or settings.chat:
+        documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
+        return [torch.from_numpy(document) for document in documents], record
+    tokens, record = take_tokens(settings.text, tokenizer, purpose="calibration", **wanted)
+    return list(torch.from_numpy(tokens)), record
 
 
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
@@ -134,7 +139,7 @@ def _walk(
     plan: Plan,
     targets: Sequence[TargetPlan],
     progress: Progress,
-    tokens: torch.Tensor,
+    tokens: Sequence[torch.Tensor],
     *,
     done: Mapping[str, frozenset[str]],
     recall: Recall,
@@ -169,7 +174,8 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
     groups: tuple[Group, ...] = ()
-    with observer, progress.stage("calibrating", tokens.numel() * len(plan.architecture.blocks), unit="tokens") as advance:
+    count = sum(len(sequence) for sequence in tokens)
+    with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
             with _explained(plan):
                 stand = next(stands, None)
@@ -214,7 +220,7 @@ def _walk(
                 elif quantized:
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             observer.forget("hessian", "channels", "rows")
-            advance(tokens.numel())
+            advance(count)
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):

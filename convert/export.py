@@ -107,7 +107,7 @@ def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *
         progress,
         done={name: frozenset(writer.done) for name, writer in writers.items()},
         recall=lambda target, entry, part: writers[target].recall(entry, part),
-        scratch=next(iter(writers.values())).scratch(),
+        scratch=next(iter(writers.values())).scratch,
         device=device,
     )
     while True:

@@ -241,6 +241,10 @@ class Calibration(_Section):
     """Tokens in each."""
     seed: int = 0
     """Chooses which part of the text is read."""
+    documents: bool = False
+    """Read each line of a .jsonl file as it is, cut to `length`, instead of packing the text into sequences of one length."""
+    chat: bool = False
+    """Documents have `messages`, to which the model's chat template is applied."""
     propagate: Literal["quantized", "float"] = "quantized"
     """Whether statistics of a block are taken behind the quantized blocks before it, or behind those of the source."""
 

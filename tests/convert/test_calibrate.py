@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from convert.pipeline import convert
-from convert.text import load_tokenizer, take_tokens
+from convert.text import load_tokenizer, take_documents, take_tokens
+from formats.errors import InputError
 from formats.manifest import read_manifest
 
 RECIPE = """\
@@ -196,3 +198,35 @@ def test_smoothing_leaves_the_function_and_the_ledger_says_it(alpha: str, make_l
             assert torch.equal(stored[name], tensor) == (name not in changed)
     solved = made.manifest.calibration["solved"]
     assert solved["model.layers.0.mlp.down_proj"]["alpha"] == (0.7 if alpha == "0.7" else pytest.approx(0.65, abs=0.65))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_documents_are_read_as_they_are(chat: bool, make_llama: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_llama(), trust_remote_code=False)
+    path = tmp_path / "d.jsonl"
+    words = [f"{i} is " + "x" * i for i in range(9)]
+    path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": w}]} if chat else {"text": w}) for w in words))
+    if chat:
+        with pytest.raises(InputError, match="no chat template"):
+            take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=True)
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    found, record = take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=chat)
+    again, _ = take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=chat)
+    other, _ = take_documents(str(path), tokenizer, sequences=4, length=12, seed=3, chat=chat)
+    spelled = [f"<user>{word}"[:12] if chat else word[:12] for word in words]
+    assert all(tokenizer.decode(ids) in spelled for ids in found)
+    assert record["tokens"] == sum(map(len, found))
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in again] != [ids.tolist() for ids in other]
+    for wrong, message in ((10, "9 documents, 10 are needed"), (9, 'line 10 has no usable "')):
+        path.write_text(path.read_text() + ("\n{}" if wrong == 9 else ""))
+        with pytest.raises(InputError, match=message):
+            take_documents(str(path), tokenizer, sequences=wrong + (wrong == 9), length=12, seed=1, chat=chat)
+
+
+def test_documents_of_several_lengths_walk_together(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "word " * (i + 3)}) for i in range(8)))
+    text = _text("int8-dynamic", "gptq").replace("seed: 3", f"seed: 3, documents: true, text: {path}")
+    made = convert(recipe_for(make_llama(), text=text), tmp_path / "out", check=False).artifacts[0]
+    assert made.manifest.calibration["documents"] == 6
+    assert made.manifest.calibration["tokens"] < 6 * 32
