@@ -66,7 +66,8 @@ class Architecture:
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
-    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens.
+    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens. ``blocks``: the modules it is a
+    stack of, in order; what flows between them has ``hidden_size`` features.
     """
 
     name: str
@@ -82,6 +83,8 @@ class Architecture:
     replaceable: frozenset[str]
     skipped: tuple[str, ...]
     predicts: bool = True
+    blocks: tuple[str, ...] = ()
+    hidden_size: int | None = None
 
 
 def describe(
@@ -94,7 +97,7 @@ def describe(
     """
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    model = _build(config, folder=folder, trust_remote_code=trust_remote_code)
+    model = build(config, folder=folder, trust_remote_code=trust_remote_code)
     if model is None:
         return None
     rename = _renamer(model)
@@ -136,11 +139,14 @@ def describe(
         attentions=attentions,
         replaceable=_replaceable(model),
         skipped=tuple(sorted(get_keys_to_not_convert(model))),
+        blocks=blocks_of(model),
+        hidden_size=getattr(text_config, "hidden_size", None),
         predicts=bool(model.can_generate()),
     )
 
 
-def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
+def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
+    """transformers' own model on the meta device, None when it does not know the architecture. Raises :class:`SourceError`."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -167,6 +173,17 @@ def _build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code:
             return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001  a config may be wrong in any way its class can trip over
         raise SourceError(f"config.json: transformers cannot build a {model_type} from it ({type(error).__name__}: {error})") from None
+
+
+def blocks_of(model: Any) -> tuple[str, ...]:
+    """The modules a model is a stack of, in their order: the items of its outermost ModuleLists that have parameters."""
+    import torch
+
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not any(name.startswith(f"{block}.") for block in found):
+            found += [f"{name}.{i}" for i, item in enumerate(module) if any(True for _ in item.parameters())]
+    return tuple(found)
 
 
 def _renamer(model: Any) -> Callable[[str], str | None]:

@@ -1,102 +1,124 @@
-"""Runs calibration text through the source and keeps what static scales need: how large inputs, keys and values become.
-
-Run as ``python -m convert.calibrate REQUEST ANSWER``, both JSON files, so that the model's memory goes with the process. Request: what
-:mod:`convert.runtimes.source` takes, and ``modules`` (linear layers) and ``cache`` (whether keys and values are wanted); answer:
-``inputs``, ``keys`` and ``values`` as in :class:`Stats`, keys and values by the layer they belong to.
-"""
+"""Runs calibration text through the source, block by block, and keeps what the plan needs of it: how large inputs, keys and values become,
+and, where codes are chosen with the model at work, the codes themselves, each as soon as its block has been seen."""
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.plan import cache_sources, takes_input_scale
-from formats.errors import InputError, MachineError, NumericsError
+from convert.ailments import explain
+from convert.observe import NO_STATS, Observer, Stats
+from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
+from formats.errors import InputError, MachineError, NumericsError, OctavoError
 
 if TYPE_CHECKING:
     import torch
 
+    from convert.architecture import Part
+    from convert.loading import Skeleton
     from convert.plan import Plan
     from convert.progress import Progress
-    from formats.layer import Contents
+    from convert.solve import Solved
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
-    attention module. ``record`` says on which text they were seen."""
-
-    inputs: Mapping[str, float] = field(default_factory=dict)
-    keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+#: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
+Recall = Callable[[str, Entry, "Part | None"], "torch.Tensor"]
 
 
-NO_STATS = Stats()
+def calibrate(
+    plan: Plan,
+    targets: Sequence[TargetPlan],
+    progress: Progress,
+    *,
+    done: Mapping[str, frozenset[str]],
+    recall: Recall,
+    scratch: Callable[[], Path],
+    device: str = "cpu",
+) -> Generator[Solved, None, dict[str, Stats]]:
+    """Yields what was solved, block by block, and returns what each target needs to know of the model at work, by target.
 
-
-def calibrate(plan: Plan, progress: Progress) -> Stats:
-    """What the plan's targets need to know of the model at work; :data:`NO_STATS` where they need nothing.
+    ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run. Targets whose blocks see
+    the same inputs share a walk.
 
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
-    run, :class:`NumericsError` naming the module whose input was not finite, or always zero.
+    run, :class:`NumericsError` naming the module whose input was not finite, or always zero, or whose Hessian cannot be factorised.
     """
+    found = dict.fromkeys((target.name for target in targets), NO_STATS)
     known = _source_scales(plan)
-    modules = sorted({module for target in plan.targets for module in target.static} - known.keys())
-    unknown = [target.contents for target in plan.targets if target.contents.cache and not _has_cache(plan, target.contents)]
-    if not modules and not unknown:
-        taken = any(target.calibrated for target in plan.targets)
-        return Stats(inputs=known, record={"text": "the source's own scales"}) if taken else NO_STATS
-    import numpy as np
+    wanted = [target for target in targets if target.solved or _lacks_cache(plan, target) or set(target.static) - known.keys()]
+    for target in targets:
+        if target.calibrated and target not in wanted:
+            found[target.name] = Stats(inputs=known, record={"text": "the source's own scales"})
+    if not wanted:
+        return found
+    folder = scratch()
+    tokens, record = _tokens(plan, folder)
+    quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
+    others = [target for target in wanted if target not in quantized]
+    count = sum(len(sequence) for sequence in tokens)
+    for walked in [*([others] if others else []), *([target] for target in quantized)]:
+        names = ", ".join(target.name for target in walked)
+        progress.say(f"{names}: calibrating on {count:,} tokens")
+        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device)
+        found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
+    return found
 
-    from convert.child import request, run
+
+def lane_tokens(plan: Plan) -> int:
+    """Tokens that walk through the model together."""
+    return int(_settings(plan).sequences * _settings(plan).length)
+
+
+def hessian_bytes(plan: Plan) -> int:
+    """What the Hessians of one block take, and one more while it is factorised, in float32."""
+    assert plan.architecture is not None
+    leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
+    largest = 0
+    for target in plan.targets:
+        for block in plan.architecture.blocks:
+            inputs = {
+                leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
+                for entry in target.quantized
+                if entry.coder == "gptq" and _within(entry, block)
+                for part in entry.parts
+            }
+            largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
+    return largest
+
+
+def _settings(plan: Plan) -> Any:
     from convert.recipe import Calibration
-    from convert.text import load_tokenizer, take_tokens
 
-    settings = plan.recipe.calibration or Calibration()
-    with tempfile.TemporaryDirectory(prefix="octavo-") as scratch_name:
-        scratch = Path(scratch_name)
-        for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
-            (scratch / name).write_bytes(content)
-        tokenizer = load_tokenizer(scratch, trust_remote_code=plan.recipe.trust_remote_code)
-        tokens, record = take_tokens(
-            settings.text, tokenizer, sequences=settings.sequences, length=settings.length, purpose="calibration", seed=settings.seed
-        )
-        np.save(scratch / "tokens.npy", tokens)
-        progress.say(f"calibrating on {tokens.size:,} tokens")
-        asked = {
-            **request(plan.recipe, scratch),
-            "model": plan.checkpoint.pinned,
-            "dtype": "float32" if plan.recipe.validation.reference == "float32" else "auto",
-            "modules": modules,
-            "cache": bool(unknown),
-        }
-        answer, failure = run("convert.calibrate", asked, scratch)
-    if answer is None:
-        raise MachineError(f"{plan.checkpoint.origin}: the source could not be run for calibration: {failure}")
-    for module, absmax in answer["inputs"].items():
-        if not 0 < absmax < float("inf"):
-            raise NumericsError(f"{module}: the largest input that calibration saw is {absmax:g}; give it other text, or a dynamic scheme")
-    unseen = [module for module in modules if module not in answer["inputs"]]
-    if unseen:
-        raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
-    attentions = unknown[0].attentions if unknown else ()
-    return Stats(
-        inputs={**known, **answer["inputs"]},
-        keys={attention.module: tuple(answer["keys"][str(attention.layer)]) for attention in attentions},
-        values={attention.module: tuple(answer["values"][str(attention.layer)]) for attention in attentions},
-        record=record,
-    )
+    return plan.recipe.calibration or Calibration()
 
 
-def _has_cache(plan: Plan, contents: Contents) -> bool:
-    return bool(cache_sources(plan.checkpoint, contents.attentions, contents.cache))
+def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Sequences, int64 (tokens,) each, and what they were made of."""
+    import torch
+
+    from convert.text import load_tokenizer, take_documents, take_tokens
+
+    settings = _settings(plan)
+    folder = scratch / "tokenizer"
+    folder.mkdir()
+    for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
+        (folder / name).write_bytes(content)
+    tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed}
+    if settings.documents or settings.chat:
+        documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
+        return [torch.from_numpy(document) for document in documents], record
+    tokens, record = take_tokens(settings.text, tokenizer, purpose="calibration", **wanted)
+    return list(torch.from_numpy(tokens)), record
+
+
+def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
+    """Whether scales of keys and values are wanted that the source does not have."""
+    contents = target.contents
+    return contents.cache is not None and not cache_sources(plan.checkpoint, contents.attentions, contents.cache)
 
 
 def _source_scales(plan: Plan) -> dict[str, float]:
@@ -113,58 +135,172 @@ def _source_scales(plan: Plan) -> dict[str, float]:
     return known
 
 
-def main(request_path: str, answer_path: str) -> None:
-    """Answers one request."""
-    import numpy as np
+def _walk(
+    plan: Plan,
+    targets: Sequence[TargetPlan],
+    progress: Progress,
+    tokens: Sequence[torch.Tensor],
+    *,
+    done: Mapping[str, frozenset[str]],
+    recall: Recall,
+    known: Mapping[str, float],
+    scratch: Path,
+    device: str,
+) -> Generator[Solved, None, Stats]:
+    import psutil
+    import torch
+
+    from convert.groups import Group, find_groups
+    from convert.lanes import place_for, walk
+    from convert.loading import Skeleton
+    from convert.solve import smooth_block, solve_block
+
+    assert plan.architecture is not None
+    dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
+    quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
+    static = sorted({module for target in targets for module in target.static} - known.keys())
+    cache = any(_lacks_cache(plan, target) for target in targets)
+    outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
+    free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
+    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * 4
+    place = place_for(lane, on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
+    with _explained(plan):
+        skeleton = Skeleton(plan.checkpoint, dtype=dtype, trust_remote_code=plan.recipe.trust_remote_code)
+    batches: list[dict[str, Any]] = [{"input_ids": sequence[None]} for sequence in tokens]
+    ranges = _watch_cache(batches) if cache else None
+    if skeleton.model.can_generate() and not cache:
+        batches = [{**batch, "use_cache": False} for batch in batches]
+    observer = Observer(skeleton, plan.architecture.groups)
+    observer.want(static, "absmax")
+    stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
+    groups: tuple[Group, ...] = ()
+    count = sum(len(sequence) for sequence in tokens)
+    with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
+        while True:
+            with _explained(plan):
+                stand = next(stands, None)
+            if stand is None:
+                break
+            todo = {
+                target.name: [
+                    entry for entry in target.quantized if target.solved and _within(entry, stand.name) and entry.algorithm != RESPELL
+                ]
+                for target in targets
+            }
+            left = {name: [entry for entry in entries if entry.tensor.name not in done[name]] for name, entries in todo.items()}
+            # A block of which anything is missing is done again whole: the same inputs give the same bytes.
+            again = {name: entries for name, entries in todo.items() if left[name]}
+            entries = [entry for entries in again.values() for entry in entries]
+            smoothing = [entry for entry in entries if any(step.smoothquant for step in entry.steps)]
+            observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
+            observer.want(_modules(smoothing), "channels")
+            observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            with _explained(plan):
+                if again or any(module.startswith(f"{stand.name}.") for module in static):
+                    observer.active = True
+                    stand.run(keep=not quantized)
+                    observer.active = False
+                groups = find_groups(stand, groups) if smoothing else groups
+            for target in targets:
+                if target.name in again:
+                    inputs = {**known, **observer.absmax()}
+                    were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
+                    smoothed, changed = (
+                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
+                    )
+                    # What is kept but changed comes first: a block is finished when its codes are.
+                    yield from (solved for solved in changed if solved.tensor not in done[target.name])
+                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
+                        if quantized:
+                            _replace(skeleton, weights)
+                        if solved.tensor not in done[target.name]:
+                            yield solved
+                    for parameter, was in were or ():
+                        parameter.copy_(was)
+                elif quantized:
+                    _recall(target, stand.name, done[target.name], skeleton, recall)
+            observer.forget("hessian", "channels", "rows")
+            advance(count)
+    inputs = observer.absmax()
+    for module, absmax in inputs.items():
+        if not 0 < absmax < float("inf"):
+            raise NumericsError(f"{module}: the largest input that calibration saw is {absmax:g}; give it other text, or a dynamic scheme")
+    unseen = [module for module in static if module not in inputs]
+    if unseen:
+        raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
+    attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
+    return Stats(
+        inputs={**known, **inputs},
+        keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions} if ranges else {},
+        values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions} if ranges else {},
+    )
+
+
+@dataclass(frozen=True)
+class _Ranges:
+    """The largest magnitude of each head's keys and values, (heads,), by layer."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def _watch_cache(batches: list[dict[str, Any]]) -> _Ranges:
+    """Gives every batch a cache that keeps nothing but how large keys and values become."""
     import torch
     from transformers import DynamicCache
 
-    from convert.runtimes.source import load
-
-    request = json.loads(Path(request_path).read_text())
-    torch.set_num_threads(request["threads"])
-    model = load(request).to(request["device"]).eval()
-    keys: dict[int, torch.Tensor] = {}
-    values: dict[int, torch.Tensor] = {}
+    ranges = _Ranges()
 
     class Watcher(DynamicCache):
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            for seen, states in ((keys, key_states), (values, value_states)):
-                absmax = states.detach().abs().amax(dim=(0, 2, 3))
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            for seen, states in ((ranges.keys, key_states), (ranges.values, value_states)):
+                absmax = states.detach().abs().amax(dim=(0, 2, 3)).float()
                 seen[layer_idx] = torch.maximum(seen[layer_idx], absmax) if layer_idx in seen else absmax
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return key_states, value_states
 
-    with torch.inference_mode(), _watched(model, request["modules"]) as inputs:
-        for sequence in torch.from_numpy(np.load(request["tokens"])).to(request["device"]):
-            arguments = {"past_key_values": Watcher(), "use_cache": True} if request["cache"] else {}
-            model(input_ids=sequence[None], **arguments)
-    answer = {
-        "inputs": {name: float(absmax) for name, absmax in inputs.items()},
-        "keys": {layer: absmax.float().tolist() for layer, absmax in keys.items()},
-        "values": {layer: absmax.float().tolist() for layer, absmax in values.items()},
-    }
-    Path(answer_path).write_text(json.dumps(answer))
+    for batch in batches:
+        batch |= {"past_key_values": Watcher(), "use_cache": True}
+    return ranges
+
+
+def _within(entry: Entry, block: str) -> bool:
+    return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
+
+
+def _modules(entries: Iterable[Entry]) -> list[str]:
+    return [entry.module(part) for entry in entries for part in entry.parts]
+
+
+def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skeleton, recall: Recall) -> None:
+    """Makes a block what an earlier run wrote of it, so that its successors see the same."""
+    for entry in target.entries:
+        if entry.tensor.name not in done or entry.algorithm == RESPELL:
+            continue
+        if entry.scheme is not None and _within(entry, block):
+            for part in entry.parts:
+                _replace(skeleton, {entry.module(part): recall(target.name, entry, part)})
+        for name in skeleton.parameters(entry.tensor.name) if entry.scheme is None else ():
+            if name.startswith(f"{block}."):
+                skeleton.model.get_parameter(name).copy_(recall(target.name, entry, None))
+
+
+def _replace(skeleton: Skeleton, weights: Mapping[str, torch.Tensor]) -> None:
+    """Makes (out, in) matrices the weights of linear modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, weight in weights.items():
+        module = skeleton.model.get_submodule(name)
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
 
 
 @contextmanager
-def _watched(model: Any, modules: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """The largest magnitude that comes into each module while the context lasts."""
-    import torch
-
-    seen: dict[str, torch.Tensor] = {}
-
-    def note(name: str, tensor: torch.Tensor) -> None:
-        absmax = tensor.detach().abs().amax()
-        seen[name] = torch.maximum(seen[name], absmax) if name in seen else absmax
-
-    named = dict(model.named_modules())
-    hooks = [named[name].register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name in modules if name in named]
+def _explained(plan: Plan) -> Iterator[None]:
+    """Whatever a model's code may fail with, as one message."""
     try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        yield
+    except (OctavoError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise MachineError(
+            f"{plan.checkpoint.origin}: the source could not be run for calibration: {explain(f'{type(error).__name__}: {error}')}"
+        ) from error

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from convert import environments
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.child import request, run
 from convert.divergence import compare_logits, compare_states
+from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import RUNTIMES
+from convert.source import open_source
 from convert.text import load_tokenizer, take_tokens
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
@@ -78,7 +81,13 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
         progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
         asked = {**request(recipe, scratch, device=device), "prompt": text.prompt_ids, "new_tokens": NEW_TOKENS}
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
-        request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": str(scratch / "source.f32")}
+        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
+        whole = whole_bytes(checkpoint, wide=dtype == "float32")
+        blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
+        if blocks:
+            progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
+        source_logits = str(scratch / "source.f32")
+        request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
         answer, failure = run("convert.runtimes.source", request_source, scratch)
         if answer is None:
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")

@@ -343,7 +343,9 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from convert.calibrate import lane_tokens
     from convert.compatibility import loads_in, parts_of
+    from convert.lanes import walk_sizes
     from convert.plan import summarize
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -388,6 +390,13 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         f"\nmemory     {_size(found.memory_bytes)} at the peak of the conversion, {_size(found.check_memory_bytes)} of the check, "
         f"{_size(found.memory_free_bytes)} free"
     )
+    if job.architecture is not None and any(target.calibrated for target in job.targets):
+        tokens, count = lane_tokens(job), len(job.architecture.blocks)
+        sizes = walk_sizes(job.checkpoint, job.architecture, tokens=tokens, wide=job.recipe.validation.reference == "float32")
+        console.print(
+            f"calibrates {tokens:,} tokens through {count} blocks; the lane takes {_size(sizes.lane_bytes)}, "
+            f"the largest block {_size(sizes.block_bytes)}"
+        )
     download = f" (of which {_size(job.checkpoint.download_bytes)} to fetch)" if job.checkpoint.download_bytes else ""
     console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")
     for warning in job.warnings():

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -21,18 +22,33 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from threading import Condition, Lock, Thread
+from typing import TYPE_CHECKING, Any
 
 from convert import __version__, quantize
-from convert.calibrate import NO_STATS, Stats
+from convert.calibrate import calibrate
+from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
-from convert.source import SourceDigests
+from convert.source import SafetensorsReader, SourceDigests
+from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
-from formats.safetensors import Shard
+from formats.safetensors import Shard, TensorSpec
 from formats.verify import verify
 
+if TYPE_CHECKING:
+    import torch
+
+    from convert.architecture import Part
+    from convert.plan import Entry
+
 JOURNAL = "journal"
+#: What was seen while tensors were solved, a JSON line each; like the journal it is there until the artifact is whole.
+HEALTH = "health"
+#: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
+SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: What calibration keeps in files for the time it runs.
+SCRATCH = "scratch"
 
 #: glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -56,17 +72,17 @@ def export(
     out: Path,
     progress: Progress,
     *,
-    stats: Stats = NO_STATS,
     digests: SourceDigests | None = None,
     device: str = "cpu",
     workers: int | None = None,
 ) -> list[Artifact]:
     """Makes every artifact of the plan in ``out/<target>``, or finds it made, and returns them in the plan's order.
 
-    ``stats``: what calibration saw, for targets that need it; ``digests`` of the source, if somebody began them already.
+    What needs calibration is calibrated first, and what that solves is written block by block. ``digests`` of the source, if somebody
+    began them already.
 
     Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
-    whatever reading and quantizing raise; what was finished stays for the next run.
+    whatever calibrating, reading and quantizing raise; what was finished stays for the next run.
     """
     made = {target.name: _already_made(out / target.name, plan.digest) for target in plan.targets}
     pending = [target for target in plan.targets if made[target.name] is None]
@@ -76,19 +92,46 @@ def export(
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
+            stats = _calibrate(plan, writers, progress, device=device)
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
             for target in pending:
-                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats)
+                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats[target.name])
     return [artifact for artifact in made.values() if artifact is not None]
 
 
-def _stream(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, stats: Stats, *, device: str, workers: int) -> None:
+def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str) -> dict[str, Stats]:
+    """Writes what calibration solves as it comes; returns what it saw, by target."""
+    solving = calibrate(
+        plan,
+        [writer.target for writer in writers.values()],
+        progress,
+        done={name: frozenset(writer.done) for name, writer in writers.items()},
+        recall=lambda target, entry, part: writers[target].recall(entry, part),
+        scratch=next(iter(writers.values())).scratch,
+        device=device,
+    )
+    while True:
+        try:
+            solved = next(solving)
+        except StopIteration as end:
+            stats: dict[str, Stats] = end.value
+            return stats
+        writer = writers[solved.target]
+        for piece in solved.pieces:
+            writer.write(piece)
+        writer.note(solved.tensor, solved.health)
+        writer.finished(solved.tensor)
+
+
+def _stream(
+    plan: Plan, writers: Mapping[str, _Writer], progress: Progress, stats: Mapping[str, Stats], *, device: str, workers: int
+) -> None:
     """Runs all work through a pool of workers."""
     import torch
 
     targets = {name: writer.target for name, writer in writers.items()}
     for writer in writers.values():
-        for entry, piece in quantize.cache_pieces(writer.target, stats, plan.checkpoint):
+        for entry, piece in quantize.cache_pieces(writer.target, stats[writer.target.name], plan.checkpoint):
             if entry.tensor.name not in writer.done:
                 writer.write(piece)
                 writer.finished(entry.tensor.name)
@@ -142,6 +185,7 @@ class _Writer:
     def __init__(self, target: TargetPlan, out: Path, digest: str) -> None:
         self.target = target
         self.done: set[str] = set()
+        self.health: dict[str, Mapping[str, float]] = {}
         self._final = out / target.name
         self._partial = out / f".{target.name}.partial"
         self._digest = digest
@@ -198,6 +242,30 @@ class _Writer:
         self.done.add(tensor)
         self._release(tensor)
 
+    def note(self, tensor: str, health: Mapping[str, Mapping[str, float]]) -> None:
+        """Keeps what was seen while a tensor was solved, for the manifest, through interruptions."""
+        self.health |= health
+        with (self._partial / HEALTH).open("a") as stream:
+            stream.write(json.dumps({"tensor": tensor, "health": health}) + "\n")
+
+    def scratch(self) -> Path:
+        """An empty folder for files that go when the artifact is whole."""
+        folder = self._partial / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def recall(self, entry: Entry, part: Part | None) -> torch.Tensor:
+        """What an earlier run has written: the values that the codes of a part stand for, or those of a tensor that is kept."""
+        reader = SafetensorsReader({name: item for name, (_, item) in self._places.items()}, lambda file: self._partial / file)
+        if entry.scheme is None or part is None:
+            return reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
+        weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
+        form = FORMATS[self.target.format]
+        specs = form.layer_tensors(weight, entry.scheme).rows
+        stored = {spec.name: reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape) for spec in specs}
+        return form.decode(weight, stored, entry.scheme).dequantize()
+
     def wait_for_hashes(self) -> None:
         for follower in self._followers.values():
             follower.join()
@@ -211,7 +279,10 @@ class _Writer:
         for name, content in {**sidecars, **self.target.texts()}.items():
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        ledger = self.target.ledger()
+        ledger = [
+            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
+            for record in self.target.ledger()
+        ]
         manifest = Manifest(
             target=self.target.name,
             format=self.target.format,
@@ -226,7 +297,7 @@ class _Writer:
                 ],
             },
             recipe=plan.resolved(),
-            calibration=stats.record if self.target.calibrated else None,
+            calibration=self._calibration(stats) if self.target.calibrated else None,
             versions=_versions(),
             plan_digest=plan.digest,
             ledger_sha256=ledger_digest(ledger),
@@ -235,6 +306,8 @@ class _Writer:
         )
         (self._partial / MANIFEST).write_bytes(manifest.to_bytes())
         (self._partial / JOURNAL).unlink()
+        (self._partial / HEALTH).unlink(missing_ok=True)
+        shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)
         old = self._final.with_name(f".{self.target.name}.old")
         if self._final.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -242,6 +315,12 @@ class _Writer:
         self._partial.rename(self._final)
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(self._final, manifest)
+
+    def _calibration(self, stats: Stats) -> dict[str, Any]:
+        """The text, and what was seen while layers were solved, in the order of the plan."""
+        modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
+        health = {module: self.health[module] for module in modules if self.health.get(module)}
+        return {**stats.record, **({"solved": health} if health else {})}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""
@@ -251,9 +330,20 @@ class _Writer:
         if lines and lines[0] == self._digest and whole:
             # The last element is what comes after the last newline: a line cut short by a kill, or nothing.
             self.done = set(lines[1:-1]) & set(self._entries)
+            self._resume_health()
             return
+        shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)
         for path in self._partial.iterdir():
             path.unlink()
+
+    def _resume_health(self) -> None:
+        """What was noted of tensors that are finished; a line cut short by a kill belongs to one that is not."""
+        path = self._partial / HEALTH
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        noted = {item["tensor"]: item for item in map(json.loads, lines) if item["tensor"] in self.done}
+        path.write_text("".join(json.dumps(item) + "\n" for item in noted.values()))
+        for item in noted.values():
+            self.health |= item["health"]
 
     def _rewrite_journal(self) -> Path:
         """The journal without a line that a kill cut short, which must not grow into the next one."""

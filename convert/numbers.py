@@ -49,7 +49,8 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     manifest = read_manifest(artifact)
     reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
     form = FORMATS[manifest.format]
-    entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize"]
+    # A smoothed weight is no longer the source's.
+    entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize" and "+" not in str(entry["algorithm"])]
     parts = [
         (entry, Part(module, start, stop, columns and tuple(columns)))
         for entry in entries
@@ -113,11 +114,18 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
         bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
         if scheme.weight.scale == "absmax":
             bound += _cast_bound(weight, source.dtype)
-        worst = _worse(worst, error, bound)
+        if _rounds(entry):
+            worst = _worse(worst, error, bound)
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
     snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
     return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
+
+
+def _rounds(entry: dict[str, Any]) -> bool:
+    """Whether each code is the nearest to its weight; GPTQ moves them further, and a searched scale clips, to lose less at the output."""
+    options = entry.get("options", {})
+    return entry["algorithm"] == "rtn" and not options.get("rtn", {}).get("clip")
 
 
 def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:

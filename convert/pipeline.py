@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
-from convert.calibrate import calibrate
+from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
 from convert.html import render
+from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
@@ -66,10 +67,20 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
 
     disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
     memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
+    free = psutil.virtual_memory().available
+    wide = plan.recipe.validation.reference == "float32"
+    if plan.architecture is not None and any(target.calibrated for target in plan.targets):
+        tokens = lane_tokens(plan)
+        memory = max(
+            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
+        )
     check_memory = 0
-    if check or any(target.calibrated for target in plan.targets):
-        wide = plan.recipe.validation.reference == "float32"
-        check_memory = BASE_BYTES + sum(4 * spec.elements if wide else spec.size_bytes for spec in plan.checkpoint.tensors.values())
+    if check:
+        check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
+        if check_memory > WHOLE_SHARE * free and plan.architecture is not None:
+            check_memory = (
+                BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=plan.recipe.validation.tokens, wide=wide).peak_bytes
+            )
     if check:
         # Logits, or the hidden states of a model without a head, which are as wide as its embeddings.
         entries = [entry for target in plan.targets for entry in target.entries]
@@ -77,7 +88,7 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         width = width or max((entry.tensor.matrix_shape[1] for entry in entries if entry.kind == "embedding"), default=0)
         disk += 2 * plan.recipe.validation.tokens * width * 4
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    return Needs(memory, check_memory, psutil.virtual_memory().available, disk, shutil.disk_usage(existing).free)
+    return Needs(memory, check_memory, free, disk, shutil.disk_usage(existing).free)
 
 
 def require(found: Needs, out: Path) -> None:
@@ -89,7 +100,7 @@ def require(found: Needs, out: Path) -> None:
         )
     if found.check_memory_bytes > found.memory_free_bytes:
         raise MachineError(
-            f"the check runs the source, which needs {found.check_memory_bytes / 1e9:.2f} GB of memory, "
+            f"the check runs the source, which needs {found.check_memory_bytes / 1e9:.2f} GB of memory even block by block, "
             f"{found.memory_free_bytes / 1e9:.2f} are free; "
             "set validation.reference: source in the recipe, or convert with --no-check and run octavo check on a larger machine"
         )
@@ -110,7 +121,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
-        artifacts = export(job, out, progress, stats=calibrate(job, progress), digests=digests, device=device)
+        artifacts = export(job, out, progress, digests=digests, device=device)
     reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 

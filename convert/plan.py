@@ -18,7 +18,7 @@ from convert import __version__
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
 from convert.compatibility import judge, parts_of
-from convert.recipe import HEAD_WHY, Recipe, Rule, Target, applicable
+from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
@@ -74,6 +74,12 @@ class Entry:
     note: str = ""
     experts: str = ""
     reading: str = ""
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def coder(self) -> str:
+        """What chooses the codes: the last of the algorithms."""
+        return str(self.algorithm).rpartition("+")[2]
 
     @property
     def again(self) -> str:
@@ -107,7 +113,15 @@ class Entry:
         fate: dict[str, Any] = {"why": self.why}
         if self.scheme:
             parts = [[part.module, part.start, part.stop, part.columns] for part in self.parts]
-            fate = {"scheme": self.scheme.name, "algorithm": self.algorithm, "scale_dtype": self.scale_dtype, "parts": parts}
+            options = {step.name: getattr(step, step.name).model_dump(exclude_defaults=True) for step in self.steps}
+            options = {name: chosen for name, chosen in options.items() if chosen}
+            fate = {
+                "scheme": self.scheme.name,
+                "algorithm": self.algorithm,
+                **({"options": options} if options else {}),
+                "scale_dtype": self.scale_dtype,
+                "parts": parts,
+            }
         return {
             "tensor": self.tensor.name,
             "dtype": self.tensor.dtype,
@@ -157,8 +171,13 @@ class TargetPlan:
         return tuple(layer.module for entry in self.quantized if entry.scheme and entry.scheme.static for layer in entry.layers())
 
     @property
+    def solved(self) -> bool:
+        """Whether codes are chosen block by block, with the model at work."""
+        return any(calibrated(entry.steps) for entry in self.quantized)
+
+    @property
     def calibrated(self) -> bool:
-        return bool(self.static) or self.contents.cache is not None
+        return self.solved or bool(self.static) or self.contents.cache is not None
 
     def texts(self) -> dict[str, bytes]:
         """The files that the plan alone decides: ``config.json``, what the format puts beside it and, for several shards, the index."""
@@ -281,7 +300,7 @@ def _plan_target(
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
     entries = tuple(
-        _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype)
+        _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
@@ -473,6 +492,7 @@ def _enter(
     wanted: str,
     checkpoint: Checkpoint,
     dtype: str,
+    architecture: Architecture | None,
 ) -> Entry:
     rule, label = claim or (None, "default")
     coded = checkpoint.coded.get(spec.name)
@@ -495,14 +515,14 @@ def _enter(
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
-    refusal = _refusal(spec, parameter, scheme, target)
+    refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
-    algorithm, scale_dtype, note = rule.algorithm, dtype, ""
+    steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
     if coded is not None:
         note = f"{REQUANTIZED} ({coded.description})"
         if coded.quantization is not None and respellable(coded.quantization, scheme.weight, parameter.parts):
-            algorithm, note = RESPELL, f"{RESPELLED} ({coded.description})"
+            steps, algorithm, note = (), RESPELL, f"{RESPELLED} ({coded.description})"
             # A power of two is exact in every float but float16, whose exponents are too few.
             scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else "F32" if dtype == "F16" else dtype
     outputs = tuple(
@@ -510,7 +530,7 @@ def _enter(
         for part in parameter.parts
         for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
     )
-    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note)
+    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note, steps=steps)
 
 
 def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:
@@ -628,6 +648,22 @@ def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Tar
         )
         if refused:
             return refused
+    return None
+
+
+def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | None) -> str | None:
+    """Why no calibrated algorithm can choose its codes."""
+    if not calibrated(rule.algorithm):
+        return None
+    name = next(step.name for step in rule.algorithm if calibrated([step]))
+    if SCHEMES[str(rule.scheme)].weight.scale == "absmax":
+        return f"LLM.int8() rounds to nearest, by its definition; leave {name} out"
+    if architecture is None or not architecture.blocks:
+        return f"{name} runs the model block by block, and no blocks were found in it"
+    if parameter.kind == "expert":
+        return f"{name} does not yet see which tokens go to which expert; use rtn for experts"
+    if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
+        return f"{name} works block by block, and it lies in none; use rtn"
     return None
 
 

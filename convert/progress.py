@@ -12,8 +12,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Shown to the user; every method may be called from any thread."""
 
-    def stage(self, name: str, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Opens a stage that moves ``total_bytes``; within it, the function it gives counts them."""
+    def stage(self, name: str, total: int, *, unit: str = "bytes") -> AbstractContextManager[Callable[[int], None]]:
+        """Opens a stage that moves ``total`` bytes, or tokens, each of them through every block; the function it gives counts them."""
 
     def say(self, message: str) -> None:
         """One line about what happens now."""
@@ -23,7 +23,7 @@ class Quiet:
     """Shows nothing."""
 
     @contextmanager
-    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG002
+    def stage(self, name: str, total: int, *, unit: str = "bytes") -> Iterator[Callable[[int], None]]:  # noqa: ARG002
         yield lambda count: None  # noqa: ARG005
 
     def say(self, message: str) -> None:
@@ -39,7 +39,8 @@ class Lines:
     interval_seconds = 10.0
 
     @contextmanager
-    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, *, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+        scale, short = (1e9, "GB") if unit == "bytes" else (1e3, f"thousand {unit}")
         started = shown = time.monotonic()
         done = 0
 
@@ -50,12 +51,12 @@ class Lines:
             if now - shown >= self.interval_seconds:
                 shown = now
                 rate = done / (now - started)
-                left = (total_bytes - done) / rate
-                self.say(f"{name}: {done / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
+                left = (total - done) / rate
+                self.say(f"{name}: {done / scale:.2f} of {total / scale:.2f} {short}, {rate / scale:.2f} {short}/s, {left:.0f} s left")
 
         yield advance
         seconds = max(time.monotonic() - started, 1e-9)
-        self.say(f"{name}: {done / 1e9:.2f} GB in {seconds:.1f} s, {done / seconds / 1e9:.2f} GB/s")
+        self.say(f"{name}: {done / scale:.2f} {short} in {seconds:.1f} s, {done / seconds / scale:.2f} {short}/s")
 
     def say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
@@ -65,14 +66,15 @@ class Bars:
     """Progress bars with throughput and time left, on a terminal."""
 
     @contextmanager
-    def stage(self, name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, *, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
         with RichProgress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=total_bytes)
+            task = bar.add_task(name, total=total)
             yield lambda count: bar.advance(task, count)
 
     def say(self, message: str) -> None:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from convert.algorithms import ALGORITHMS
+from convert.algorithms import ALGORITHMS, rtn
+from convert.algorithms.rtn import CLIP_RATIOS
 from convert.plan import RESPELL, cache_sources
 from formats import FORMATS
 from formats.dtypes import DTYPES
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from convert.architecture import Part
-    from convert.calibrate import Stats
+    from convert.observe import Stats
     from convert.plan import Entry, TargetPlan
     from convert.source import Checkpoint
 
@@ -90,8 +91,8 @@ def plan_work(
                 yield Work(spec, start, stop, wanted, last=stop == rows)
 
 
-def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], stats: Stats, *, device: str) -> list[Piece]:
-    """Reads the rows, quantizes or copies them, and encodes them for each target.
+def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], stats: Mapping[str, Stats], *, device: str) -> list[Piece]:
+    """Reads the rows, quantizes or copies them, and encodes them for each target; ``stats`` by target.
 
     Targets that agree on how the weight is quantized, on the algorithm and on the dtype of scales share the codes.
     Raises :class:`NumericsError`, naming the tensor, on NaN or Inf.
@@ -110,7 +111,7 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
         for part in entry.parts:
             if not part.start <= work.start < part.stop:
                 continue
-            key = (part.module, entry.scheme.weight, str(entry.algorithm), dtype)
+            key = (part.module, entry.scheme.weight, repr(entry.steps), dtype)
             if key not in codes:
                 if entry.algorithm == RESPELL:
                     stored = checkpoint.codes(work.spec.name, *(part.columns or (work.start, work.stop)))
@@ -118,11 +119,12 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
                 else:
                     weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
                     codes[key] = _quantize(weight.to(device), entry, dtype, work)
-            pieces += _encode(targets[name], entry, part, codes[key], work, stats)
+            pieces += encode(targets[name], entry, part, codes[key], work, stats[name])
     return pieces
 
 
-def _encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:
+def encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:
+    """The bytes of a run of rows of a part, and of what is written once a layer where it is the first."""
     assert entry.scheme is not None
     form = FORMATS[target.format]
     weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(work.spec))
@@ -191,7 +193,9 @@ def is_finite(values: torch.Tensor) -> bool:
 def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTensor:
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
-    result = ALGORITHMS[str(entry.algorithm)].quantize(values, entry.scheme.weight, scale_dtype=scale_dtype)
+    rounding = entry.steps[-1].rtn if entry.steps else None
+    clip_search = CLIP_RATIOS if rounding and rounding.clip else ()
+    result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
     if not is_finite(result.scale if result.scale.dtype != torch.float8_e8m0fnu else result.scale.float()):
         if is_finite(values) and entry.scheme.weight.scale == "absmax":
@@ -269,6 +273,6 @@ def _row_multiple(entry: Entry) -> int | None:
     """Slabs of an entry must begin at multiples of so many rows; None: it needs its parts whole."""
     if entry.scheme is None:
         return 1
-    if any(part.columns for part in entry.parts) or (entry.algorithm != RESPELL and not ALGORITHMS[str(entry.algorithm)].row_wise):
+    if any(part.columns for part in entry.parts) or (entry.algorithm != RESPELL and not ALGORITHMS[entry.coder].row_wise):
         return None
     return entry.scheme.weight.tile.rows

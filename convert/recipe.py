@@ -10,14 +10,24 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from convert.algorithms import ALGORITHMS
+from convert.algorithms import ALGORITHMS, TRANSFORMS
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
@@ -61,6 +71,70 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+class Rounding(_Section):
+    """`rtn`: round to nearest."""
+
+    clip: bool = False
+    """Also try scales below the largest magnitude, and take the one with the smallest squared error."""
+
+
+class Gptq(_Section):
+    """`gptq`: each column's error is made up for in the columns after it, as the inputs that calibration saw weigh them."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The share of the mean diagonal that is added to the Hessian; ten and a hundred times as much where that is not enough."""
+    block_size: Positive = 128
+    """Columns that are updated together."""
+    activation_order: bool = True
+    """Take the columns with the largest inputs first."""
+    static_groups: bool = True
+    """Fix the scales of groups beforehand."""
+    clip: bool = False
+    """Also try scales below the largest magnitude."""
+
+
+class Smoothquant(_Section):
+    """`smoothquant`: large input channels are divided, and the weights that read them multiplied, by the same factors."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    """How much of the difficulty moves from inputs to weights; `search` tries several for each group."""
+
+
+class Step(_Section):
+    """One algorithm and its options."""
+
+    rtn: Rounding | None = None
+    gptq: Gptq | None = None
+    smoothquant: Smoothquant | None = None
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.model_fields_set))
+
+    @model_validator(mode="after")
+    def _one(self) -> Step:
+        if len(self.model_fields_set) != 1:
+            raise ValueError(f"one algorithm each, here are {', '.join(sorted(self.model_fields_set)) or 'none'}; write a list")
+        return self
+
+
+def _parse_steps(value: object) -> object:
+    """`gptq`, `{gptq: {...}}` or a list of these."""
+    items = value if isinstance(value, list | tuple) else [value]
+    known = (*ALGORITHMS, *TRANSFORMS)
+    for item in items:
+        if isinstance(item, str) and item not in known:
+            raise ValueError(f"no algorithm is called {item!r}{_nearest(item, known)}; known are {', '.join(known)}")
+    return tuple({item: {}} if isinstance(item, str) else item for item in items)
+
+
+def _plain_step(step: Step) -> dict[str, Any]:
+    return {step.name: getattr(step, step.name).model_dump(mode="json")}
+
+
+Steps = Annotated[tuple[Annotated[Step, PlainSerializer(_plain_step)], ...], BeforeValidator(_parse_steps), Field(min_length=1)]
+
+
 class Rule(_Section):
     """What becomes of the tensors that `match` names; the first rule that matches a tensor wins."""
 
@@ -69,8 +143,9 @@ class Rule(_Section):
     `mlp.down_proj`), a glob over whole names (`model.layers.0.*`), or `re:` and a regular expression over whole names."""
     scheme: SchemeName | None = None
     """How to quantize, for instance `int8-dynamic` or `fp8-dynamic`."""
-    algorithm: Annotated[str, _one_of(ALGORITHMS, "algorithm")] = "rtn"
-    """How the codes are chosen."""
+    algorithm: Steps = (Step(rtn=Rounding()),)
+    """How the codes are chosen: `rtn`, `gptq`, or a list of algorithms in order, each a name or with its options, for instance
+    `[{smoothquant: {alpha: 0.6}}, gptq]`."""
     keep: bool = False
     """Leave these tensors as they are; `why` then says why."""
     why: str | None = None
@@ -82,6 +157,11 @@ class Rule(_Section):
             raise ValueError("a rule needs either a scheme or keep: true")
         if self.keep and not self.why:
             raise ValueError("keep: true needs a why")
+        *before, last = [step.name for step in self.algorithm]
+        if last not in ALGORITHMS:
+            raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
+        if any(name in ALGORITHMS for name in before):
+            raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
         if self.why and not self.keep:
             raise ValueError("why explains keep: true; this rule quantizes")
         return self
@@ -151,7 +231,7 @@ class Target(_Section):
 
 
 class Calibration(_Section):
-    """The text on which the ranges of static activations and of keys and values are seen."""
+    """The text on which calibrated algorithms, static activations and scales of keys and values see the model at work."""
 
     text: str = "sample"
     """`sample` (a public-domain dictionary that comes with the tool), or a .txt or .jsonl file."""
@@ -161,6 +241,12 @@ class Calibration(_Section):
     """Tokens in each."""
     seed: int = 0
     """Chooses which part of the text is read."""
+    documents: bool = False
+    """Read each line of a .jsonl file as it is, cut to `length`, instead of packing the text into sequences of one length."""
+    chat: bool = False
+    """Documents have `messages`, to which the model's chat template is applied."""
+    propagate: Literal["quantized", "float"] = "quantized"
+    """Whether statistics of a block are taken behind the quantized blocks before it, or behind those of the source."""
 
 
 class Validation(_Section):
@@ -280,11 +366,15 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Octavo recipe"
     definitions = schema["$defs"]
-    for section, field, known in (
-        ("Rule", "algorithm", ALGORITHMS),
-        ("Target", "format", FORMATS),
-    ):
-        definitions[section]["properties"][field]["enum"] = list(known)
+    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS]}
+    steps = {"anyOf": [names, {"$ref": "#/$defs/Step"}]}
+    algorithm = definitions["Rule"]["properties"]["algorithm"]
+    definitions["Rule"]["properties"]["algorithm"] = {
+        "anyOf": [*steps["anyOf"], {"type": "array", "items": steps, "minItems": 1}],
+        **{key: algorithm[key] for key in ("description", "title") if key in algorithm},
+        "default": "rtn",
+    }
+    definitions["Target"]["properties"]["format"]["enum"] = list(FORMATS)
     definitions["Target"]["properties"]["kv_cache"]["anyOf"][0]["enum"] = list(CACHES)
     definitions["Rule"]["properties"]["scheme"]["anyOf"][0]["enum"] = list(SCHEMES)
     definitions["Target"]["properties"]["runtimes"]["items"]["enum"] = list(RUNTIMES)
@@ -316,9 +406,14 @@ def _cross_check(recipe: Recipe) -> None:
         )
 
 
+def calibrated(steps: Sequence[Step]) -> bool:
+    """Whether any of the algorithms needs to see the model at work."""
+    return any(step.name in TRANSFORMS or ALGORITHMS[step.name].calibrated for step in steps)
+
+
 def _reads_calibration(target: Target) -> bool:
     used = [rule for rule in target.rules if rule.scheme]
-    return target.kv_cache is not None or any(ALGORITHMS[rule.algorithm].calibrated or SCHEMES[str(rule.scheme)].static for rule in used)
+    return target.kv_cache is not None or any(calibrated(rule.algorithm) or SCHEMES[str(rule.scheme)].static for rule in used)
 
 
 def _load(text: str, file: str, where: dict[Path_, str]) -> Any:
@@ -450,6 +545,10 @@ def _fields_at(path: Path_) -> list[str]:
         "validation": Validation,
         "calibration": Calibration,
         "push": Push,
+        "algorithm": Step,
+        "rtn": Rounding,
+        "gptq": Gptq,
+        "smoothquant": Smoothquant,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)

@@ -56,6 +56,49 @@ def take_tokens(
     return tokens, {"text": name, "tokens": int(tokens.size), "length": length, "tokens_sha256": digest}
 
 
+def take_documents(
+    text: str, tokenizer: Any, *, sequences: int, length: int, seed: int, chat: bool
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Documents as they are, int64 (at most ``length``,) each and cut there, drawn from all of a .jsonl file; and a record of them.
+
+    ``chat``: a line has ``messages``, and the tokenizer's chat template is applied to them; else a line has a ``text``, begun as the
+    tokenizer begins one. Raises :class:`InputError` for a line that has not what is asked for, a tokenizer without a template, and too few.
+    """
+    path = Path(text)
+    if path.suffix != ".jsonl":
+        raise InputError(f"calibration text {text}: documents are the lines of a .jsonl file; give one, or leave documents and chat out")
+    if chat and not tokenizer.chat_template:
+        raise InputError("calibration.chat: the tokenizer of this model has no chat template; leave chat out")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"calibration text {text}: cannot be read ({error.strerror})") from None
+    if len(lines) < sequences:
+        raise InputError(f"calibration text {path.name}: {len(lines):,} documents, {sequences:,} are needed; give more or ask for fewer")
+    key = "messages" if chat else "text"
+    documents = []
+    for i in sorted(random.Random(seed).sample(range(len(lines)), sequences)):
+        try:
+            content = json.loads(lines[i])[key]
+            spelled = tokenizer.apply_chat_template(content, tokenize=False) if chat else str(content)
+        except Exception as error:  # noqa: BLE001  a template is code of the model's, and fails as it likes
+            raise InputError(f'calibration text {path.name}: line {i + 1} has no usable "{key}" ({error})') from None
+        ids = tokenizer(spelled, add_special_tokens=not chat, verbose=False).input_ids[:length]
+        if not ids:
+            raise InputError(f"calibration text {path.name}: line {i + 1} is empty")
+        documents.append(np.array(ids, dtype=np.int64))
+    digest = hashlib.sha256(b"".join(len(item).to_bytes(8, "little") + item.tobytes() for item in documents)).hexdigest()
+    tokens = sum(len(item) for item in documents)
+    return documents, {
+        "text": path.name,
+        "documents": len(documents),
+        "chat": chat,
+        "tokens": tokens,
+        "length": length,
+        "tokens_sha256": digest,
+    }
+
+
 def _read_text(name: str, purpose: str) -> tuple[str, str]:
     if name == "sample":
         file, title = SAMPLES[purpose]

@@ -35,4 +35,8 @@ class Algorithm:
 
 ALGORITHMS = {
     "rtn": Algorithm("convert.algorithms.rtn", calibrated=False, row_wise=True),
+    "gptq": Algorithm("convert.algorithms.gptq", calibrated=True, row_wise=False),
 }
+
+#: What changes weights, together with what comes before them, so that they are easier to quantize; codes are chosen afterwards.
+TRANSFORMS = ("smoothquant",)

@@ -1,7 +1,8 @@
 """The source itself, as the reference: the same request and answer as :mod:`convert.runtimes.transformers`.
 
-Beside ``artifact`` the request has ``model``, what the recipe calls the source; unlike the other programs this one may use this
-package, because it must open whatever the recipe can name.
+Beside ``artifact`` the request has ``model``, what the recipe calls the source, and ``blocks``: whether it runs block by block, because
+it would not fit in memory whole; the logits are the same, to the bit, but nothing is generated. This one may use this package: it
+must open whatever the recipe can name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.runtimes.transformers import measure, model_class
+from convert.runtimes.transformers import measure, model_class, peak_bytes
 from convert.source import open_source
 from formats.dtypes import DTYPES
 
@@ -23,10 +24,65 @@ def main(request_path: str, answer_path: str) -> None:
 
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
+    if request["blocks"]:
+        Path(answer_path).write_text(json.dumps(_walk(request)))
+        return
     started = time.perf_counter()
     model = load(request).to(request["device"])
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
     Path(answer_path).write_text(json.dumps(answer))
+
+
+def _walk(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer, with one block of weights in memory."""
+    from importlib.metadata import version
+
+    import numpy as np
+    import torch
+
+    from convert.lanes import walk
+    from convert.loading import Skeleton
+
+    started = time.perf_counter()
+    skeleton = Skeleton(
+        open_source(request["model"], trust_remote_code=request["trust_remote_code"]),
+        dtype=request["dtype"],
+        trust_remote_code=request["trust_remote_code"],
+    )
+    loaded = time.perf_counter()
+    tokens = torch.from_numpy(np.load(request["tokens"]))
+    module_dtypes = {name: str(module.weight.dtype).removeprefix("torch.") for name, module in _weighted(skeleton.model)}
+    vocabulary = 0
+    with Path(request["logits"]).open("wb") as stream:
+
+        def write(_: int, output: Any) -> None:
+            nonlocal vocabulary
+            given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
+            vocabulary = given.shape[-1]
+            given[0].float().cpu().numpy().tofile(stream)
+
+        predicts = bool(skeleton.model.can_generate())
+        batches = [{"input_ids": sequence[None], **({"use_cache": False} if predicts else {})} for sequence in tokens]
+        for _ in walk(skeleton, batches, device=request["device"], place="host", finish=write):
+            pass
+    on_gpu = request["device"] != "cpu"
+    return {
+        "module_dtypes": module_dtypes,
+        "weight_bytes": sum({id(p): p.nbytes for p in skeleton.model.parameters()}.values()),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
+        "load_seconds": loaded - started,
+        "prefill_tokens_per_second": tokens.numel() / (time.perf_counter() - loaded),
+        "decode_tokens_per_second": 0.0,
+        "generated": [],
+        "vocabulary": vocabulary,
+        "predicts": predicts,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _weighted(model: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
 
 
 def load(request: dict[str, Any]) -> Any:

@@ -95,7 +95,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         # A quantizer that has decoded everything takes itself off the model, and leaves this behind.
         "dequantized": vars(model).get("is_quantized") is False,
         "weight_bytes": sum(weights.values()),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "load_seconds": load_seconds,
         "prefill_tokens_per_second": tokens.numel() / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds if predicts else 0.0,
@@ -107,7 +107,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     }
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The largest resident memory of this process; ``ru_maxrss`` would begin with that of the process it was forked from."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024

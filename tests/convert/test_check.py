@@ -196,3 +196,20 @@ def test_the_drift_is_the_mean_error_as_a_share_of_the_length(tmp_path: Path) ->
         compare_states(tmp_path / "a", write(tmp_path / "c", a[:-1]), 5)
     b[3, 2] = np.nan
     assert np.isnan(compare_states(tmp_path / "a", write(tmp_path / "b", b), 5).relative_error)
+
+
+def test_a_source_that_does_not_fit_runs_block_by_block_to_the_same_numbers(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import check as module
+    from convert.pipeline import convert
+
+    reports = []
+    for share in (0.8, 0.0):
+        monkeypatch.setattr(module, "WHOLE_SHARE", share)
+        reports.append(convert(recipe_for(make_llama()), tmp_path / str(share)).reports[0])
+    whole, walked = (report.runtimes[0].divergence for report in reports)
+    assert whole == walked
+    assert reports[1].passed
+    assert reports[0].source.continuation
+    assert reports[1].source.continuation == ""

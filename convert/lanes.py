@@ -1,0 +1,284 @@
+"""Batches that walk through a model in lockstep, block by block, with one block's weights in memory.
+
+The model's own forward runs once for every batch, each in a greenlet of its own, over an empty model: a call of a decoder block does not
+compute but switches to the scheduler. When all batches stand before the same block, its weights are loaded, all batches go through it, and
+each greenlet is handed its output and runs to the next block. Masks, rotary embeddings, residual streams and whatever else the
+model does between blocks is its own code, so the result is that of the plain forward, bit for bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.architecture import blocks_of
+from formats.errors import MachineError, SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from convert.architecture import Architecture
+    from convert.loading import Skeleton
+    from convert.source import Checkpoint
+
+#: Elements of the output head that are converted to the model's dtype at once.
+HEAD_SLAB_ELEMENTS = 1 << 25
+#: What of the memory that is free a lane may take.
+LANE_SHARE = 0.5
+#: A model that takes more than this of the memory that is free does not run whole.
+WHOLE_SHARE = 0.8
+
+
+@dataclass
+class Stand:
+    """All batches standing before a block, whose weights are in ``module``: whoever drives the walk may hook and change them, and run the
+    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane."""
+
+    name: str
+    module: Any
+    arguments: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+    _run: Callable[[int], Any]
+    _keep: Callable[[Any], Any]
+    _outputs: list[Any] = field(default_factory=list)
+
+    def run(self, *, keep: bool) -> None:
+        """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten."""
+        for i in range(len(self.arguments)):
+            output = self._run(i)
+            if keep:
+                self._outputs[i : i + 1] = [self._keep(output)]
+
+    def output(self, i: int) -> Any:
+        """What the block as it is now makes of one batch; nothing is kept."""
+        return self._run(i)
+
+    @property
+    def kept(self) -> bool:
+        return bool(self._outputs)
+
+
+def walk(
+    skeleton: Skeleton,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    place: str = "host",
+    scratch: Path | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
+    finish: Callable[[int, Any], None] | None = None,
+) -> Iterator[Stand]:
+    """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
+
+    ``batches``: keyword arguments of the model's forward, tensors on the CPU, and no cache that keeps what it is given, for a block may run
+    more than once. Blocks run on ``device``; hidden states and all other code
+    of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
+    ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
+    each batch; without it the walk ends behind the last block, and the output head is never read.
+
+    Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
+    """
+    import torch
+    from greenlet import GreenletExit, getcurrent, greenlet
+
+    model = skeleton.model
+    blocks = blocks_of(model)
+    if not blocks:
+        raise SourceError(f"{type(model).__name__} is no stack of blocks, so it cannot be run block by block")
+    home = device if place == "device" else "cpu"
+    park = _parked(scratch) if place == "disk" else (lambda tensor: tensor.to(home))
+    head = _prepare(skeleton, blocks, batches, home, head=finish is not None)
+    scheduler = getcurrent()
+    originals = {name: model.get_submodule(name).forward for name in blocks}
+
+    def stand_before(name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getcurrent().parent.switch((name, args, kwargs))
+
+    for name in blocks:
+        model.get_submodule(name).forward = stand_before(name)
+
+    def start(batch: Mapping[str, Any]) -> tuple[str, Any, Any]:
+        arguments = {key: _mapped(value, lambda tensor: tensor.to(home)) for key, value in batch.items()}
+        return "", model(**arguments), None
+
+    runs = [greenlet(start, scheduler) for _ in batches]
+    seen = 0
+    try:
+        with torch.no_grad():
+            states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
+            while (name := states[0][0]) != "":
+                if any(state[0] != name for state in states):
+                    raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
+                skeleton.load(name, device, read=read)
+                seen += 1
+
+                def run(i: int, name: str = name, states: list[Any] = states) -> Any:
+                    _, args, kwargs = states[i]
+                    args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(device))
+                    return originals[name](*args, **kwargs)
+
+                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park))
+                yield stand
+                if not stand.kept:
+                    stand.run(keep=True)
+                skeleton.free(name)
+                outputs, stand._outputs = stand._outputs, []
+                stand.arguments = ()
+                last = seen == len(blocks)
+                if last and finish is None:
+                    return
+                if last and head is not None:
+                    skeleton.load(head, home) if skeleton.own_tensor(f"{head}.weight") is None else _load_head(skeleton, head, home)
+                for i, switched in enumerate(runs):
+                    states[i] = None
+                    output, outputs[i] = outputs[i], None
+                    states[i] = switched.switch(output)
+                    if states[i][0] == "":
+                        if finish is not None:
+                            finish(i, states[i][1])
+                        states[i] = ("", None, None)
+    finally:
+        for switched in runs:
+            if not switched.dead:
+                switched.throw(GreenletExit)
+        for name in blocks:
+            del model.get_submodule(name).forward
+            skeleton.free(name)
+
+
+def place_for(lane_bytes: int, *, on_gpu: bool, gpu_free_bytes: int, host_free_bytes: int) -> str:
+    """Where a lane of that size lies: on the GPU if blocks run there and half of what is free holds it, else in host memory, or on disk."""
+    if on_gpu and lane_bytes <= LANE_SHARE * gpu_free_bytes:
+        return "device"
+    return "host" if lane_bytes <= LANE_SHARE * host_free_bytes else "disk"
+
+
+@dataclass(frozen=True)
+class WalkSizes:
+    """What a walk holds: ``lane_bytes`` before and behind a block and where it began, the largest block, the head as it is stored with a
+    slab of it, and ``rest_bytes`` of everything else but embeddings."""
+
+    lane_bytes: int
+    block_bytes: int
+    head_bytes: int
+    rest_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Logits aside."""
+        return self.lane_bytes + 2 * self.block_bytes + self.head_bytes + self.rest_bytes
+
+
+def walk_sizes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: int, wide: bool) -> WalkSizes:
+    """Sizes of a walk of ``tokens``; ``wide``: in float32, whatever the checkpoint stores."""
+    size = 4 if wide else 2
+    blocks: dict[str, int] = dict.fromkeys(architecture.blocks, 0)
+    rest = head = 0
+    for name, parameter in architecture.parameters.items():
+        spec = checkpoint.tensors[name]
+        inside = next((block for block in blocks if any(module.startswith(f"{block}.") for module in parameter.modules)), None)
+        if inside is not None:
+            blocks[inside] += size * spec.elements
+        elif parameter.kind == "head":
+            head = spec.size_bytes + HEAD_SLAB_ELEMENTS * 4
+        elif parameter.kind != "embedding":
+            rest += size * spec.elements
+    return WalkSizes(3 * tokens * (architecture.hidden_size or 0) * size, max(blocks.values(), default=0), head, rest)
+
+
+def whole_bytes(checkpoint: Checkpoint, *, wide: bool) -> int:
+    """Memory that the whole model takes."""
+    return sum(4 * spec.elements if wide else spec.size_bytes for spec in checkpoint.tensors.values())
+
+
+def _prepare(skeleton: Skeleton, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]], home: str, *, head: bool) -> str | None:
+    """Fills everything that is in no block, of the token embedding only the rows that are looked up; returns the head, still empty."""
+    import torch
+
+    model = skeleton.model
+    names = {id(module): name for name, module in model.named_modules()}
+    outputs = model.get_output_embeddings()
+    skip = list(blocks)
+    head_name = names[id(outputs)] if outputs is not None else None
+    if head_name is not None:
+        skip.append(head_name)
+    embedding = model.get_input_embeddings()
+    ids = [batch["input_ids"].reshape(-1) for batch in batches if batch.get("input_ids") is not None]
+    rows_only = isinstance(embedding, torch.nn.Embedding) and len(ids) == len(batches)
+    weight = f"{names[id(embedding)]}.weight" if rows_only else ""
+    if weight and skeleton.own_tensor(weight) is not None:
+        skip.append(names[id(embedding)])
+    else:
+        weight = ""
+    skeleton.compute_buffers(home)
+    skeleton.load("", home, skip=skip)
+    if weight:
+        rows = torch.unique(torch.cat(ids))
+        skeleton.load_rows(weight, rows, home)
+        rows = rows.to(home)
+        embedding.padding_idx = None
+
+        def compact(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            places = torch.searchsorted(rows, args[0]).clamp_(max=len(rows) - 1)
+            if not torch.equal(rows[places], args[0]):
+                raise SourceError(f"{type(model).__name__} looks up tokens that are in none of its inputs; it cannot be run block by block")
+            return (places, *args[1:])
+
+        embedding.register_forward_pre_hook(compact)
+    return head_name if head else None
+
+
+def _load_head(skeleton: Skeleton, head: str, home: str) -> None:
+    """Fills the output head as the checkpoint stores it, and has it multiply in slabs of the model's dtype."""
+    import torch
+
+    module: Any = skeleton.model.get_submodule(head)
+    name = skeleton.own_tensor(f"{head}.weight")
+    assert name is not None
+    if type(module) is not torch.nn.Linear:
+        skeleton.load(head, home)
+        return
+    stored = skeleton.read(name).to(home)
+    if module.bias is not None:
+        skeleton.load(f"{head}.bias", home)
+    step = max(1, HEAD_SLAB_ELEMENTS // stored.shape[1])
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if stored.dtype == x.dtype or len(stored) <= step:
+            return torch.nn.functional.linear(x, stored.to(x.dtype), module.bias)
+        logits = torch.empty(*x.shape[:-1], len(stored), dtype=x.dtype, device=x.device)
+        for start in range(0, len(stored), step):
+            bias = None if module.bias is None else module.bias[start : start + step]
+            logits[..., start : start + step] = torch.nn.functional.linear(x, stored[start : start + step].to(x.dtype), bias)
+        return logits
+
+    module.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def _parked(scratch: Path | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies tensors into files that have no name any more, so that they go when nothing refers to them."""
+    import torch
+
+    def park(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == 0:
+            return tensor.cpu()
+        with tempfile.NamedTemporaryFile(dir=scratch, prefix="lane-") as file:
+            parked = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return parked.copy_(tensor.reshape(-1)).view(tensor.shape)
+
+    return park
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same structure with every tensor mapped."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, function) for item in value)
+    if type(value) is dict:
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return value

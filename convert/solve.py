@@ -1,0 +1,220 @@
+"""Chooses the codes of a block's layers from what its inputs were seen to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from convert import quantize
+from convert.algorithms import gptq, rtn, smoothing
+from convert.algorithms.output_error import output_error
+from convert.algorithms.rtn import CLIP_RATIOS
+from convert.groups import Group, fold
+from convert.observe import Observer, Stats
+from convert.quantize import Piece
+from formats.dtypes import DTYPES
+from formats.errors import NumericsError
+
+if TYPE_CHECKING:
+    from convert.architecture import Part
+    from convert.lanes import Stand
+    from convert.loading import Skeleton
+    from convert.plan import Entry, TargetPlan
+    from formats.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A source tensor whose codes were chosen while its block was at work, as the bytes of a target. ``health``: what was seen on the way,
+    by module."""
+
+    target: str
+    tensor: str
+    pieces: tuple[Piece, ...]
+    health: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``."""
+
+    alpha: float
+    scales: torch.Tensor
+
+
+def smooth_block(
+    target: TargetPlan, entries: Sequence[Entry], stand: Stand, groups: Sequence[Group], skeleton: Skeleton, observer: Observer
+) -> tuple[dict[str, Smoothed], list[Solved]]:
+    """Moves what is large in inputs into weights, in every group of a block with a layer whose rule asks for it.
+
+    Returns, by the module that its group's statistics are kept under, what was done, and the tensors that are kept but changed by it. The
+    block computes what it computed before. Raises :class:`NumericsError` where a changed value cannot be stored.
+    """
+    asked = {
+        entry.module(part): (entry, step.smoothquant)
+        for entry in entries
+        for step in entry.steps
+        if step.smoothquant
+        for part in entry.parts
+    }
+    kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
+    done: dict[str, Smoothed] = {}
+    changed: dict[str, str] = {}
+    for group in groups:
+        consumers = [f"{stand.name}.{name}" for name in group.consumers]
+        chosen = next((asked[name] for name in consumers if name in asked), None)
+        parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
+        filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
+        if chosen is None or any(tensor is None for _, tensor in filled):
+            continue
+        entry, options = chosen
+        assert entry.scheme is not None
+        weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
+        absmax = observer.get(consumers[0], "channels").value
+        if options.alpha == "search":
+            found = smoothing.search_alpha(
+                observer.get(consumers[0], "rows").value,
+                weights,
+                input_absmax=absmax,
+                weight_quantization=entry.scheme.weight,
+                activation_quantization=entry.scheme.activation,
+                scale_dtype=getattr(torch, DTYPES[entry.scale_dtype].torch_name),
+                channels=group.channels,
+            )
+            alpha, scales = found.strength or 0.0, found.scales
+        else:
+            alpha = float(options.alpha)
+            scales = smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=group.channels)
+        stored = kept.get(str(skeleton.own_tensor(f"{stand.name}.{group.producer}.weight")))
+        dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
+        scales = fold(stand.module, group, scales, dtype=dtype)
+        leader = observer.leader.get(consumers[0], consumers[0])
+        done[leader] = Smoothed(alpha, scales)
+        changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
+    return done, [_as_changed(target, kept[tensor], parameter, skeleton) for tensor, parameter in changed.items()]
+
+
+def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skeleton) -> Solved:
+    value: torch.Tensor = skeleton.model.get_parameter(parameter).detach()
+    cast = value.to(getattr(torch, DTYPES[entry.plain.dtype].torch_name))
+    if not quantize.is_finite(cast):
+        raise NumericsError(f"{entry.tensor.name}: smoothing makes values that {entry.plain.dtype} cannot hold; lower alpha")
+    data = cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return Solved(target.name, entry.tensor.name, (Piece(target.name, entry.plain.name, 0, data),), {entry.tensor.name: {"smoothed": 1.0}})
+
+
+def solve_block(
+    target: TargetPlan,
+    entries: Sequence[Entry],
+    skeleton: Skeleton,
+    observer: Observer,
+    inputs: Mapping[str, float],
+    smoothed: Mapping[str, Smoothed],
+) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
+    """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
+
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
+    scheme and algorithm are solved together. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and
+    for NaN or Inf.
+    """
+    codes: dict[str, QTensor] = {}
+    health: dict[str, dict[str, float]] = {}
+    for members in _together(entries, observer):
+        _solve(members, skeleton, observer, smoothed, codes, health)
+    divided = {
+        module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
+        for module, leader in observer.leader.items()
+        if leader in smoothed
+    }
+    stats = Stats(inputs={**inputs, **divided})
+    for entry in entries:
+        pieces: list[Piece] = []
+        for part in entry.parts:
+            work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
+            pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
+        solved = Solved(
+            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
+        )
+        yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
+
+
+def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:
+    groups: dict[tuple[str, ...], list[tuple[Entry, Part]]] = {}
+    for entry in entries:
+        for part in entry.parts:
+            key = (observer.leader.get(entry.module(part), entry.module(part)), repr(entry.scheme), repr(entry.steps), entry.scale_dtype)
+            groups.setdefault(key, []).append((entry, part))
+    return list(groups.values())
+
+
+def _solve(
+    members: Sequence[tuple[Entry, Part]],
+    skeleton: Skeleton,
+    observer: Observer,
+    smoothed: Mapping[str, Smoothed],
+    codes: dict[str, QTensor],
+    health: dict[str, dict[str, float]],
+) -> None:
+    entry, _ = members[0]
+    assert entry.scheme is not None
+    scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    names = [each.module(part) for each, part in members]
+    weights = [_weight(skeleton, name) for name in names]
+    step = entry.steps[-1]
+    leader = observer.leader.get(names[0], names[0])
+    asked = any(step.smoothquant for step in entry.steps)
+    noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
+    for (each, _), name, weight in zip(members, names, weights, strict=True):
+        if not quantize.is_finite(weight):
+            raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
+    if step.gptq is None:
+        clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
+        for name, weight in zip(names, weights, strict=True):
+            codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
+            health[name] = dict(noted)
+        return
+    hessian = observer.get(names[0], "hessian").value
+    if leader in smoothed:
+        hessian = smoothing.smoothed_hessian(hessian, smoothed[leader].scales)
+    options = step.gptq
+    try:
+        factor = gptq.factorise(hessian, damping=options.damping, activation_order=options.activation_order)
+    except gptq.FactorisationError as error:
+        raise NumericsError(f"{names[0]}: {error}") from None
+    results = gptq.quantize_together(
+        weights,
+        entry.scheme.weight,
+        scale_dtype=scale_dtype,
+        factor=factor,
+        block_size=options.block_size,
+        static_groups=options.static_groups,
+        clip_search=CLIP_RATIOS if options.clip else (),
+    )
+    for name, weight, result in zip(names, weights, results, strict=True):
+        codes[name] = result.qtensor
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
+        errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
+        health[name] = {
+            **noted,
+            "damping": result.damping,
+            "dead": float(result.dead),
+            "output_error_rounded": errors[0],
+            "output_error": errors[1],
+        }
+
+
+def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The error at the layer's output as a share of the output, to four digits; it is for people."""
+    return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
+
+
+def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
+    """(out, in) in float32, as it is now."""
+    from transformers.pytorch_utils import Conv1D
+
+    module = skeleton.model.get_submodule(name)
+    weight: torch.Tensor = module.weight.detach()
+    return (weight.T if isinstance(module, Conv1D) else weight).float()

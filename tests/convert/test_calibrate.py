@@ -1,0 +1,232 @@
+"""Statistics and solved codes against the plain model: hooks, a cache, and GPTQ's own claim."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert.pipeline import convert
+from convert.text import load_tokenizer, take_documents, take_tokens
+from formats.errors import InputError
+from formats.manifest import read_manifest
+
+RECIPE = """\
+model: {{model}}
+calibration: {{{{sequences: 6, length: 32, seed: 3, propagate: {propagate}}}}}
+targets:
+  - name: q
+    format: compressed-tensors
+    rules: [{{{{match: linear, scheme: {scheme}, algorithm: {algorithm}}}}}]
+"""
+
+
+def _text(scheme: str, algorithm: str = "rtn", propagate: str = "quantized", more: str = "") -> str:
+    return RECIPE.format(scheme=scheme, algorithm=algorithm, propagate=propagate) + more
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def _plain(folder: Path) -> tuple[Any, torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    tokens, _ = take_tokens(
+        "sample", load_tokenizer(folder, trust_remote_code=False), sequences=6, length=32, purpose="calibration", seed=3
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), torch.from_numpy(tokens)
+
+
+def test_static_scales_are_those_of_hooks_on_the_plain_model(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = make_llama()
+    made = convert(recipe_for(folder, text=_text("fp8-static")), tmp_path, check=False).artifacts[0]
+    model, tokens = _plain(folder)
+    seen: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({name: max(seen.get(name, 0.0), args[0].abs().max().item())})
+            )
+    with torch.no_grad():
+        for sequence in tokens:
+            model(input_ids=sequence[None], use_cache=False)
+    stored = {name: value for name, value in _tensors(made.path).items() if name.endswith("input_scale")}
+    assert len(stored) == 14
+    for name, value in stored.items():
+        expected = torch.tensor([seen[name.removesuffix(".input_scale")]], dtype=torch.float64) / 448
+        assert torch.equal(value, expected.to(value.dtype)), name
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8-per-head"])
+def test_cache_scales_are_those_of_the_plain_model_s_own_cache(kind: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    from transformers import DynamicCache
+
+    folder = make_llama()
+    made = convert(recipe_for(folder, text=_text("fp8-dynamic", more=f"    kv_cache: {kind}\n")), tmp_path, check=False).artifacts[0]
+    model, tokens = _plain(folder)
+    keys, values = torch.zeros(2, 2), torch.zeros(2, 2)
+    with torch.no_grad():
+        for sequence in tokens:
+            cache = DynamicCache()
+            model(input_ids=sequence[None], past_key_values=cache, use_cache=True)
+            for i, layer in enumerate(cache.layers):
+                keys[i] = torch.maximum(keys[i], layer.keys.abs().amax(dim=(0, 2, 3)))
+                values[i] = torch.maximum(values[i], layer.values.abs().amax(dim=(0, 2, 3)))
+    stored = _tensors(made.path)
+    for i in range(2):
+        for letter, seen in (("k", keys), ("v", values)):
+            scale = stored[f"model.layers.{i}.self_attn.{letter}_scale"]
+            expected = seen[i] if kind == "fp8-per-head" else seen[i].max()[None]
+            assert torch.equal(scale.flatten(), (expected / 448).to(scale.dtype))
+
+
+def test_gptq_lowers_the_output_error_and_raises_the_weight_error(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Of the first block, whose inputs are the source's own."""
+    folder = make_llama()
+    model, tokens = _plain(folder)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers.0."):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
+    with torch.no_grad():
+        for sequence in tokens:
+            model(input_ids=sequence[None], use_cache=False)
+    rounded = _tensors(convert(recipe_for(folder), tmp_path / "rtn", check=False).artifacts[0].path)
+    made = convert(recipe_for(folder, text=_text("int8-dynamic", "gptq")), tmp_path / "gptq", check=False).artifacts[0]
+    solved = _tensors(made.path)
+    assert len(inputs) == 7
+    for name, seen in inputs.items():
+        weight = model.get_submodule(name).weight.detach()
+        x = torch.cat(seen)
+        errors = [(codes[f"{name}.weight"].float() * codes[f"{name}.weight_scale"].float() - weight) for codes in (rounded, solved)]
+        assert torch.equal(rounded[f"{name}.weight_scale"], solved[f"{name}.weight_scale"])
+        assert errors[1].norm() > errors[0].norm(), name
+        assert (x @ errors[1].T).norm() < 0.9 * (x @ errors[0].T).norm(), name
+        health = made.manifest.calibration["solved"][name]
+        for error, key in zip(errors, ("output_error_rounded", "output_error"), strict=True):
+            assert health[key] == pytest.approx(float((x @ error.T).norm() / (x @ weight.T).norm()), rel=2e-2)
+
+
+def _digest(folder: Path) -> list[tuple[str, str]]:
+    return [(file.name, file.digest) for file in read_manifest(folder).files]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from convert import export
+from convert.pipeline import convert
+from convert.recipe import parse_recipe
+left = int(sys.argv[3])
+finished = export._Writer.finished
+def counted(self, tensor):
+    global left
+    finished(self, tensor)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+export._Writer.finished = counted
+convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), Path(sys.argv[2]), check=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("propagate", "algorithm", "count"), [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", 12), ("float", "gptq", 3)]
+)
+def test_a_killed_run_is_taken_up_to_the_same_bytes(
+    propagate: str, algorithm: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    """Killed within the second block, the first being finished, and within the first."""
+    folder = make_llama()
+    text = _text("int8-dynamic", algorithm, propagate).format(model=folder)
+    (tmp_path / "recipe.yaml").write_text(text)
+    whole = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), tmp_path / "whole", check=False).artifacts[0]
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(count)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (out / ".q.partial" / "journal").exists()
+    again = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), out, check=False).artifacts[0]
+    assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
+    assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
+
+
+def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    made = [
+        _tensors(convert(recipe_for(make_llama(), text=_text("int8-dynamic", "gptq", how)), tmp_path / how, check=False).artifacts[0].path)
+        for how in ("quantized", "float")
+    ]
+    same = [name for name in made[0] if torch.equal(made[0][name], made[1][name])]
+    assert any(name.startswith("model.layers.0.") and name.endswith("_proj.weight") for name in same)
+    assert all(name in same for name in made[0] if name.startswith("model.layers.0."))
+    assert not all(name in same for name in made[0] if name.startswith("model.layers.1."))
+
+
+@pytest.mark.parametrize("alpha", ["0.7", "search"])
+def test_smoothing_leaves_the_function_and_the_ledger_says_it(alpha: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """The artifact's weights, as floats in the plain model, against the source: as far apart as rounding to 8 bit and no further."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(dtype="float32")
+    algorithm = f"[{{{{smoothquant: {{{{alpha: {alpha}}}}}}}}}, rtn]"
+    made = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm)), tmp_path, check=False).artifacts[0]
+    stored = _tensors(made.path)
+    model, tokens = _plain(folder)
+    smoothed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    source = _tensors(folder)
+    with torch.no_grad():
+        for name, parameter in smoothed.named_parameters():
+            value = stored[name].float()
+            parameter.copy_(value * stored[f"{name}_scale"].float() if f"{name}_scale" in stored else value)
+        expected, got = model(input_ids=tokens).logits, smoothed(input_ids=tokens).logits
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    notes = {entry["tensor"]: entry.get("note", "") for entry in made.manifest.ledger}
+    norms = [f"model.layers.{i}.{name}.weight" for i in range(2) for name in ("input_layernorm", "post_attention_layernorm")]
+    changed = [name for name in notes if "smoothed" in notes[name]]
+    assert changed == [name for name in changed if name in norms]
+    assert changed
+    for name, tensor in source.items():
+        if name in stored and not name.endswith("_proj.weight"):
+            assert torch.equal(stored[name], tensor) == (name not in changed)
+    solved = made.manifest.calibration["solved"]
+    assert solved["model.layers.0.mlp.down_proj"]["alpha"] == (0.7 if alpha == "0.7" else pytest.approx(0.65, abs=0.65))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_documents_are_read_as_they_are(chat: bool, make_llama: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(make_llama(), trust_remote_code=False)
+    path = tmp_path / "d.jsonl"
+    words = [f"{i} is " + "x" * i for i in range(9)]
+    path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": w}]} if chat else {"text": w}) for w in words))
+    if chat:
+        with pytest.raises(InputError, match="no chat template"):
+            take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=True)
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    found, record = take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=chat)
+    again, _ = take_documents(str(path), tokenizer, sequences=4, length=12, seed=1, chat=chat)
+    other, _ = take_documents(str(path), tokenizer, sequences=4, length=12, seed=3, chat=chat)
+    spelled = [f"<user>{word}"[:12] if chat else word[:12] for word in words]
+    assert all(tokenizer.decode(ids) in spelled for ids in found)
+    assert record["tokens"] == sum(map(len, found))
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in again] != [ids.tolist() for ids in other]
+    for wrong, message in ((10, "9 documents, 10 are needed"), (9, 'line 10 has no usable "')):
+        path.write_text(path.read_text() + ("\n{}" if wrong == 9 else ""))
+        with pytest.raises(InputError, match=message):
+            take_documents(str(path), tokenizer, sequences=wrong + (wrong == 9), length=12, seed=1, chat=chat)
+
+
+def test_documents_of_several_lengths_walk_together(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "word " * (i + 3)}) for i in range(8)))
+    text = _text("int8-dynamic", "gptq").replace("seed: 3", f"seed: 3, documents: true, text: {path}")
+    made = convert(recipe_for(make_llama(), text=text), tmp_path / "out", check=False).artifacts[0]
+    assert made.manifest.calibration["documents"] == 6
+    assert made.manifest.calibration["tokens"] < 6 * 32

@@ -1,0 +1,133 @@
+"""Block by block against the plain forward of the same model, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, save_family
+
+from convert import lanes
+from convert.architecture import blocks_of
+from convert.lanes import place_for, walk
+from convert.loading import Skeleton
+from convert.source import open_source
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("families")
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = folder = save_family(name, root)
+            config = json.loads((folder / "config.json").read_text())
+            if "sliding_window" in config:
+                config |= {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
+                config.pop("layer_types", None)
+                (folder / "config.json").write_text(json.dumps(config))
+        return made[name]
+
+    return make
+
+
+def _batches() -> list[dict[str, torch.Tensor]]:
+    """Of one and of several sequences, of other lengths, and padded on either side."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 300, size, generator=generator) for size in ((1, 13), (1, 1), (3, 17), (2, 17))]
+    masks = [torch.ones_like(item) for item in ids]
+    masks[2][0, 11:] = 0
+    masks[3][1, :5] = 0
+    return [{"input_ids": item} for item in ids[:2]] + [
+        {"input_ids": i, "attention_mask": m} for i, m in zip(ids[2:], masks[2:], strict=True)
+    ]
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    return {"use_cache": False} if FAMILIES[folder.name][0].endswith(("ForCausalLM", "LMHeadModel")) else {}
+
+
+def _plain(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    import transformers
+
+    model = getattr(transformers, FAMILIES[folder.name][0]).from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    arguments = _arguments(folder)
+    with torch.no_grad():
+        return [model(**batch, **arguments)[0] for batch in batches]
+
+
+def _walked(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]], **options: Any) -> tuple[list[torch.Tensor], list[str]]:
+    outputs: dict[int, torch.Tensor] = {}
+    arguments = _arguments(folder)
+    skeleton = Skeleton(open_source(str(folder)), dtype=dtype)
+    asked = [{**batch, **arguments} for batch in batches]
+    order = [stand.name for stand in walk(skeleton, asked, finish=lambda i, out: outputs.update({i: out[0]}), **options)]
+    assert order == list(blocks_of(skeleton.model))
+    return [outputs[i] for i in range(len(batches))], order
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_block_by_block_is_the_plain_forward_to_the_bit(family: str, dtype: str, family_folder: Any) -> None:
+    batches = _batches()
+    folder = family_folder(family)
+    walked, order = _walked(folder, dtype, batches)
+    assert len(order) == 2
+    for got, expected in zip(walked, _plain(folder, dtype, batches), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+
+
+def test_a_head_in_slabs_is_the_whole_head(family_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "HEAD_SLAB_ELEMENTS", 64 * 128)
+    walked, _ = _walked(family_folder("llama"), "float32", _batches())
+    for got, expected in zip(walked, _plain(family_folder("llama"), "float32", _batches()), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lane_on_disk_leaves_no_file_and_changes_nothing(family_folder: Any, tmp_path: Path) -> None:
+    walked, _ = _walked(family_folder("llama"), "bfloat16", _batches(), place="disk", scratch=tmp_path)
+    for got, expected in zip(walked, _plain(family_folder("llama"), "bfloat16", _batches()), strict=True):
+        assert torch.equal(got, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_block_at_work_is_in_memory(family_folder: Any) -> None:
+    skeleton = Skeleton(open_source(str(family_folder("llama"))), dtype="float32")
+    for stand in walk(skeleton, [{"input_ids": torch.arange(5)[None]}]):
+        real = {name for name, parameter in skeleton.model.named_parameters(remove_duplicate=False) if not parameter.is_meta}
+        assert real == {
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            *(f"{stand.name}.{name}" for name, _ in stand.module.named_parameters()),
+        }
+        assert skeleton.model.model.embed_tokens.weight.shape[0] == 5
+
+
+def test_what_a_block_is_changed_to_is_what_its_successors_see(family_folder: Any) -> None:
+    """Against the plain model with the same change, run without keeping in between."""
+    import transformers
+
+    folder = family_folder("llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batch = {"input_ids": torch.arange(3, 20)[None], "use_cache": False}
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+        expected = model(**batch).logits
+    outputs = []
+    for stand in walk(Skeleton(open_source(str(folder)), dtype="float32"), [batch], finish=lambda _, out: outputs.append(out.logits)):
+        stand.run(keep=False)
+        if stand.name.endswith(".0"):
+            stand.module.mlp.down_proj.weight.mul_(1.5)
+    assert torch.equal(outputs[0], expected)
+
+
+def test_a_lane_lies_where_it_fits() -> None:
+    assert place_for(10, on_gpu=True, gpu_free_bytes=20, host_free_bytes=100) == "device"
+    assert place_for(11, on_gpu=True, gpu_free_bytes=20, host_free_bytes=100) == "host"
+    assert place_for(10, on_gpu=False, gpu_free_bytes=20, host_free_bytes=20) == "host"
+    assert place_for(11, on_gpu=False, gpu_free_bytes=20, host_free_bytes=20) == "disk"
