@@ -207,7 +207,7 @@ def test_thirty_kills_at_random_moments_change_no_byte(make_llama: Any, tmp_path
     whole = contents(tmp_path / "whole")
     # A server that has torch loaded is forked for each run, so that a run takes tenths of a second and not seconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "convert.pipeline"])
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "convert.pipeline"])
     for name in ("warm", "timed"):
         started = time.monotonic()
         child = context.Process(target=_convert_in_child, args=(text, str(tmp_path / name)))
