@@ -86,6 +86,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
     """The engine; ``loaded`` becomes parameter -> (dtype, bytes) as the checkpoint filled it, before kernels repack it."""
+    import torch
     from vllm import LLM
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -103,6 +104,10 @@ def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
 
     register_model_loader("recorded")(Recorder)
     longest = max(length + 1, len(request["prompt"]) + request["new_tokens"])
+    share = {}
+    if not current_platform.is_cpu():
+        free, total = torch.cuda.mem_get_info()
+        share = {"gpu_memory_utilization": 0.9 * free / total}  # it wants so much free, used or not, and others may be on the card
     return LLM(
         model=request["artifact"],
         dtype=request["dtype"],
@@ -115,6 +120,7 @@ def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
         enable_prefix_caching=False,  # what is cached is not computed, and no logits come of it
         enforce_eager=current_platform.is_cpu(),  # on a CPU it would compile C++ for minutes to run seconds
         disable_log_stats=True,
+        **share,
     )
 
 
