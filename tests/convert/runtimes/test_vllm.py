@@ -86,6 +86,24 @@ def test_an_artifact_that_vllm_cannot_load_is_a_failed_check_with_its_own_words(
     assert re.match(r"vLLM [0-9.]+ raised ", failed.detail), "the end alone, not vLLM's log"
 
 
+@needs_vllm
+def test_a_mixture_of_experts_runs_in_vllm_where_its_experts_are_kept(recipe_for: Any, tmp_path: Path) -> None:
+    """vLLM 0.32 has no 8-bit experts on a CPU: it refuses codes of INT8 and of FP8."""
+    from conftest import save_tokenizer
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(**SHAPE, num_hidden_layers=2, num_local_experts=4, vocab_size=300, max_position_embeddings=512)
+    MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "mixtral")
+    save_tokenizer(tmp_path / "mixtral", 300)
+    rules = "[{match: '*experts*', keep: true, why: no kernel}, {match: linear, scheme: int8-dynamic}]"
+    recipe = recipe_for(tmp_path / "mixtral", **{"targets.0.runtimes": "[vllm]", "targets.0.rules": rules})
+    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
+    assert report.passed, [check for check in report.checks if not check.passed]
+    assert next(check for check in report.checks if check.name == "vllm: modules in 8 bit").value == 8
+    assert result(report).divergence.kl_nats < 0.001
+
+
 def test_rows_that_do_not_give_the_log_probabilities_vllm_returned_are_refused() -> None:
     """vLLM computes the last position first; what it returned for the prompt says whether the rows were put in order."""
     rows, sequence = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)), [3, 1, 4, 1, 5]
