@@ -92,6 +92,8 @@ def export(
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
+            # A slab is one core's work, and the cores share the slabs; calibration's sums would come out otherwise with more.
+            stack.enter_context(_one_thread())
             stats = _calibrate(plan, writers, progress, device=device)
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
             for target in pending:
@@ -127,8 +129,6 @@ def _stream(
     plan: Plan, writers: Mapping[str, _Writer], progress: Progress, stats: Mapping[str, Stats], *, device: str, workers: int
 ) -> None:
     """Runs all work through a pool of workers."""
-    import torch
-
     targets = {name: writer.target for name, writer in writers.items()}
     for writer in writers.values():
         for entry, piece in quantize.cache_pieces(writer.target, stats[writer.target.name], plan.checkpoint):
@@ -138,26 +138,34 @@ def _stream(
     done = {name: frozenset(writer.done) for name, writer in writers.items()}
     work = list(quantize.plan_work(list(targets.values()), list(plan.checkpoint.tensors.values()), done, gpu=device != "cpu"))
     _keep_freed_memory()
+    with (
+        progress.stage("converting", sum(item.size_bytes for item in work)) as advance,
+        ThreadPoolExecutor(workers, thread_name_prefix="slab") as pool,
+    ):
+
+        def one(item: quantize.Work) -> quantize.Work:
+            for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device):
+                writers[piece.target].write(piece)
+            return item
+
+        for item in _in_order(pool, one, work, ahead=2 * workers):
+            advance(item.size_bytes)
+            if item.last:
+                for name in item.entries:
+                    writers[name].finished(item.spec.name)
+        for writer in writers.values():
+            writer.wait_for_hashes()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes with one thread, whatever the machine has: how a product is shared out decides its last bits."""
+    import torch
+
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a slab is one core's work; the cores share the slabs
+    torch.set_num_threads(1)
     try:
-        with (
-            progress.stage("converting", sum(item.size_bytes for item in work)) as advance,
-            ThreadPoolExecutor(workers, thread_name_prefix="slab") as pool,
-        ):
-
-            def one(item: quantize.Work) -> quantize.Work:
-                for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device):
-                    writers[piece.target].write(piece)
-                return item
-
-            for item in _in_order(pool, one, work, ahead=2 * workers):
-                advance(item.size_bytes)
-                if item.last:
-                    for name in item.entries:
-                        writers[name].finished(item.spec.name)
-            for writer in writers.values():
-                writer.wait_for_hashes()
+        yield
     finally:
         torch.set_num_threads(threads)
 

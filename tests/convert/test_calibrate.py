@@ -159,6 +159,21 @@ def test_a_killed_run_is_taken_up_to_the_same_bytes(
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
 
+def test_threads_do_not_change_a_solved_byte(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Wide enough that products shared out between two threads are summed in another order than by one."""
+    folder = make_llama(hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
+    threads, made = torch.get_num_threads(), []
+    text = _text("int8-dynamic", "gptq").replace("sequences: 6, length: 32", "sequences: 8, length: 256")
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            made.append(convert(recipe_for(folder, text=text), tmp_path / str(count), check=False).artifacts[0].path)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+
+
 def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     made = [
         _tensors(convert(recipe_for(make_llama(), text=_text("int8-dynamic", "gptq", how)), tmp_path / how, check=False).artifacts[0].path)
