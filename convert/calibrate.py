@@ -174,6 +174,7 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
     groups: tuple[Group, ...] = ()
+    bare: list[str] = []
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
@@ -208,6 +209,8 @@ def _walk(
                     smoothed, changed = (
                         smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
                     )
+                    asked = _modules(entry for entry in again[target.name] if any(step.smoothquant for step in entry.steps))
+                    bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
                     for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
@@ -221,6 +224,11 @@ def _walk(
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             observer.forget("hessian", "channels", "rows")
             advance(count)
+    if bare:
+        progress.say(
+            f"warning: {bare[0]} (and {len(bare) - 1} more) is not smoothed: nothing was found that feeds it and could take up the scales; "
+            "the manifest has alpha 0 for each"
+        )
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):

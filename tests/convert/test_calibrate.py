@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_tokenizer
+from families import save_family
 
 from convert.pipeline import convert
+from convert.progress import Lines
 from convert.text import load_tokenizer, take_documents, take_tokens
 from formats.errors import InputError
 from formats.manifest import read_manifest
@@ -213,6 +216,21 @@ def test_smoothing_leaves_the_function_and_the_ledger_says_it(alpha: str, make_l
             assert torch.equal(stored[name], tensor) == (name not in changed)
     solved = made.manifest.calibration["solved"]
     assert solved["model.layers.0.mlp.down_proj"]["alpha"] == (0.7 if alpha == "0.7" else pytest.approx(0.65, abs=0.65))
+
+
+@pytest.mark.parametrize(
+    ("family", "bare"), [("llama", ""), ("gpt_neox", "gpt_neox.layers.0.attention.dense (and 3 more) is not smoothed")]
+)
+def test_layers_that_nothing_can_smooth_are_named(
+    family: str, bare: str, recipe_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_family(family, tmp_path)
+    save_tokenizer(folder, 300)
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.5}}}}, rtn]")
+    convert(recipe_for(folder, text=text), tmp_path / "out", check=False, progress=Lines())
+    said = capsys.readouterr().err
+    assert bare in said
+    assert bool(bare) == ("is not smoothed" in said)
 
 
 @pytest.mark.parametrize("chat", [False, True])

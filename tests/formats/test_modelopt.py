@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from convert import pipeline
 from convert.recipe import parse_recipe
-from convert.runtimes import RUNTIMES, Runtime
 from formats.errors import FormatError, RecipeError
 from formats.existing import read_quantization
 from formats.layer import Attention, Contents, QuantizedLayer
@@ -37,12 +36,9 @@ def made(make_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     """The artifact and that of compressed-tensors. vLLM lives in an environment of its own; nothing is run here, but a target must name
     a runtime that loads it."""
     rules = "{match: o_proj, keep: true, why: x}, "
-    with pytest.MonkeyPatch.context() as patch:
-        if "modelopt" not in getattr(RUNTIMES.get("vllm"), "formats", ()):
-            patch.setitem(RUNTIMES, "vllm", Runtime("none", formats={"modelopt": ()}, needs=()))
-        text = RECIPE.format(model=make_llama(), rules=rules, more=", kv_cache: fp8")
-        recipe = parse_recipe(text, "job.yaml", name="job")
-        return [artifact.path for artifact in pipeline.convert(recipe, tmp_path_factory.mktemp("out"), check=False).artifacts]
+    text = RECIPE.format(model=make_llama(), rules=rules, more=", kv_cache: fp8")
+    recipe = parse_recipe(text, "job.yaml", name="job")
+    return [artifact.path for artifact in pipeline.convert(recipe, tmp_path_factory.mktemp("out"), check=False).artifacts]
 
 
 def test_an_artifact_holds_the_numbers_that_compressed_tensors_holds(made: list[Path]) -> None:
