@@ -3,7 +3,7 @@ and, where codes are chosen with the model at work, the codes themselves, each a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from convert.ailments import explain
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
-from formats.errors import InputError, MachineError, NumericsError, OctavoError
+from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from convert.progress import Progress
     from convert.solve import Solved
 
+#: Why a layer is not smoothed, for messages and the ledger.
+NOTHING_FEEDS_IT = "nothing was found that feeds it and could take up the factors"
 
 #: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
 Recall = Callable[[str, Entry, "Part | None"], "torch.Tensor"]
@@ -174,7 +176,7 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
     groups: tuple[Group, ...] = ()
-    bare: list[str] = []
+    bare: list[str] = []  # layers that smoothing was asked for and did not reach
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
@@ -209,8 +211,8 @@ def _walk(
                     smoothed, changed = (
                         smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
                     )
-                    asked = _modules(entry for entry in again[target.name] if any(step.smoothquant for step in entry.steps))
-                    bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
+                    reached = {module for module, leader in observer.leader.items() if leader in smoothed} | smoothed.keys()
+                    bare += _uncovered(plan, target, again[target.name], reached)
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
                     for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
@@ -225,10 +227,7 @@ def _walk(
             observer.forget("hessian", "channels", "rows")
             advance(count)
     if bare:
-        progress.say(
-            f"warning: {bare[0]} (and {len(bare) - 1} more) is not smoothed: nothing was found that feeds it and could take up the scales; "
-            "the manifest has alpha 0 for each"
-        )
+        progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):
@@ -277,6 +276,27 @@ def _within(entry: Entry, block: str) -> bool:
 
 def _modules(entries: Iterable[Entry]) -> list[str]:
     return [entry.module(part) for entry in entries for part in entry.parts]
+
+
+def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
+    """Layers that smoothing was asked for and did not reach. Raises :class:`RecipeError` unless their rule says to leave them."""
+    asked = [(module, entry) for entry in entries if any(step.smoothquant for step in entry.steps) for module in _modules([entry])]
+    bare = [(module, entry) for module, entry in asked if module not in reached]
+    refused = [(module, entry) for module, entry in bare if any(s.smoothquant and s.smoothquant.uncovered == "error" for s in entry.steps)]
+    if refused:
+        named = ", ".join(module for module, _ in refused)
+        raise RecipeError(
+            f"{_position(plan, target, refused[0][1])}: smoothquant does not reach {named}: {NOTHING_FEEDS_IT}. Give it a rule without "
+            "smoothquant, or write smoothquant: {uncovered: leave} to have it quantized as it is; so for the like in later blocks"
+        )
+    return [f"{target.name}: {module}" for module, _ in bare]
+
+
+def _position(plan: Plan, target: TargetPlan, entry: Entry) -> str:
+    """Where the recipe asks for the first algorithm of an entry."""
+    index, named = next((i, item) for i, item in enumerate(plan.recipe.targets) if item.name == target.name)
+    rule = next(i for i, rule in enumerate(named.rules) if rule.algorithm is entry.steps and entry.rule.endswith(f" {rule.match}"))
+    return plan.recipe.where("targets", index, "rules", rule, "algorithm", 0)
 
 
 def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skeleton, recall: Recall) -> None:

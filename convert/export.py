@@ -25,7 +25,7 @@ from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from convert import __version__, quantize
-from convert.calibrate import calibrate
+from convert.calibrate import NOTHING_FEEDS_IT, calibrate
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
@@ -287,10 +287,7 @@ class _Writer:
         for name, content in {**sidecars, **self.target.texts()}.items():
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        ledger = [
-            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
-            for record in self.target.ledger()
-        ]
+        ledger = [self._noted(entry) for entry in self.target.entries]
         manifest = Manifest(
             target=self.target.name,
             format=self.target.format,
@@ -323,6 +320,15 @@ class _Writer:
         self._partial.rename(self._final)
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(self._final, manifest)
+
+    def _noted(self, entry: Entry) -> dict[str, Any]:
+        """The record of an entry, with what smoothing did to it, or could not do."""
+        record = entry.record()
+        seen = [self.health.get(name, {}) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
+        notes = [record["note"]] if record.get("note") else []
+        notes += [SMOOTHED] if any(item.get("smoothed") for item in seen) else []
+        notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
+        return {**record, "note": "; ".join(notes)} if notes else record
 
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""

@@ -98,6 +98,8 @@ class Smoothquant(_Section):
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
     """How much of the difficulty moves from inputs to weights; `search` tries several for each group."""
+    uncovered: Literal["error", "leave"] = "error"
+    """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
 
 
 class Step(_Section):

@@ -166,7 +166,7 @@ def _solve(
     step = entry.steps[-1]
     leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
-    noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
+    noted = {} if not asked else {"alpha": smoothed[leader].alpha} if leader in smoothed else {"uncovered": 1.0}
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
