@@ -333,8 +333,9 @@ class _Writer:
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
-        health = {module: self.health[module] for module in modules if self.health.get(module)}
-        return {**stats.record, **({"solved": health} if health else {})}
+        health = {module: dict(self.health[module]) for module in modules if self.health.get(module)}
+        folds = [seen.pop("fold") for seen in health.values() if "fold" in seen]
+        return {**stats.record, **({"solved": health} if health else {}), **({"folds": folds} if folds else {})}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""

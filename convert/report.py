@@ -48,8 +48,9 @@ def holds(name: str, fact: bool, detail: str = "") -> Check:
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """One quantized tensor against its source: ``snr_db`` is the weight's power over the error's; ``worst`` the largest error as a
-    share of the bound its scheme implies, at most 1; ``clipped`` the share of weights beyond the largest code."""
+    """One tensor that is quantized, or kept and smoothed (scheme ``kept``), against its source: ``snr_db`` is the weight's power over the
+    error's; ``worst`` the largest error as a share of its bound, at most 1, be it that of a code under its scheme, of a scale, or of what
+    GPTQ noted; ``clipped`` the share of weights beyond the largest code."""
 
     tensor: str
     scheme: str

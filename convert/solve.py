@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,9 @@ from convert import quantize
 from convert.algorithms import gptq, rtn, smoothing
 from convert.algorithms.output_error import output_error
 from convert.algorithms.rtn import CLIP_RATIOS
+from convert.folds import Fold
 from convert.groups import Group, fold
+from convert.moved import moved
 from convert.observe import Observer, Stats
 from convert.quantize import Piece
 from formats.dtypes import DTYPES
@@ -29,20 +31,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Solved:
     """A source tensor whose codes were chosen while its block was at work, as the bytes of a target. ``health``: what was seen on the way,
-    by module."""
+    by module, as plain data."""
 
     target: str
     tensor: str
     pieces: tuple[Piece, ...]
-    health: Mapping[str, Mapping[str, float]]
+    health: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``."""
+    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``. ``told_by``: in whose health ``fold`` is."""
 
     alpha: float
     scales: torch.Tensor
+    fold: Fold
+    told_by: str
 
 
 def smooth_block(
@@ -65,12 +69,12 @@ def smooth_block(
     changed: dict[str, str] = {}
     for group in groups:
         consumers = [f"{stand.name}.{name}" for name in group.consumers]
-        chosen = next((asked[name] for name in consumers if name in asked), None)
+        told_by = next((name for name in consumers if name in asked), None)
         parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
         filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
-        if chosen is None or any(tensor is None for _, tensor in filled):
+        if told_by is None or any(tensor is None for _, tensor in filled):
             continue
-        entry, options = chosen
+        entry, options = asked[told_by]
         assert entry.scheme is not None
         weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
         absmax = observer.get(consumers[0], "channels").value
@@ -92,7 +96,10 @@ def smooth_block(
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
         scales = fold(stand.module, group, scales, dtype=dtype)
         leader = observer.leader.get(consumers[0], consumers[0])
-        done[leader] = Smoothed(alpha, scales)
+        rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
+        walked = skeleton.model.get_submodule(consumers[0]).weight.dtype
+        told = Fold(f"{stand.name}.{group.producer}", tuple(consumers), scales, rows, group.offset, len(done), walked)
+        done[leader] = Smoothed(alpha, scales, told, told_by)
         changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
     return done, [_as_changed(target, kept[tensor], parameter, skeleton) for tensor, parameter in changed.items()]
 
@@ -121,7 +128,7 @@ def solve_block(
     for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
-    health: dict[str, dict[str, float]] = {}
+    health: dict[str, dict[str, Any]] = {}
     for members in _together(entries, observer):
         _solve(members, skeleton, observer, smoothed, codes, health)
     divided = {
@@ -156,7 +163,7 @@ def _solve(
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
-    health: dict[str, dict[str, float]],
+    health: dict[str, dict[str, Any]],
 ) -> None:
     entry, _ = members[0]
     assert entry.scheme is not None
@@ -170,11 +177,15 @@ def _solve(
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
+    for name in names:
+        health[name] = {
+            **noted,
+            **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
+        }
     if step.gptq is None:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            health[name] = dict(noted)
         return
     hessian = observer.get(names[0], "hessian").value
     if leader in smoothed:
@@ -197,12 +208,12 @@ def _solve(
         codes[name] = result.qtensor
         rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
         errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
-        health[name] = {
-            **noted,
+        health[name] |= {
             "damping": result.damping,
             "dead": float(result.dead),
             "output_error_rounded": errors[0],
             "output_error": errors[1],
+            "moved": asdict(moved(weight, result.qtensor)),
         }
 
 
