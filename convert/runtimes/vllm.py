@@ -29,6 +29,8 @@ from typing import Any
 
 #: Keys and values of one sequence: 8,192 tokens of an 8B-shaped Llama. vLLM says so itself where that is too little.
 CACHE_BYTES = 2**30
+#: What the engine may need beside weights and cache on a GPU: activations, logits of one sequence, CUDA graphs.
+WORK_BYTES = 6 * 2**30
 #: Log-probabilities that vLLM returned and those of the logits written down differ by less; both are taken in float32.
 SAME_NATS = 1e-3
 
@@ -107,7 +109,9 @@ def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
     share = {}
     if not current_platform.is_cpu():
         free, total = torch.cuda.mem_get_info()
-        share = {"gpu_memory_utilization": 0.9 * free / total}  # it wants so much free, used or not, and others may be on the card
+        # What it may use must be free when it starts, used or not, and others may be on the card.
+        asked = sum(path.stat().st_size for path in Path(request["artifact"]).glob("*.safetensors")) + CACHE_BYTES + WORK_BYTES
+        share = {"gpu_memory_utilization": min(asked, 0.9 * free) / total}
     return LLM(
         model=request["artifact"],
         dtype=request["dtype"],
