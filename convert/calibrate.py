@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,10 @@ def calibrate(
     for walked in [*([others] if others else []), *([target] for target in quantized)]:
         names = ", ".join(target.name for target in walked)
         progress.say(f"{names}: calibrating on {count:,} tokens")
-        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device)
-        found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
+        stats, looked = yield from _walk(
+            plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device
+        )
+        found |= {target.name: replace(stats, record=record, health=looked[target.name]) for target in walked}
     return found
 
 
@@ -148,14 +150,16 @@ def _walk(
     known: Mapping[str, float],
     scratch: Path,
     device: str,
-) -> Generator[Solved, None, Stats]:
+) -> Generator[Solved, None, tuple[Stats, dict[str, dict[str, Any]]]]:
+    """What was seen, and what there is to say of layers that are not solved, by target."""
     import psutil
     import torch
 
+    from convert import health
     from convert.groups import Group, find_groups
     from convert.lanes import place_for, walk
     from convert.loading import Skeleton
-    from convert.solve import smooth_block, solve_block
+    from convert.solve import smooth_block, solve_block, weight_of
 
     assert plan.architecture is not None
     dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
@@ -176,6 +180,7 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
     groups: tuple[Group, ...] = ()
+    looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
     bare: list[str] = []  # layers that smoothing was asked for and did not reach
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
@@ -198,6 +203,11 @@ def _walk(
             observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
             observer.want(_modules(smoothing), "channels")
             observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            to_look = {
+                target.name: again.get(target.name, []) if target.solved else _static_within(target, stand.name) for target in targets
+            }
+            for kind in health.KINDS:
+                observer.want(_modules(entry for entries in to_look.values() for entry in entries), kind)
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     observer.active = True
@@ -205,8 +215,12 @@ def _walk(
                     observer.active = False
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
+                inputs = {**known, **observer.absmax()}
+                for entry in to_look[target.name]:
+                    for module in _modules([entry]):
+                        found = health.look(entry, module, weight_of(skeleton, module), observer, inputs.get(module))
+                        looked[target.name] |= {module: found} if found else {}
                 if target.name in again:
-                    inputs = {**known, **observer.absmax()}
                     were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
                     smoothed, changed = (
                         smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
@@ -215,7 +229,9 @@ def _walk(
                     bare += _uncovered(plan, target, again[target.name], reached)
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
+                    for solved, weights in solve_block(
+                        target, again[target.name], skeleton, observer, inputs, smoothed, looked[target.name]
+                    ):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
@@ -224,7 +240,7 @@ def _walk(
                         parameter.copy_(was)
                 elif quantized:
                     _recall(target, stand.name, done[target.name], skeleton, recall)
-            observer.forget("hessian", "channels", "rows")
+            observer.forget("hessian", *health.KINDS)
             advance(count)
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
@@ -236,11 +252,12 @@ def _walk(
     if unseen:
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
     attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
-    return Stats(
+    stats = Stats(
         inputs={**known, **inputs},
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions} if ranges else {},
         values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions} if ranges else {},
     )
+    return stats, {target.name: {} if target.solved else looked[target.name] for target in targets}
 
 
 @dataclass(frozen=True)
@@ -272,6 +289,11 @@ def _watch_cache(batches: list[dict[str, Any]]) -> _Ranges:
 
 def _within(entry: Entry, block: str) -> bool:
     return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
+
+
+def _static_within(target: TargetPlan, block: str) -> list[Entry]:
+    static = [entry for entry in target.quantized if entry.scheme and entry.scheme.static and entry.algorithm != RESPELL]
+    return [entry for entry in static if _within(entry, block)]
 
 
 def _modules(entries: Iterable[Entry]) -> list[str]:

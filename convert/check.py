@@ -151,6 +151,7 @@ def _check_one(
         runtimes=tuple(results),
         validation=text.record,
         prompt=text.prompt,
+        health=(manifest.calibration or {}).get("health", {}),
     )
 
 

@@ -193,7 +193,7 @@ class _Writer:
     def __init__(self, target: TargetPlan, out: Path, digest: str) -> None:
         self.target = target
         self.done: set[str] = set()
-        self.health: dict[str, Mapping[str, float]] = {}
+        self.health: dict[str, Mapping[str, Any]] = {}
         self._final = out / target.name
         self._partial = out / f".{target.name}.partial"
         self._digest = digest
@@ -250,7 +250,7 @@ class _Writer:
         self.done.add(tensor)
         self._release(tensor)
 
-    def note(self, tensor: str, health: Mapping[str, Mapping[str, float]]) -> None:
+    def note(self, tensor: str, health: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps what was seen while a tensor was solved, for the manifest, through interruptions."""
         self.health |= health
         with (self._partial / HEALTH).open("a") as stream:
@@ -333,9 +333,12 @@ class _Writer:
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
-        health = {module: dict(self.health[module]) for module in modules if self.health.get(module)}
-        folds = [seen.pop("fold") for seen in health.values() if "fold" in seen]
-        return {**stats.record, **({"solved": health} if health else {}), **({"folds": folds} if folds else {})}
+        solved: dict[str, dict[str, Any]] = {module: dict(self.health[module]) for module in modules if self.health.get(module)}
+        folds = [seen.pop("fold") for seen in solved.values() if "fold" in seen]
+        health = {module: stats.health[module] for module in modules if module in stats.health}
+        health |= {module: seen.pop("health") for module, seen in solved.items() if "health" in seen}
+        solved = {module: seen for module, seen in solved.items() if seen}
+        return {**stats.record, **{name: found for name, found in (("health", health), ("solved", solved), ("folds", folds)) if found}}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""

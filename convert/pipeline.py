@@ -13,6 +13,7 @@ from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
+from convert.health import remark
 from convert.html import render
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
@@ -122,6 +123,9 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
+    for artifact in artifacts:
+        if said := remark((artifact.manifest.calibration or {}).get("health", {})):
+            progress.say(f"warning: {artifact.manifest.target}: {said}")
     reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 

@@ -108,7 +108,8 @@ class RuntimeResult:
 @dataclass(frozen=True)
 class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
-    ``card_sha256`` is the hash of the model card made from it, which no manifest covers."""
+    ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
+    (:mod:`convert.health`), from the manifest."""
 
     recipe: str
     target: str
@@ -120,6 +121,7 @@ class Report:
     validation: dict[str, Any]
     prompt: str
     card_sha256: str | None = None
+    health: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

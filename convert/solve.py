@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convert import quantize
+from convert import health, quantize
 from convert.algorithms import gptq, rtn, smoothing
 from convert.algorithms.output_error import output_error
 from convert.algorithms.rtn import CLIP_RATIOS
@@ -120,30 +120,31 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    looked: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
-    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
-    scheme and algorithm are solved together. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and
-    for NaN or Inf.
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``looked`` what
+    :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together. Raises :class:`NumericsError`,
+    naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
-    health: dict[str, dict[str, Any]] = {}
-    for members in _together(entries, observer):
-        _solve(members, skeleton, observer, smoothed, codes, health)
+    noted: dict[str, dict[str, Any]] = {}
     divided = {
         module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
     stats = Stats(inputs={**inputs, **divided})
+    for members in _together(entries, observer):
+        _solve(members, skeleton, observer, smoothed, codes, noted, stats.inputs, looked)
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
             work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
             pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
         solved = Solved(
-            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
+            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
         )
         yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
 
@@ -163,29 +164,34 @@ def _solve(
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
-    health: dict[str, dict[str, Any]],
+    noted: dict[str, dict[str, Any]],
+    limits: Mapping[str, float],
+    looked: Mapping[str, Mapping[str, Any]],
 ) -> None:
     entry, _ = members[0]
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [_weight(skeleton, name) for name in names]
+    weights = [weight_of(skeleton, name) for name in names]
     step = entry.steps[-1]
     leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
-    noted = {} if not asked else {"alpha": smoothed[leader].alpha} if leader in smoothed else {"uncovered": 1.0}
+    reached = {} if not asked else {"alpha": smoothed[leader].alpha} if leader in smoothed else {"uncovered": 1.0}
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
     for name in names:
-        health[name] = {
-            **noted,
+        noted[name] = {
+            **reached,
             **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
         }
     if step.gptq is None:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
+            noted[name] |= _seen_again(
+                entry, name, weight, codes[name], codes[name], observer, smoothed.get(leader), limits, looked.get(name)
+            )
         return
     hessian = observer.get(names[0], "hessian").value
     if leader in smoothed:
@@ -206,9 +212,10 @@ def _solve(
     )
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
-        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
-        errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
-        health[name] |= {
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype)
+        errors = [_share(weight, other.dequantize(), hessian) for other in (rounded, result.qtensor)]
+        noted[name] |= _seen_again(entry, name, weight, rounded, result.qtensor, observer, smoothed.get(leader), limits, looked.get(name))
+        noted[name] |= {
             "damping": result.damping,
             "dead": float(result.dead),
             "output_error_rounded": errors[0],
@@ -217,12 +224,42 @@ def _solve(
         }
 
 
+def _seen_again(
+    entry: Entry,
+    name: str,
+    weight: torch.Tensor,
+    rounded: QTensor,
+    chosen: QTensor,
+    observer: Observer,
+    smoothed: Smoothed | None,
+    limits: Mapping[str, float],
+    looked: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A layer's health with what smoothing made of its inputs, and what is lost after it and after the codes were chosen. ``rounded``: the
+    ``weight`` as it is now, rounded to nearest where something else ``chosen`` its codes."""
+    if not looked:
+        return {}
+    assert entry.scheme is not None
+    rows, limit = observer.get(name, "rows").value, limits.get(name) if entry.scheme.static else None
+    more: dict[str, Any] = {}
+    errors = list(looked["errors"])
+    if smoothed is not None:
+        rows = rows.float() / smoothed.scales
+        more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
+        errors.append(health.lost("smoothquant", weight, rounded, health.few(rows), entry.scheme.activation, limit))
+    last = entry.steps[-1]
+    if last.gptq or (last.rtn and last.rtn.clip and smoothed is None):
+        after = "gptq" if last.gptq else "rtn with clip"
+        errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))
+    return {"health": {**looked, **more, "errors": errors}}
+
+
 def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
     """The error at the layer's output as a share of the output, to four digits; it is for people."""
     return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
 
 
-def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
+def weight_of(skeleton: Skeleton, name: str) -> torch.Tensor:
     """(out, in) in float32, as it is now."""
     from transformers.pytorch_utils import Conv1D
 
