@@ -103,6 +103,7 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
+    from convert.datasets import Selection
     from convert.text import load_tokenizer, take_documents, take_tokens
 
     settings = _settings(plan)
@@ -111,7 +112,8 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
-    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed}
+    selection = Selection(settings.config, settings.split, settings.column)
+    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:
         documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
         return [torch.from_numpy(document) for document in documents], record
