@@ -61,6 +61,7 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     form = FORMATS[manifest.format]
     calibration = manifest.calibration or {}
     told, folds = calibration.get("solved", {}), [read_fold(record) for record in calibration.get("folds", [])]
+    walked = getattr(torch, calibration.get("dtype", "float32"))  # in which the model stood when codes were chosen
     with ThreadPoolExecutor(threads) as pool:
         found: list[Future[LayerNumbers]] = []
         for entry in manifest.ledger:
@@ -69,7 +70,7 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
                     part = Part(module, start, stop, columns and tuple(columns))
                     name = module if "experts" in entry else entry["module"]
                     mine = touching(folds, name)
-                    found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine))
+                    found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked))
             elif mine := touching(folds, entry["module"]):
                 found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine))
         return [item.result() for item in found]
@@ -109,8 +110,10 @@ def _compare_part(
     told: dict[str, Any],
     module: str,
     folds: Sequence[Fold],
+    walked: torch.dtype,
 ) -> LayerNumbers:
-    """``told``: what the manifest says of the layer, by the model's name for it, ``module``; ``folds`` are those that touched it."""
+    """``told``: what the manifest says of the layer, by the model's name for it, ``module``; ``folds`` are those that touched it,
+    in a model of dtype ``walked``."""
     source = checkpoint.tensors[entry["tensor"]]
     scheme = SCHEMES[entry["scheme"]]
     outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
@@ -123,7 +126,8 @@ def _compare_part(
             weight = checkpoint.reader.read(source.name, part.start + start, part.start + stop).float()
         else:
             weight = checkpoint.reader.read(source.name, part.start, part.stop)[:, slice(*part.columns)].T.float()
-        weight = folded(weight, module, folds, start=start, stop=stop)
+        if told:
+            weight = folded(weight.to(walked).float(), module, folds, start=start, stop=stop)
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         total += moved(weight, decoded)
