@@ -13,6 +13,7 @@ from convert.algorithms import rtn
 from convert.health import ROWS, describe, drift, few, lost, summary
 from convert.pipeline import convert
 from convert.progress import Lines
+from convert.report import read_report, report_path
 from convert.text import load_tokenizer, take_tokens
 from formats.scheme import SCHEMES
 
@@ -148,3 +149,33 @@ def test_a_few_rows_come_from_all_batches_and_places(count: int) -> None:
 def test_drift_of_nothing_to_compare_is_none() -> None:
     assert drift(torch.tensor([3.0])) == 1.0
     assert drift(torch.tensor([2.0, 8.0])) == drift(torch.tensor([8.0, 2.0])) == 4.0
+
+
+def test_report_page_and_command_show_it(make_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from convert.command import _show_artifact
+    from convert.recipe import parse_recipe
+
+    text = f"""
+model: {plant(make_llama())}
+calibration: {{sequences: 4, length: 32}}
+validation: {{tokens: 64, length: 32}}
+targets:
+  - name: q
+    format: compressed-tensors
+    rules: [{{match: linear, scheme: int8-static}}]
+    limits: {{kl_nats: 5.0, top1: 0.0, perplexity_ratio: 50.0}}
+"""
+    outcome = convert(parse_recipe(text, "test.yaml", name="test"), tmp_path)
+    (artifact,) = outcome.artifacts
+    report = read_report(report_path(artifact.path))
+    assert report == outcome.reports[0]
+    assert report.passed
+    assert report.health == artifact.manifest.calibration["health"]
+    page = report_path(artifact.path).with_suffix(".html").read_text()
+    assert "<h2>Health of the layers</h2>" in page
+    assert "static activations ruin" in page.lower()
+    _show_artifact(artifact.path, None, report, reused=False)
+    said = capsys.readouterr().out
+    assert "  inputs     largest " in said
+    assert "  outputs    off by " in said
+    assert "  static     static activations ruin model.layers.1.mlp.down_proj" in said
