@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.architecture import blocks_of
+from convert.crew import Crew
 from formats.errors import MachineError, SourceError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from convert.architecture import Architecture
     from convert.loading import Skeleton
+    from convert.observe import Observer
     from convert.source import Checkpoint
 
 #: Elements of the output head that are converted to the model's dtype at once.
@@ -42,14 +45,29 @@ class Stand:
     arguments: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
     _run: Callable[[int], Any]
     _keep: Callable[[Any], Any]
+    _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
 
-    def run(self, *, keep: bool) -> None:
-        """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten."""
-        for i in range(len(self.arguments)):
-            output = self._run(i)
+    def run(self, *, keep: bool, observer: Observer | None = None) -> None:
+        """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
+
+        As many batches at once as the crew has threads. ``observer`` is handed what each has seen in the order of the batches, before any
+        later one begins, so that no more than these inputs are held.
+        """
+        count = len(self.arguments)
+
+        def one(i: int) -> tuple[Any, Any]:
+            with observer.watching() if observer else nullcontext() as seen:
+                output = self._run(i)
+            return self._keep(output) if keep else None, seen
+
+        step = self._crew.count if observer else count
+        for start in range(0, count, step):
+            outputs, seen = zip(*self._crew.map(one, range(start, min(start + step, count))), strict=True)
             if keep:
-                self._outputs[i : i + 1] = [self._keep(output)]
+                self._outputs[start : start + step] = outputs
+            if observer:
+                observer.take(seen, self._crew)
 
     def output(self, i: int) -> Any:
         """What the block as it is now makes of one batch; nothing is kept."""
@@ -69,6 +87,7 @@ def walk(
     scratch: Path | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
+    crew: Crew = Crew(),  # noqa: B008  a frozen record
 ) -> Iterator[Stand]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
 
@@ -76,7 +95,8 @@ def walk(
     more than once. Blocks run on ``device``; hidden states and all other code
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
-    each batch; without it the walk ends behind the last block, and the output head is never read.
+    each batch; without it the walk ends behind the last block, and the output head is never read. Of ``crew`` each thread takes a batch
+    through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
     """
@@ -119,7 +139,7 @@ def walk(
                     args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(device))
                     return originals[name](*args, **kwargs)
 
-                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park))
+                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park), crew)
                 yield stand
                 if not stand.kept:
                     stand.run(keep=True)

@@ -20,6 +20,7 @@ from formats.errors import NumericsError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
+    from convert.crew import Crew
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
@@ -113,17 +114,19 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    *,
+    crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
-    scheme and algorithm are solved together. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and
-    for NaN or Inf.
+    scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
+    that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
     health: dict[str, dict[str, float]] = {}
-    for members in _together(entries, observer):
-        _solve(members, skeleton, observer, smoothed, codes, health)
+    for _ in crew.map(lambda members: _solve(members, skeleton, observer, smoothed, codes, health), _together(entries, observer)):
+        pass
     divided = {
         module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
         for module, leader in observer.leader.items()

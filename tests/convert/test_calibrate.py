@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,14 @@ import torch
 from conftest import save_tokenizer
 from families import save_family
 
-from convert.pipeline import convert
-from convert.progress import Lines
+from convert.crew import Crew, crew
+from convert.export import export
+from convert.observe import ROWS, Observer
+from convert.pipeline import convert, plan
+from convert.progress import QUIET, Lines
+from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
-from formats.errors import InputError
+from formats.errors import InputError, MachineError
 from formats.manifest import read_manifest
 
 RECIPE = """\
@@ -162,19 +167,60 @@ def test_a_killed_run_is_taken_up_to_the_same_bytes(
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
 
-def test_threads_do_not_change_a_solved_byte(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
-    """Wide enough that products shared out between two threads are summed in another order than by one."""
+def test_threads_and_workers_do_not_change_a_byte(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Wide enough that products shared out between two threads are summed in another order than by one, and that Hessians have two parts; a
+    number of batches that the workers do not divide."""
     folder = make_llama(hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
     threads, made = torch.get_num_threads(), []
-    text = _text("int8-dynamic", "gptq").replace("sequences: 6, length: 32", "sequences: 8, length: 256")
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: search}}}}, gptq]", more="    kv_cache: fp8\n")
+    job = plan(recipe_for(folder, text=text.replace("sequences: 6, length: 32", "sequences: 7, length: 256")))
     try:
-        for count in (1, 2):
+        for workers, count in ((1, 1), (2, 2), (3, 1)):
             torch.set_num_threads(count)
-            made.append(convert(recipe_for(folder, text=text), tmp_path / str(count), check=False).artifacts[0].path)
+            made.append(export(job, tmp_path / f"{workers}-{count}", QUIET, workers=workers)[0].path)
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+    assert len({(folder / "model.safetensors").read_bytes() for folder in made}) == 1
+    assert len({(folder / "octavo.json").read_bytes() for folder in made}) == 1
+
+
+class _Overwriting(torch.nn.Linear):
+    """What stands behind a linear that changes what that has read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        x.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["absmax", "channels", "hessian", "rows"])
+def test_an_observer_takes_batches_in_their_order_or_not_at_all(kind: str) -> None:
+    """What it ends in is what one accumulator fed batch by batch ends in, to the bit, however many are shown at once."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(800, 3), "b": _Overwriting(800, 3)})
+    batches = torch.randn(5, 1, 40, 800, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = {"absmax": AbsMax(), "channels": ChannelAbsMax(800), "hessian": Hessian(800), "rows": Rows(ROWS)}[kind]
+    for batch in batches:
+        expected.update(batch[0])
+    for count in (1, 2, 3):
+        with Observer(SimpleNamespace(model=model), None) as observer, crew(count) as hands, torch.no_grad():
+            observer.want(["a"], kind)
+
+            def show(batch: torch.Tensor, observer: Observer = observer) -> Any:
+                with observer.watching() as seen:
+                    model["a"](batch)
+                return seen
+
+            for start in range(0, 5, count):
+                observer.take(list(hands.map(show, batches[start : start + count])), hands)
+            model["a"](100 * batches[0])
+            assert torch.equal(observer.get("a", kind).value, expected.value)
+    with Observer(SimpleNamespace(model=model), None) as observer, torch.no_grad():
+        observer.want(["b"], kind)
+        with observer.watching() as seen:
+            model["b"](batches[0].clone())
+        with pytest.raises(MachineError, match="overwrites"):
+            observer.take([seen], Crew())
 
 
 def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
