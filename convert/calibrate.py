@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from convert.solve import Solved
 
 
+#: Tokens that a GPU takes through a block at once: 8 sequences of 2,048.
+GPU_TOKENS = 16_384
 #: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
 Recall = Callable[[str, Entry, "Part | None"], "torch.Tensor"]
 
@@ -58,6 +60,7 @@ def calibrate(
         return found
     folder = scratch()
     tokens, record = _tokens(plan, folder)
+    record = {**record, "dtype": walk_dtype(plan, device)}
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
     count = sum(len(sequence) for sequence in tokens)
@@ -70,6 +73,17 @@ def calibrate(
             )
             found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
     return found
+
+
+def walk_dtype(plan: Plan, device: str) -> str:
+    """In what the model computes while it is watched, a torch name; ``calibration.dtype`` says how it is chosen."""
+    from convert.hardware import instructions
+    from convert.loading import own_dtype
+
+    own = own_dtype(plan.checkpoint)
+    if _settings(plan).dtype == "float32":
+        return "float32"
+    return own if device != "cpu" or (own == "bfloat16" and instructions() & {"avx512_bf16", "amx_bf16"}) else "float32"
 
 
 def lane_tokens(plan: Plan) -> int:
@@ -120,6 +134,30 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     return list(torch.from_numpy(tokens)), record
 
 
+def _batches(tokens: Sequence[torch.Tensor], limit: int) -> list[torch.Tensor]:
+    """Sequences in their order, int64 (sequences, tokens), neighbours of one length together up to ``limit`` tokens; the first is alone,
+    for groups are proved on it."""
+    import torch
+
+    batches: list[list[torch.Tensor]] = []
+    for i, sequence in enumerate(tokens):
+        if i > 1 and len(sequence) == len(batches[-1][0]) and (len(batches[-1]) + 1) * len(sequence) <= limit:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return [torch.stack(batch) for batch in batches]
+
+
+def _widened(module: Any) -> dict[Any, torch.dtype]:
+    """Makes float32 of a block's 16-bit parameters, so that no scale is lost in rounding; returns what they were."""
+    import torch
+
+    narrow = {p: p.dtype for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    return narrow
+
+
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
     """Whether scales of keys and values are wanted that the source does not have."""
     contents = target.contents
@@ -162,17 +200,17 @@ def _walk(
     from convert.solve import smooth_block, solve_block
 
     assert plan.architecture is not None
-    dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
+    dtype = walk_dtype(plan, device)
     quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
     static = sorted({module for target in targets for module in target.static} - known.keys())
     cache = any(_lacks_cache(plan, target) for target in targets)
     outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
-    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * 4
+    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * getattr(torch, dtype).itemsize
     place = place_for(lane, on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
     with _explained(plan):
         skeleton = Skeleton(plan.checkpoint, dtype=dtype, trust_remote_code=plan.recipe.trust_remote_code)
-    batches: list[dict[str, Any]] = [{"input_ids": sequence[None]} for sequence in tokens]
+    batches: list[dict[str, Any]] = [{"input_ids": batch} for batch in _batches(tokens, GPU_TOKENS if device != "cpu" else 1)]
     watched = _watch_cache(batches) if cache else []
     if skeleton.model.can_generate() and not cache:
         batches = [{**batch, "use_cache": False} for batch in batches]
@@ -205,6 +243,7 @@ def _walk(
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     stand.run(keep=not quantized, observer=observer)
+                was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
                 if target.name in again:
@@ -226,6 +265,8 @@ def _walk(
                         parameter.copy_(was)
                 elif quantized:
                     _recall(target, stand.name, done[target.name], skeleton, recall)
+            for parameter, narrow in was_dtype.items():
+                parameter.data = parameter.data.to(narrow)
             observer.forget("hessian", "channels", "rows")
             advance(count)
     if bare:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from convert.architecture import Part
     from convert.plan import Entry
+    from convert.solve import Solved
 
 JOURNAL = "journal"
 #: What was seen while tensors were solved, a JSON line each; like the journal it is there until the artifact is whole.
@@ -50,6 +51,9 @@ HEALTH = "health"
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
+
+#: Solved tensors that may wait to be written: about a block's.
+SOLVED_AHEAD = 8
 
 #: glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -105,27 +109,33 @@ def export(
 
 def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str, workers: int) -> dict[str, Stats]:
     """Writes what calibration solves as it comes; returns what it saw, by target."""
-    solving = calibrate(
-        plan,
-        [writer.target for writer in writers.values()],
-        progress,
-        done={name: frozenset(writer.done) for name, writer in writers.items()},
-        recall=lambda target, entry, part: writers[target].recall(entry, part),
-        scratch=next(iter(writers.values())).scratch,
-        device=device,
-        workers=workers,
-    )
-    while True:
-        try:
-            solved = next(solving)
-        except StopIteration as end:
-            stats: dict[str, Stats] = end.value
-            return stats
+    stats: dict[str, Stats] = {}
+
+    def solving() -> Iterator[Solved]:
+        nonlocal stats
+        stats = yield from calibrate(
+            plan,
+            [writer.target for writer in writers.values()],
+            progress,
+            done={name: frozenset(writer.done) for name, writer in writers.items()},
+            recall=lambda target, entry, part: writers[target].recall(entry, part),
+            scratch=next(iter(writers.values())).scratch,
+            device=device,
+            workers=workers,
+        )
+
+    def write(solved: Solved) -> None:
         writer = writers[solved.target]
         for piece in solved.pieces:
             writer.write(piece)
         writer.note(solved.tensor, solved.health)
         writer.finished(solved.tensor)
+
+    # What is solved is written while the next is; one thread, so that the journal has their order.
+    with ThreadPoolExecutor(1, thread_name_prefix="solved") as pool:
+        for _ in in_order(pool, write, solving(), ahead=SOLVED_AHEAD):
+            pass
+    return stats
 
 
 def _stream(

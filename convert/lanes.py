@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class Stand:
     name: str
     module: Any
     arguments: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
-    _run: Callable[[int], Any]
+    _run: Callable[..., Any]
     _keep: Callable[[Any], Any]
     _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
@@ -69,9 +70,9 @@ class Stand:
             if observer:
                 observer.take(seen, self._crew)
 
-    def output(self, i: int) -> Any:
-        """What the block as it is now makes of one batch; nothing is kept."""
-        return self._run(i)
+    def output(self, i: int, dtype: torch.dtype | None = None) -> Any:
+        """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept."""
+        return self._run(i, dtype)
 
     @property
     def kept(self) -> bool:
@@ -111,6 +112,7 @@ def walk(
     park = _parked(scratch) if place == "disk" else (lambda tensor: tensor.to(home))
     head = _prepare(skeleton, blocks, batches, home, head=finish is not None)
     scheduler = getcurrent()
+    ahead = _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu")
     originals = {name: model.get_submodule(name).forward for name in blocks}
 
     def stand_before(name: str) -> Callable[..., Any]:
@@ -126,17 +128,19 @@ def walk(
     runs = [greenlet(start, scheduler) for _ in batches]
     seen = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ahead:
             states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
             while (name := states[0][0]) != "":
                 if any(state[0] != name for state in states):
                     raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
-                skeleton.load(name, device, read=read)
+                skeleton.load(name, device, read=ahead.read)
                 seen += 1
+                if seen < len(blocks):
+                    ahead.begin(blocks[seen])
 
-                def run(i: int, name: str = name, states: list[Any] = states) -> Any:
+                def run(i: int, dtype: torch.dtype | None = None, name: str = name, states: list[Any] = states) -> Any:
                     _, args, kwargs = states[i]
-                    args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(device))
+                    args, kwargs = _mapped((args, kwargs), lambda x: x.to(device, dtype if x.is_floating_point() else None))
                     return originals[name](*args, **kwargs)
 
                 stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park), crew)
@@ -211,6 +215,38 @@ def walk_sizes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: in
 def whole_bytes(checkpoint: Checkpoint, *, wide: bool) -> int:
     """Memory that the whole model takes."""
     return sum(4 * spec.elements if wide else spec.size_bytes for spec in checkpoint.tensors.values())
+
+
+class _Ahead:
+    """Reads the tensors of the block that probably comes next while the present one computes; on the way to a GPU into pinned memory.
+
+    A block that does not come next costs the reading, no more.
+    """
+
+    def __init__(self, skeleton: Skeleton, read: Callable[[str], torch.Tensor], *, pinned: bool) -> None:
+        self._skeleton = skeleton
+        self._read = read
+        self._pinned = pinned
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._begun: dict[str, Future[torch.Tensor]] = {}
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, block: str) -> None:
+        """Forgets what was read and not taken."""
+        self._begun = {name: self._pool.submit(self._fetched, name) for name in self._skeleton.tensors(block)}
+
+    def read(self, name: str) -> torch.Tensor:
+        begun = self._begun.pop(name, None)
+        return begun.result() if begun else self._read(name)
+
+    def _fetched(self, name: str) -> torch.Tensor:
+        values = self._read(name)
+        return values.pin_memory() if self._pinned else values
 
 
 def _prepare(skeleton: Skeleton, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]], home: str, *, head: bool) -> str | None:

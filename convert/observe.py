@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from convert.loading import Skeleton
 
 
-#: Rows of each batch that searches try things on.
+#: Rows of each sequence that searches try things on.
 ROWS = 8
 
 
@@ -112,12 +112,16 @@ class Observer:
         for shown in (shown for batch in batches for shown in batch):
             if shown.x._version != shown.version:
                 raise MachineError(f"{shown.leader}: the model overwrites what this layer reads, so that nothing can be known of it")
-            inputs.setdefault(shown.leader, []).append(shown.x.reshape(-1, shown.x.shape[-1]))
+            inputs.setdefault(shown.leader, []).append(shown.x)
         parts: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
-        for leader, rows in inputs.items():
+        for leader, each in inputs.items():
+            rows = [x.reshape(-1, x.shape[-1]) for x in each]
             for kind in self._seen[leader]:
                 accumulator = self._seen[leader][kind] = self._seen[leader][kind] or _begun(kind, rows[0])
-                parts += [(part, rows) for part in (accumulator.parts() if kind == "hessian" else [accumulator.update])]
+                if kind == "rows":
+                    parts.append((accumulator.update, [sequence for x in each for sequence in (x if x.dim() == 3 else [x])]))
+                else:
+                    parts += [(part, rows) for part in (accumulator.parts() if kind == "hessian" else [accumulator.update])]
         for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], parts):
             pass
 

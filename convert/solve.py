@@ -10,7 +10,7 @@ import torch
 
 from convert import quantize
 from convert.algorithms import gptq, rtn, smoothing
-from convert.algorithms.output_error import output_error
+from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.groups import Group, fold
 from convert.observe import Observer, Stats
@@ -199,7 +199,7 @@ def _solve(
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
         rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
-        errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
+        errors = [_share(error) for error in output_errors(weight, [rounded, result.qtensor.dequantize()], hessian=hessian)]
         health[name] = {
             **noted,
             "damping": result.damping,
@@ -209,9 +209,9 @@ def _solve(
         }
 
 
-def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The error at the layer's output as a share of the output, to four digits; it is for people."""
-    return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
+def _share(error: torch.Tensor) -> float:
+    """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
+    return float(f"{error.sqrt().item():.4g}")
 
 
 def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:

@@ -15,8 +15,10 @@ import torch
 from conftest import save_tokenizer
 from families import save_family
 
+from convert.calibrate import _batches
 from convert.crew import Crew, crew
 from convert.export import export
+from convert.hardware import instructions
 from convert.observe import ROWS, Observer
 from convert.pipeline import convert, plan
 from convert.progress import QUIET, Lines
@@ -25,9 +27,12 @@ from convert.text import load_tokenizer, take_documents, take_tokens
 from formats.errors import InputError, MachineError
 from formats.manifest import read_manifest
 
+#: Whether this CPU multiplies in bfloat16.
+BFLOAT16 = bool(instructions() & {"avx512_bf16", "amx_bf16"})
+
 RECIPE = """\
 model: {{model}}
-calibration: {{{{sequences: 6, length: 32, seed: 3, propagate: {propagate}}}}}
+calibration: {{{{dtype: float32, sequences: 6, length: 32, seed: 3, propagate: {propagate}}}}}
 targets:
   - name: q
     format: compressed-tensors
@@ -148,32 +153,35 @@ convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), P
 
 
 @pytest.mark.parametrize(
-    ("propagate", "algorithm", "count"), [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", 12), ("float", "gptq", 3)]
+    ("propagate", "algorithm", "dtype", "count"),
+    [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", "source", 12), ("float", "gptq", "float32", 3)],
 )
 def test_a_killed_run_is_taken_up_to_the_same_bytes(
-    propagate: str, algorithm: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
+    propagate: str, algorithm: str, dtype: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
 ) -> None:
     """Killed within the second block, the first being finished, and within the first."""
     folder = make_llama()
-    text = _text("int8-dynamic", algorithm, propagate).format(model=folder)
-    (tmp_path / "recipe.yaml").write_text(text)
-    whole = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), tmp_path / "whole", check=False).artifacts[0]
+    text = _text("int8-dynamic", algorithm, propagate).replace("dtype: float32", f"dtype: {dtype}")
+    (tmp_path / "recipe.yaml").write_text(text.format(model=folder))
+    whole = convert(recipe_for(folder, text=text), tmp_path / "whole", check=False).artifacts[0]
     out = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(count)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (out / ".q.partial" / "journal").exists()
-    again = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), out, check=False).artifacts[0]
+    again = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
     assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
 
-def test_threads_and_workers_do_not_change_a_byte(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "source"])
+def test_threads_and_workers_do_not_change_a_byte(dtype: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     """Wide enough that products shared out between two threads are summed in another order than by one, and that Hessians have two parts; a
     number of batches that the workers do not divide."""
     folder = make_llama(hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
     threads, made = torch.get_num_threads(), []
     text = _text("int8-dynamic", "[{{smoothquant: {{alpha: search}}}}, gptq]", more="    kv_cache: fp8\n")
-    job = plan(recipe_for(folder, text=text.replace("sequences: 6, length: 32", "sequences: 7, length: 256")))
+    text = text.replace("sequences: 6, length: 32", "sequences: 5, length: 256").replace("dtype: float32", f"dtype: {dtype}")
+    job = plan(recipe_for(folder, text=text))
     try:
         for workers, count in ((1, 1), (2, 2), (3, 1)):
             torch.set_num_threads(count)
@@ -183,6 +191,46 @@ def test_threads_and_workers_do_not_change_a_byte(make_llama: Any, recipe_for: A
         torch.set_num_threads(threads)
     assert len({(folder / "model.safetensors").read_bytes() for folder in made}) == 1
     assert len({(folder / "octavo.json").read_bytes() for folder in made}) == 1
+
+
+def test_a_bfloat16_source_is_watched_in_bfloat16_and_smoothed_in_float32(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """The same groups are found, and codes differ by little from those of a float32 walk."""
+    folder, made = make_llama(), {}
+    for dtype in ("float32", "source"):
+        text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.7}}}}, rtn]").replace("dtype: float32", f"dtype: {dtype}")
+        made[dtype] = convert(recipe_for(folder, text=text), tmp_path / dtype, check=False).artifacts[0]
+    calibration = [made[dtype].manifest.calibration for dtype in made]
+    assert [seen["dtype"] for seen in calibration] == ["float32", "bfloat16" if BFLOAT16 else "float32"]
+    assert calibration[0]["solved"] == calibration[1]["solved"]
+    assert all(seen["alpha"] == 0.7 for seen in calibration[1]["solved"].values())
+    first, second = (_tensors(made[dtype].path) for dtype in made)
+    for name in first:
+        if name.endswith("_proj.weight"):
+            assert (first[name].float() - second[name].float()).abs().mean() < 0.5
+
+
+@pytest.mark.gpu
+def test_a_gpu_solves_like_a_cpu_and_twice_the_same(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Sequences go through it together, and groups are found as they are on a CPU."""
+    folder = make_llama(hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2)
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.6}}}}, gptq]", more="    kv_cache: fp8\n")
+    text = text.replace("sequences: 6, length: 32", "sequences: 9, length: 128").replace("dtype: float32", "dtype: source")
+    made = [convert(recipe_for(folder, text=text), tmp_path / str(i), device=d, check=False) for i, d in enumerate(("cpu", "cuda", "cuda"))]
+    files = [(each.artifacts[0].path / "model.safetensors").read_bytes() for each in made]
+    assert files[1] == files[2]
+    solved = [each.artifacts[0].manifest.calibration["solved"] for each in made[:2]]
+    assert solved[0].keys() == solved[1].keys()
+    for name, seen in solved[1].items():
+        assert seen["alpha"] == 0.6
+        assert seen["output_error"] < 0.9 * seen["output_error_rounded"]
+        assert seen["output_error"] == pytest.approx(solved[0][name]["output_error"], rel=0.05), name
+
+
+def test_sequences_of_one_length_go_together() -> None:
+    tokens = [torch.arange(length) for length in (4, 4, 4, 4, 5, 4, 9)]
+    assert [tuple(batch.shape) for batch in _batches(tokens, 8)] == [(1, 4), (2, 4), (1, 4), (1, 5), (1, 4), (1, 9)]
+    assert [tuple(batch.shape) for batch in _batches(tokens, 1)] == [(1, len(item)) for item in tokens]
+    assert torch.equal(torch.cat([row for batch in _batches(tokens, 8) for row in batch]), torch.cat(tokens))
 
 
 class _Overwriting(torch.nn.Linear):
