@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,23 @@ def main() -> None:
     result["run"] = run(model, text, workdir / "out", args)
     print("as it is:", json.dumps(result["run"]), flush=True)
     if not args.no_phases:
-        phases: Counter[str] = Counter()
+        phases: dict[str, Phase] = {}
         with watched(phases, args.device):
             result["waited"] = run(model, text, workdir / "out", args)
-        result["phases"] = {name: seconds / args.layers for name, seconds in phases.items()}
+        result["phases"] = {name: [phase.seconds / args.layers, phase.peak_gb] for name, phase in phases.items()}
         print("with the device waited for around each phase:", json.dumps(result["waited"]))
-        print("s a block, by phase; what is inside another is counted in both:")
-        for name, seconds in result["phases"].items():
-            print(f"  {name:24} {seconds:8.3f}")
+        print("s a block and GB at most, by phase; what is inside another is counted in both:")
+        for name, (seconds, peak) in result["phases"].items():
+            print(f"  {name:24} {seconds:8.3f} {peak:8.2f}")
     print(json.dumps(result, default=str))
+
+
+@dataclass(eq=False)
+class Phase:
+    """What a phase took so far in all blocks, and the most it held of a GPU's memory."""
+
+    seconds: float = 0.0
+    peak_gb: float = 0.0
 
 
 class Clock:
@@ -141,7 +150,7 @@ def run(model: Path, text: Path, out: Path, args: argparse.Namespace) -> dict[st
 
 
 @contextmanager
-def watched(phases: Counter[str], device: str) -> Iterator[None]:
+def watched(phases: dict[str, Phase], device: str) -> Iterator[None]:
     """Has our own functions counted, the device waited for before and after each."""
     import torch
 
@@ -163,20 +172,28 @@ def watched(phases: Counter[str], device: str) -> Iterator[None]:
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
 
+    opened: list[Phase] = []
+
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
+            for phase in opened:
+                phase.peak_gb = max(phase.peak_gb, torch.cuda.max_memory_allocated() / 1e9)
+            torch.cuda.reset_peak_memory_stats()
 
     def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             wait()
+            phase = phases.setdefault(label, Phase())
+            opened.append(phase)
             started = time.perf_counter()
             try:
                 found = function(*args, **kwargs)
                 return list(found) if label == "encode" else found
             finally:
                 wait()
-                phases[label] += time.perf_counter() - started
+                opened.remove(phase)
+                phase.seconds += time.perf_counter() - started
 
         return call
 
