@@ -72,7 +72,7 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
                     mine = touching(folds, name)
                     found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked))
             elif mine := touching(folds, entry["module"]):
-                found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine))
+                found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine, walked))
         return [item.result() for item in found]
 
 
@@ -154,11 +154,13 @@ def _compare_part(
     return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
 
 
-def _compare_kept(entry: dict[str, Any], artifact: SafetensorsReader, checkpoint: Checkpoint, folds: Sequence[Fold]) -> LayerNumbers:
+def _compare_kept(
+    entry: dict[str, Any], artifact: SafetensorsReader, checkpoint: Checkpoint, folds: Sequence[Fold], walked: torch.dtype
+) -> LayerNumbers:
     """What is kept and was smoothed: the source's values with the factors folded in, rounded to what it is stored in."""
     spec, (name, dtype, shape) = checkpoint.tensors[entry["tensor"]], entry["outputs"][0]
     stored = artifact.read(name, 0, TensorSpec(name, dtype, tuple(shape)).matrix_shape[0]).reshape(shape)
-    value = checkpoint.reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape).float()
+    value = checkpoint.reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(walked).float()
     value = folded(value, entry["module"], folds, bias=spec.name.endswith(".bias"))
     # One unit in the last place of what is stored; and float32's, where an offset is added and taken away again.
     bound = value.abs() * torch.finfo(stored.dtype).eps + max(abs(fold.offset) for fold in folds) * 2.0**-22 + 1e-30

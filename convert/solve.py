@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from convert import health, quantize
 from convert.algorithms import gptq, rtn, smoothing
-from convert.algorithms.output_error import output_error
+from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.folds import Fold
 from convert.groups import Group, fold
@@ -22,6 +23,7 @@ from formats.errors import NumericsError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
+    from convert.crew import Crew
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
@@ -121,12 +123,14 @@ def solve_block(
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
     looked: Mapping[str, Mapping[str, Any]],
+    *,
+    crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``looked`` what
-    :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together. Raises :class:`NumericsError`,
-    naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
+    :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together, by one thread of the
+    crew. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
     noted: dict[str, dict[str, Any]] = {}
@@ -136,8 +140,11 @@ def solve_block(
         if leader in smoothed
     }
     stats = Stats(inputs={**inputs, **divided})
-    for members in _together(entries, observer):
-        _solve(members, skeleton, observer, smoothed, codes, noted, stats.inputs, looked)
+    solve = partial(
+        _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
+    )
+    for _ in crew.map(solve, _together(entries, observer)):
+        pass
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
@@ -160,6 +167,7 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[E
 
 def _solve(
     members: Sequence[tuple[Entry, Part]],
+    *,
     skeleton: Skeleton,
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
@@ -213,7 +221,8 @@ def _solve(
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
         rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype)
-        errors = [_share(weight, other.dequantize(), hessian) for other in (rounded, result.qtensor)]
+        lost = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
+        errors = [_share(error) for error in lost]
         noted[name] |= _seen_again(entry, name, weight, rounded, result.qtensor, observer, smoothed.get(leader), limits, looked.get(name))
         noted[name] |= {
             "damping": result.damping,
@@ -254,9 +263,9 @@ def _seen_again(
     return {"health": {**looked, **more, "errors": errors}}
 
 
-def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The error at the layer's output as a share of the output, to four digits; it is for people."""
-    return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
+def _share(error: torch.Tensor) -> float:
+    """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
+    return float(f"{error.sqrt().item():.4g}")
 
 
 def weight_of(skeleton: Skeleton, name: str) -> torch.Tensor:

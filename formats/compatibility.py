@@ -569,6 +569,13 @@ _VLLM_CUDA = (
                 "",
             ),
             (
+                ("0.24",),
+                ("sm_90",),
+                "native",
+                f"seen: {_H100}: CutlassFp8BlockScaledMMKernel (FlashInfer's and DeepGEMM's, taken before it, are compiled on the spot)",
+                "",
+            ),
+            (
                 _VLLM,
                 ("sm_90", "sm_100", "sm_120"),
                 "native",

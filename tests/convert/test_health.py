@@ -19,7 +19,7 @@ from formats.scheme import SCHEMES
 
 RECIPE = """
 model: {{model}}
-calibration: {{{{sequences: 16, length: 32}}}}
+calibration: {{{{sequences: 16, length: 32, dtype: float32}}}}
 targets:
   - name: q
     format: compressed-tensors
