@@ -62,7 +62,7 @@ def calibrate(
     if not wanted:
         return found
     folder = scratch()
-    tokens, record = _tokens(plan, folder)
+    tokens, record = calibration_tokens(plan, folder)
     record = {**record, "dtype": walk_dtype(plan, device)}
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
@@ -117,7 +117,7 @@ def _settings(plan: Plan) -> Any:
     return plan.recipe.calibration or Calibration()
 
 
-def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 

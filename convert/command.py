@@ -88,6 +88,42 @@ def convert(
 
 
 @app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", help="A scheme to try; may be given again.", show_default="int8-dynamic, fp8-dynamic")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=16, help="Tokens of calibration text.")] = 1024,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0, help="Measure no longer, the worst first; the others are estimated.")
+    ] = None,
+    out: OutOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go.", show_default="<out>/sensitivity.json")] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how much each group of layers loses alone: KL of the model's output, with a drawing."""
+    from convert import pipeline
+    from convert.curves import draw_losses
+    from convert.progress import choose
+    from convert.sensitivity import records, sensitivity_of
+    from formats.safetensors import json_bytes
+
+    job = pipeline.plan(_recipe(recipe, model, overrides))
+    losses, record = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
+    folder = out or Path("artifacts") / job.recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = json_file or folder / "sensitivity.json"
+    numbers.write_bytes(json_bytes({"model": job.checkpoint.pinned, "text": record, "groups": records(losses)}))
+    (folder / "sensitivity.svg").write_text(draw_losses(losses), encoding="utf-8")
+    if not quiet:
+        _show_losses(losses)
+        print(f"numbers {numbers}, drawing {folder / 'sensitivity.svg'}")
+
+
+@app.command()
 def check(
     artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe.")],
     device: DeviceOption = "auto",
@@ -401,6 +437,32 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")
     for warning in job.warnings():
         console.print(f"warning    {warning}", markup=False)
+
+
+def _show_losses(losses: Any) -> None:
+    """A line a group, the worst first, a column a scheme."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from convert.sensitivity import spelled
+
+    schemes = list(dict.fromkeys(loss.scheme for loss in losses))
+    by_group: dict[tuple[str, ...], dict[str, Any]] = {}
+    for loss in losses:
+        by_group.setdefault(loss.modules, {})[loss.scheme] = loss
+    table = Table(
+        "group", _right("parameters"), *(_right(f"{name}, nats") for name in schemes), box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for modules, of in sorted(by_group.items(), key=lambda item: -max(loss.kl_nats for loss in item[1].values())):
+        shown = [
+            "" if name not in of else f"{of[name].kl_nats:.3g} ± {of[name].standard_error:.1g}" if of[name].measured
+            else f"about {of[name].kl_nats:.1g}"
+            for name in schemes
+        ]  # fmt: skip
+        table.add_row(spelled(modules), f"{next(iter(of.values())).parameters:,}", *shown)
+    sums = [sum(loss.kl_nats for loss in losses if loss.scheme == name) for name in schemes]
+    table.add_row("sum", "", *(f"{value:.3g}" for value in sums), style="bold")
+    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(table)
 
 
 def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:

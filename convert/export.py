@@ -98,7 +98,7 @@ def export(
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
             # A slab or a batch is one core's work, and the cores share them; with more, calibration's sums would come out otherwise.
-            stack.enter_context(_one_thread())
+            stack.enter_context(one_thread())
             _keep_freed_memory()
             stats = _calibrate(plan, writers, progress, device=device, workers=workers or cores())
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
@@ -170,7 +170,7 @@ def _stream(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """torch computes with one thread, whatever the machine has: how a product is shared out decides its last bits."""
     import torch
 

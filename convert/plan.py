@@ -558,7 +558,7 @@ def _require_loadable(
     for name in target.runtimes if quantized else ():
         runtime = RUNTIMES[name]
         together = [(merged, "reads all experts of a model in one way")] if runtime.merges else []
-        together += [(group, "makes them one layer") for group in _fused(architecture, fates)] if runtime.fuses else []
+        together += [(group, "makes them one layer") for group in fused(architecture, fates)] if runtime.fuses else []
         for modules, why in together:
             schemes = Counter(_fate(fates[module]) for module in modules)
             if len(schemes) > 1:
@@ -595,7 +595,7 @@ def _fate(entry: Entry) -> str:
     return entry.scheme.name if entry.scheme else "kept"
 
 
-def _fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
+def fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
     """Layers that a runtime may make into one: all experts of a layer; and of one parent those that were seen to read the same input (q, k
     and v, or gate and up, but no MLP beside an attention)."""
     experts: dict[str, list[str]] = {}
