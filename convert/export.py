@@ -49,6 +49,11 @@ JOURNAL = "journal"
 HEALTH = "health"
 #: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
+UNSEEN = {
+    "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
+    "rounded": "an expert that calibration brought too few tokens: its weights are rounded, and a static scale is that of its neighbours",
+}
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
 
@@ -283,8 +288,8 @@ class _Writer:
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
         ledger = [
-            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
-            for record in self.target.ledger()
+            {**record, "note": "; ".join(notes)} if (notes := self._notes(entry, stats)) else record
+            for entry, record in zip(self.target.entries, self.target.ledger(), strict=True)
         ]
         manifest = Manifest(
             target=self.target.name,
@@ -319,10 +324,24 @@ class _Writer:
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(self._final, manifest)
 
+    def _notes(self, entry: Entry, stats: Stats) -> list[str]:
+        """What the plan said of a tensor, and what calibration did to it that the plan could not know."""
+        notes = [entry.note] if entry.note else []
+        if self.health.get(entry.tensor.name, {}).get("smoothed"):
+            notes.append(SMOOTHED)
+        for what, words in UNSEEN.items():
+            found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
+            if found:
+                notes.append(words if len(entry.parts) == 1 else f"{words} (of {len(entry.parts)} layers: {', '.join(found)})")
+        return notes
+
+    def _seen(self, module: str, stats: Stats) -> Mapping[str, float]:
+        return {**stats.experts.get(module, {}), **self.health.get(module, {})}
+
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
-        health = {module: self.health[module] for module in modules if self.health.get(module)}
+        health = {module: seen for module in modules if (seen := self._seen(module, stats))}
         return {**stats.record, **({"solved": health} if health else {})}
 
     def _resume(self) -> None:

@@ -116,8 +116,8 @@ def solve_block(
     smoothed: Mapping[str, Smoothed],
     *,
     crew: Crew,
-) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
-    """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
+) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
+    """The entries of a block in order, each with its codes, by module.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
     scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
@@ -141,7 +141,7 @@ def solve_block(
         solved = Solved(
             target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
         )
-        yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
+        yield solved, {entry.module(part): codes[entry.module(part)] for part in entry.parts}
 
 
 def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:
@@ -165,15 +165,15 @@ def _solve(
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [_weight(skeleton, name) for name in names]
+    weights = [skeleton.weight(name).float() for name in names]
     step = entry.steps[-1]
     leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
-    noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
+    noted = observer.noted(leader) | ({"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {})
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
-    if step.gptq is None:
+    if step.gptq is None or leader in observer.rounded:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
@@ -212,12 +212,3 @@ def _solve(
 def _share(error: torch.Tensor) -> float:
     """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
     return float(f"{error.sqrt().item():.4g}")
-
-
-def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
-    """(out, in) in float32, as it is now."""
-    from transformers.pytorch_utils import Conv1D
-
-    module = skeleton.model.get_submodule(name)
-    weight: torch.Tensor = module.weight.detach()
-    return (weight.T if isinstance(module, Conv1D) else weight).float()
