@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert.panels import FAINT_INK, INKS, LINE_INK, TEXT_INK, place
+from convert.panels import place
 
 if TYPE_CHECKING:
     from convert.sensitivity import Loss

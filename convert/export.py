@@ -31,10 +31,9 @@ from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
 from convert.source import SafetensorsReader, SourceDigests
-from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
-from formats.safetensors import Shard, TensorSpec
+from formats.safetensors import Shard
 from formats.verify import verify
 
 if TYPE_CHECKING:
@@ -268,11 +267,7 @@ class _Writer:
         reader = SafetensorsReader({name: item for name, (_, item) in self._places.items()}, lambda file: self._partial / file)
         if entry.scheme is None or part is None:
             return reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
-        weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
-        form = FORMATS[self.target.format]
-        specs = form.layer_tensors(weight, entry.scheme).rows
-        stored = {spec.name: reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape) for spec in specs}
-        return form.decode(weight, stored, entry.scheme).dequantize()
+        return quantize.decoded_part(reader, self.target.format, entry, part)
 
     def wait_for_hashes(self) -> None:
         for follower in self._followers.values():

@@ -16,16 +16,18 @@ from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
 from convert.health import remark
 from convert.html import render
+from convert.ladder import Make, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
-from convert.recipe import Recipe, parse_recipe
-from convert.report import Report, report_path
+from convert.recipe import Recipe, Target, parse_recipe
+from convert.report import Report, manifest_digest, read_report, report_path
 from convert.source import Checkpoint, SourceDigests, open_source
-from formats.errors import InputError, MachineError
+from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
+from formats.verify import verify
 
 #: Resident memory of Python with torch and transformers loaded, before any tensor: 430 MB were seen with torch 2.13 on CPU.
 BASE_BYTES = 600_000_000
@@ -116,19 +118,82 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     """Plans, quantizes, exports and proves; artifacts go to ``out/<target>`` (default ``artifacts/<recipe>``), reports beside them.
 
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
-    :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
+    :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`. Targets
+    with a budget come last, each made again until it is met (:mod:`convert.ladder`).
     """
     out = out or Path("artifacts") / recipe.name
+    budgeted = [target for target in recipe.targets if target.budget is not None]
+    if budgeted and not check:
+        raise InputError(f"{budgeted[0].name}: whether a budget is met is seen by the check; leave --no-check out, or the budget")
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
+        if budgeted:
+            return _climb_all(job, out, digests, progress, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
     for artifact in artifacts:
         if said := remark((artifact.manifest.calibration or {}).get("health", {})):
             progress.say(f"warning: {artifact.manifest.target}: {said}")
     reports = prove([artifact.path for artifact in artifacts], job.recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
+
+
+def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one."""
+    found: dict[str, tuple[Artifact, Report]] = {}
+    plain = tuple(target for target in job.recipe.targets if target.budget is None)
+    if plain:
+        made = convert(job.recipe.only(plain), out, device=device, progress=progress)
+        found |= {target.name: pair for target, pair in zip(plain, zip(made.artifacts, made.reports, strict=True), strict=True)}
+
+    def make(recipe: Recipe, folder: Path) -> tuple[Plan, Artifact, Report]:
+        rung = _plan(recipe, job.checkpoint)
+        require(needs(rung, folder, check=True, device=device), folder)
+        artifact = export(rung, folder, progress, digests=digests, device=device)[0]
+        known = _known_report(artifact)
+        return rung, artifact, known or prove([artifact.path], rung.recipe, progress=progress, device=device)[0]
+
+    for target in job.recipe.targets:
+        if target.budget is not None:
+            found[target.name] = _climb_one(job, target, out, make, progress, device=device)
+    pairs = [found[target.name] for target in job.recipe.targets]
+    return Outcome(job, tuple(artifact for artifact, _ in pairs), tuple(report for _, report in pairs))
+
+
+def _climb_one(job: Plan, target: Target, out: Path, make: Make, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
+    """Climbs, or finds that it was climbed: ``<target>.ladder`` beside the artifact says for which job."""
+    assert target.budget is not None
+    final, note = out / target.name, out / f"{target.name}.ladder"
+    asked = hashlib.sha256(f"{job.digest} {target.name}".encode()).hexdigest()
+    if note.exists() and note.read_text().strip() == asked and (artifact := _whole(final)) and (report := _known_report(artifact)):
+        return artifact, report
+    note.unlink(missing_ok=True)
+    scratch = out / f".{target.name}.rungs"
+    found = climb(job.recipe, target, scratch, make, progress, device=device)
+    artifact = settle(found, target, out, scratch)
+    report = replace(found.taken.report, ladder=found.record(target.budget))
+    report_path(final).write_bytes(report.to_bytes())
+    report_path(final).with_suffix(".html").write_text(render(report, artifact.manifest), encoding="utf-8")
+    note.write_text(f"{asked}\n")
+    return artifact, report
+
+
+def _whole(folder: Path) -> Artifact | None:
+    """The artifact in a folder, if every byte of it is there."""
+    try:
+        return Artifact(folder, read_manifest(folder), reused=True) if verify(folder).passed else None
+    except FormatError:
+        return None
+
+
+def _known_report(artifact: Artifact) -> Report | None:
+    """The report beside an artifact, if it is about these bytes."""
+    try:
+        report = read_report(report_path(artifact.path))
+    except FormatError:
+        return None
+    return report if report.manifest_sha256 == manifest_digest(artifact.path) else None
 
 
 def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress = QUIET, device: str = "cpu") -> list[Report]:

@@ -57,7 +57,7 @@ class Entry:
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
     is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
-    :class:`~convert.architecture.Parameter`.
+    :class:`~convert.architecture.Parameter`. ``alone_nats``: what its group loses alone, where the recipe says.
     """
 
     tensor: TensorSpec
@@ -75,6 +75,7 @@ class Entry:
     experts: str = ""
     reading: str = ""
     steps: tuple[Step, ...] = ()
+    alone_nats: float | None = None
 
     @property
     def coder(self) -> str:
@@ -131,6 +132,7 @@ class Entry:
             **({"experts": self.experts} if self.experts else {}),
             **fate,
             **({"note": self.note} if self.note else {}),
+            **({"alone_nats": self.alone_nats} if self.alone_nats is not None else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }
@@ -514,6 +516,7 @@ def _enter(
         note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
         experts=parameter.experts,
         reading=parameter.reading,
+        alone_nats=next((target.alone[module] for module in parameter.modules if module in target.alone), None) if target.alone else None,
     )
     if rule is None or rule.scheme is None:
         return kept

@@ -195,6 +195,55 @@ class Options(_Section):
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
 
 
+#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, or ``mixed``.
+LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed")
+#: What a rung asks of algorithms beyond their defaults: the user wants what is cheapest, not to be asked which layers cannot be smoothed.
+_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}}
+
+
+class Budget(_Section):
+    """The loss that is acceptable, measured as the limits are: on held-out text, reloaded in every runtime that the target names."""
+
+    kl_nats: Annotated[float, Field(gt=0)] | None = None
+    """Mean KL divergence from the source, nats a token, at most."""
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Perplexity over the source's, at most."""
+    tokens: Annotated[int, Field(ge=16)] = 1024
+    """Tokens of calibration text on which `mixed` measures what each group of layers loses alone."""
+    tries: Positive = 3
+    """How many choices `mixed` makes, converts and measures at most."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.kl_nats is None and self.perplexity_ratio is None:
+            raise ValueError("a budget needs kl_nats, perplexity_ratio or both")
+        return self
+
+
+def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
+    for i, rung in enumerate(rungs):
+        if rung == "recover":
+            raise ValueError("recover (training with quantization) is not in this version; leave it out")
+        if rung == "mixed" and i != len(rungs) - 1:
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last")
+        if rung == "mixed" and i == 0:
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit; name one before it")
+        for name in rung.split("+") if rung != "mixed" else ():
+            known = (*ALGORITHMS, *TRANSFORMS, "mixed")
+            if name not in known:
+                raise ValueError(f"no rung is called {rung!r}{_nearest(name, known)}; write algorithms with + between them, or mixed")
+        if rung in rungs[:i]:
+            raise ValueError(f"{rung} is there twice")
+    return rungs
+
+
+def rung_steps(rung: str) -> tuple[Step, ...]:
+    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding."""
+    names = rung.split("+")
+    names += ["rtn"] if names[-1] in TRANSFORMS else []
+    return tuple(Step.model_validate({name: _RUNG_OPTIONS.get(name, {})}) for name in names)
+
+
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
 
 
@@ -215,22 +264,50 @@ class Target(_Section):
     """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
+    budget: Budget | None = None
+    """Instead of an algorithm: climb the ladder until this is met."""
+    ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
+    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed]` unless given; each is
+    algorithms with `+` between them, and `mixed` keeps in 16 bit what it must of the best before it."""
+    alone: dict[str, float] | None = None
+    """What the group of a module loses alone, nats a token, by module, as `mixed` measured it; the ledger notes it."""
     options: Options = Options()
     """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
 
+    @model_validator(mode="after")
+    def _budget_or_algorithm(self) -> Target:
+        if self.budget is None:
+            if self.ladder is not None:
+                raise ValueError("a ladder is climbed to a budget; add budget: {kl_nats: ...}")
+            return self
+        for name in ("kl_nats", "perplexity_ratio"):
+            if getattr(self.budget, name) is not None and getattr(self.limits, name) is not None:
+                raise ValueError(f"{name} is both in budget and in limits; leave it out of limits")
+        if any("algorithm" in rule.model_fields_set for rule in self.rules):
+            raise ValueError("with a budget the ladder chooses the algorithm; leave algorithm out of the rules")
+        if not any(rule.scheme for rule in self.rules):
+            raise ValueError("a budget needs a rule with a scheme: nothing here is quantized")
+        return self
+
     def bounds(self) -> Quality:
-        """``limits``, with what is left out taken from the loosest scheme that the rules use."""
+        """``limits`` and ``budget``, with what is left out taken from the loosest scheme that the rules use."""
         defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
         if not defaults:
             defaults = [Quality(kl_nats=0.001, top1=0.99, perplexity_ratio=1.001, relative_error=0.01)]
+        limits = self.merged_limits()
         return Quality(
-            kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
-            top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
-            perplexity_ratio=_or(self.limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
-            relative_error=_or(self.limits, "relative_error", max(d.relative_error for d in defaults)),
+            kl_nats=_or(limits, "kl_nats", max(d.kl_nats for d in defaults)),
+            top1=_or(limits, "top1", min(d.top1 for d in defaults)),
+            perplexity_ratio=_or(limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
+            relative_error=_or(limits, "relative_error", max(d.relative_error for d in defaults)),
         )
+
+    def merged_limits(self) -> Limits:
+        """``limits`` with what the budget says."""
+        asked = {} if self.budget is None else self.budget.model_dump(include={"kl_nats", "perplexity_ratio"}, exclude_none=True)
+        return self.limits.model_copy(update=asked)
 
 
 class Calibration(_Section):
@@ -330,12 +407,29 @@ class Recipe(_Section):
         """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
         return _position(self._where, path)
 
+    def only(self, targets: Sequence[Target]) -> Recipe:
+        """The recipe of some of its targets, without calibration text that none of them would read."""
+        places = [self.targets.index(target) for target in targets]
+        read = any(reads_calibration(target) for target in targets)
+        made = self.model_copy(update={"targets": tuple(targets), **({} if read else {"calibration": None})})
+        made._where = {path: where for path, where in self._where.items() if path[:1] != ("targets",) or len(path) == 1}
+        for i, place in enumerate(places):
+            made._where |= {("targets", i, *path[2:]): where for path, where in self._where.items() if path[:2] == ("targets", place)}
+        return made
+
     def resolved(self, *, predicts: bool = True) -> dict[str, Any]:
         """The recipe as plain data with every default spelled out; parsing it again gives the same job. ``predicts``: the model predicts
         tokens, which decides what limits it has."""
         data = self.model_dump(mode="json")
         for target, record in zip(self.targets, data["targets"], strict=True):
             record["limits"] = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
+            if target.budget is not None:
+                record["ladder"] = list(target.ladder or LADDER)
+                record["limits"] |= {
+                    name: None for name, value in record["budget"].items() if value is not None and name in record["limits"]
+                }
+                for rule in record["rules"]:
+                    del rule["algorithm"]
         return data
 
 
@@ -426,7 +520,7 @@ def _cross_check(recipe: Recipe) -> None:
     for key, section in (("calibration", recipe.calibration), ("validation", recipe.validation)):
         if section is not None:
             _check_text(recipe, key, section)
-    if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
+    if recipe.calibration and not any(reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
             "so this text would not be read; remove it"
@@ -448,8 +542,12 @@ def calibrated(steps: Sequence[Step]) -> bool:
     return any(step.name in TRANSFORMS or ALGORITHMS[step.name].calibrated for step in steps)
 
 
-def _reads_calibration(target: Target) -> bool:
+def reads_calibration(target: Target) -> bool:
+    """Whether making a target needs calibration text."""
     used = [rule for rule in target.rules if rule.scheme]
+    rungs = (target.ladder or LADDER) if target.budget else ()
+    if any(rung == "mixed" or calibrated(rung_steps(rung)) for rung in rungs):
+        return True
     return target.kv_cache is not None or any(calibrated(rule.algorithm) or SCHEMES[str(rule.scheme)].static for rule in used)
 
 
@@ -578,6 +676,7 @@ def _fields_at(path: Path_) -> list[str]:
         "targets": Target,
         "rules": Rule,
         "limits": Limits,
+        "budget": Budget,
         "options": Options,
         "validation": Validation,
         "calibration": Calibration,

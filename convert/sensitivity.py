@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.plan import Entry, Plan, fused
+from convert.quantize import decoded_part
 from formats.dtypes import DTYPES
 from formats.errors import InputError, NumericsError
 from formats.scheme import SCHEMES, Quantization
@@ -40,8 +41,8 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Form:
-    """How a quantized linear layer computes: with ``weight(w)`` (out, in) for its weight ``w``, both float32, and an input (tokens, in) that is
-    divided by ``divisor`` (in,), if there is one, and then rounded as ``activation`` says; ``limit``: the largest magnitude that a static
+    """How a quantized linear layer computes: with ``weight(w)`` (out, in) for its weight ``w``, both float32, and an input (tokens, in) that
+    is divided by ``divisor`` (in,), if there is one, and then rounded as ``activation`` says; ``limit``: the largest magnitude that a static
     scale holds, what is seen here unless given."""
 
     weight: Callable[[torch.Tensor], torch.Tensor]
@@ -62,8 +63,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a group loses alone: ``kl_nats``, the mean over tokens of KL(source || source with this group quantized), with the standard error
-    of that mean; ``block_error``, how far it moves what its block returns, as a share of it (the mean of tokens; NaN for the head).
+    """What a group loses alone: ``kl_nats``, the mean over tokens of KL(source || source with this group quantized), with the standard
+    error of that mean; ``block_error``, how far it moves what its block returns, as a share of it (the mean of tokens; NaN for the head).
     Not ``measured``: time was short, and the KL is what the block's error lets expect."""
 
     modules: tuple[str, ...]
@@ -156,6 +157,52 @@ def _rounded(plan: Plan, entry: Entry, name: str) -> Form:
     return Form(lambda weight: rtn.quantize(weight.clone(), scheme.weight, scale_dtype=dtype).dequantize(), scheme.activation)
 
 
+def artifact_trials(plan: Plan, artifact: Path) -> list[Trial]:
+    """Every group that is quantized in an artifact of the plan's first target, as it was made: its codes, and what smoothing folded into
+    them and out of their input.
+
+    What was folded into the rows of a layer that feeds another is taken out again: alone, it feeds that other one unsmoothed.
+    """
+
+    from convert.folds import read_fold, touching
+    from convert.source import SafetensorsReader
+    from formats.manifest import read_manifest
+    from formats.safetensors import read_folder
+
+    target = plan.targets[0]
+    calibration = read_manifest(artifact).calibration or {}
+    folds = [read_fold(record) for record in calibration.get("folds", [])]
+    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    entries = {entry.module(part): (entry, part) for entry in target.quantized for part in entry.parts}
+
+    def form_of(module: str) -> Form:
+        entry, part = entries[module]
+        assert entry.scheme is not None
+        mine = touching(folds, module)
+        divisor = next((fold.scales for fold in mine if module in fold.consumers), None)
+        rows = [fold.rows for fold in mine if module == fold.producer]
+
+        def weight(was: torch.Tensor) -> torch.Tensor:
+            decoded = decoded_part(reader, target.format, entry, part)
+            for scales in rows:
+                decoded = decoded * scales[:, None]
+            return decoded.to(was.device)
+
+        return Form(weight, entry.scheme.activation, divisor)
+
+    groups, _ = groups_of(plan)
+    return [
+        Trial(
+            group,
+            str(entries[group[0]][0].scheme.name),  # type: ignore[union-attr]
+            sum(entries[module][0].tensor.elements for module in group),
+            {module: form_of(module) for module in group},
+        )
+        for group in groups
+        if all(module in entries for module in group)
+    ]
+
+
 def measure(
     plan: Plan,
     trials: Sequence[Trial],
@@ -166,7 +213,7 @@ def measure(
     seconds: float | None = None,
     device: str = "cpu",
 ) -> tuple[list[Loss], dict[str, Any]]:
-    """The loss of every trial, in their order, on calibration text that calibration itself does not begin with; and what it was measured on.
+    """The loss of every trial, in their order, on calibration text that calibration itself does not begin with; and what that was.
 
     With ``seconds`` the error that each makes in its own block is taken first, in one pass, and only as many as that time allows are
     followed to the output, those with the largest errors.
@@ -186,7 +233,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="octavo-") as scratch:
         sequences, record = calibration_tokens(asked, Path(scratch))
         batches = [sequence[None] for sequence in sequences]
-        chosen = list(range(len(trials)))
+        chosen: list[int] = list(range(len(trials)))
         errors: dict[int, float] = {}
         if seconds is not None:
             started = time.perf_counter()
@@ -218,7 +265,7 @@ def _affordable(plan: Plan, trials: Sequence[Trial], errors: Mapping[int, float]
     block = max(1, sum(trial.parameters for trial in trials) // max(1, len(blocks)) // max(1, len({trial.scheme for trial in trials})))
     head = max((entry.tensor.elements for entry in plan.targets[0].entries if entry.kind == "head"), default=0) / block * 1.5
     left = seconds - spent - each * (len(blocks) + head)
-    chosen = []
+    chosen: list[int] = []
     for i in sorted(range(len(trials)), key=lambda i: -errors.get(i, math.inf)):
         behind = len(blocks) - _block_of(blocks, trials[i].modules[0])
         left -= each * (behind + head)
@@ -238,7 +285,6 @@ class _Pass:
     def __init__(
         self, plan: Plan, trials: Sequence[Trial], batches: Sequence[torch.Tensor], progress: Progress, scratch: Path, device: str
     ) -> None:
-        import torch
 
         from convert.loading import Skeleton
 
@@ -442,23 +488,16 @@ def _seen(x: torch.Tensor, form: Form) -> torch.Tensor:
 @contextmanager
 def _put_in(skeleton: Skeleton, forms: Mapping[str, Form]) -> Iterator[None]:
     """Makes layers quantized ones while the context lasts."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    from convert.solve import weight_of
-
-    modules = {name: skeleton.model.get_submodule(name) for name in forms}
-    was = {name: module.weight for name, module in modules.items()}
+    was = {name: skeleton.weight(name).clone() for name in forms}
     hooks = []
     try:
-        for name, module in modules.items():
-            weight = forms[name].weight(weight_of(skeleton, name)).to(was[name].dtype)
-            weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-            module.weight = torch.nn.Parameter(weight, requires_grad=False)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, form=forms[name]: (_seen(args[0], form), *args[1:])))
+        for name, form in forms.items():
+            skeleton.weight(name).copy_(form.weight(was[name].float()))
+            module = skeleton.model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, form=form: (_seen(args[0], form), *args[1:])))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name, module in modules.items():
-            module.weight = was[name]
+        for name, weight in was.items():
+            skeleton.weight(name).copy_(weight)
