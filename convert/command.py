@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -485,6 +486,15 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
     if report is None:
         console.print(f"  unproven   prove it with: octavo check {path}")
         return
+    for rung in report.ladder.get("rungs", []):
+        taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""
+        kl = math.nan if rung["kl_nats"] is None else rung["kl_nats"]
+        missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
+        console.print(
+            f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats, {_size(rung['weight_bytes'])}, "
+            f"{rung['kept_share']:.1%} of the linear bytes in 16 bit; {missed}",
+            markup=False,
+        )
     for item in report.checks:
         value = ("yes" if item.value else "no") if item.bound == "holds" else f"{item.value:.4g} ({item.bound} {item.limit:g} {item.unit})"
         mark = "[green]ok  [/]" if item.passed else "[red]FAIL[/]"

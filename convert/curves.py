@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert.panels import place
+from markupsafe import Markup
+
+from convert.panels import FAINT_INK, LINE_INK, TEXT_INK, inline, place
 
 if TYPE_CHECKING:
     from convert.sensitivity import Loss
@@ -45,6 +48,47 @@ def draw_losses(losses: Sequence[Loss]) -> str:
     axes.grid(axis="y", color="#dcd8d0", linewidth=0.6)
     axes.legend(fontsize=7, ncols=2, frameon=False)
     return _svg(figure)
+
+
+def draw_frontier(ladder: Mapping[str, Any]) -> Markup:
+    """An SVG element for a page: size against KL, measured of every rung and expected of choices that ``mixed`` had, with the budget."""
+    import matplotlib
+
+    curves, limit = ladder["curves"], ladder["budget"].get("kl_nats")
+    rungs = [rung for rung in ladder["rungs"] if rung["kl_nats"] is not None and math.isfinite(rung["kl_nats"])]
+    styles: dict[str, tuple[str, Any, float]] = {"frontier": (LINE_INK, "-", 1.6)}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = _figure((6.4, 3.6))
+        axes = figure.add_subplot(facecolor="none")
+        for i, (name, points) in enumerate(curves.items()):
+            ink, line, width = styles.get(name, (FAINT_INK, (0, (1 + 3 * i, 2)), 1.0))
+            label = f"{name}, expected"
+            axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], color=ink, linestyle=line, linewidth=width, label=label)
+        for rung in rungs:
+            is_taken = rung["name"] == ladder["taken"]
+            axes.plot(
+                [rung["weight_bytes"] / 1e6],
+                [rung["kl_nats"]],
+                color=LINE_INK if is_taken else TEXT_INK,
+                marker="D" if is_taken else "o",
+                markersize=7 if is_taken else 4,
+                linestyle="",
+            )
+            axes.annotate(rung["name"], (rung["weight_bytes"] / 1e6, rung["kl_nats"]), (5, 4), textcoords="offset points", fontsize=8)
+        if limit is not None:
+            axes.axhline(limit, color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)), label="budget")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("all weights (MB)", color=TEXT_INK)
+        axes.set_ylabel("KL (nats a token)", color=TEXT_INK)
+        axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT_INK)
+        if curves:
+            axes.legend(frameon=False, fontsize=8)
+        drawn = _svg(figure)
+    return inline(drawn, "frontier")
 
 
 def _kind(modules: Sequence[str]) -> str:

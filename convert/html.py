@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from convert.curves import draw_frontier
 from convert.health import is_ruined, off, remark
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
@@ -101,7 +102,19 @@ def render(report: Report, manifest: Manifest) -> str:
         health=_layer_rows(report.health),
         remark=remark(report.health),
         shades=range(1, SHADES + 1),
+        rungs=[_rung_row(rung) for rung in report.ladder.get("rungs", [])],
+        frontier=draw_frontier(report.ladder) if report.ladder else "",
+        groups=sorted(report.ladder.get("groups", []), key=lambda group: -group["alone_nats"]),
     )
+
+
+def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:
+    """A rung as the page shows it; what is not finite is null in a report that was read."""
+
+    def shown(value: float | None) -> str:
+        return "not measured" if value is None or not math.isfinite(value) else _number(value)
+
+    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"])}
 
 
 def _fate(entry: Mapping[str, Any]) -> str:

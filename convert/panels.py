@@ -60,8 +60,7 @@ def draw_panels(layers: Sequence[LayerNumbers]) -> list[Panel]:
     for i, (name, points) in enumerate(groups.items()):
         outside = name == "outside the layers"
         svg = _draw(points, bounds, statistics.median(values), max(points) if outside else last, "tensor, by name" if outside else "layer")
-        # Every drawing numbers its parts from one; on one page their names must differ.
-        svg = Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>panel{i}-", svg))
+        svg = inline(svg, f"panel{i}")
         low = min(points, key=lambda index: min(points[index]))
         flat = [value for group in points.values() for value in group]
         found.append(Panel(name, len(flat), min(flat), max(flat), None if outside else low, svg))
@@ -77,7 +76,7 @@ def place(tensor: str) -> tuple[str, int | None]:
 
 
 def _draw(points: dict[int, list[float]], bounds: tuple[float, float], median_db: float, last: int, label: str) -> str:
-    """An SVG element: the lowest decibels of each layer as a line, a band up to the highest where a layer has several tensors."""
+    """An SVG file: the lowest decibels of each layer as a line, a band up to the highest where a layer has several tensors."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -103,7 +102,13 @@ def _draw(points: dict[int, list[float]], bounds: tuple[float, float], median_db
         axes.spines[["left", "bottom"]].set_color(FAINT_INK)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def inline(svg: str, name: str) -> Markup:
+    """A drawing as an element of a page: in the page's colours, with names of its own, and without what would reach the whole page."""
     # A style element inside an inline drawing would reach the whole page; the page's own sheet has these rules.
     svg = re.sub(r"<style\b.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return re.sub("|".join(INKS), lambda found: INKS[found[0]], svg).replace("<svg ", '<svg aria-hidden="true" ', 1)
+    svg = re.sub("|".join(INKS), lambda found: INKS[found[0]], svg).replace("<svg ", '<svg aria-hidden="true" ', 1)
+    # Every drawing numbers its parts from one; on one page their names must differ.
+    return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg))

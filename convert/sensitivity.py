@@ -41,9 +41,9 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Form:
-    """How a quantized linear layer computes: with ``weight(w)`` (out, in) for its weight ``w``, both float32, and an input (tokens, in) that
-    is divided by ``divisor`` (in,), if there is one, and then rounded as ``activation`` says; ``limit``: the largest magnitude that a static
-    scale holds, what is seen here unless given."""
+    """How a quantized linear layer computes: with ``weight(w)`` (out, in) for its weight ``w``, both float32, and an input (tokens, in)
+    that is divided by ``divisor`` (in,), if there is one, and then rounded as ``activation`` says. ``limit``: the largest magnitude that a
+    static scale holds, what is seen here unless given."""
 
     weight: Callable[[torch.Tensor], torch.Tensor]
     activation: Quantization | None
