@@ -29,6 +29,7 @@ from convert.calibrate import calibrate
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
+from convert.rotate import prove
 from convert.source import SafetensorsReader, SourceDigests
 from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
@@ -89,6 +90,7 @@ def export(
     if pending:
         sidecars = plan.checkpoint.sidecars()
         with _disk_errors(out), ExitStack() as stack:
+            prove(plan.checkpoint, trust_remote_code=plan.recipe.trust_remote_code)
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}

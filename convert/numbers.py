@@ -21,7 +21,9 @@ import torch
 from convert.architecture import Part
 from convert.plan import RESPELL
 from convert.quantize import SLAB_ELEMENTS
+from convert.recipe import parse_recipe
 from convert.report import LayerNumbers
+from convert.rotate import rotate
 from convert.source import Checkpoint, SafetensorsReader, open_source
 from formats import FORMATS
 from formats.dtypes import DTYPES
@@ -40,7 +42,9 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(1)
     checkpoint = open_source(request["model"], trust_remote_code=request["trust_remote_code"])
-    layers = compare(Path(request["artifact"]), checkpoint, threads=request["threads"])
+    # What was rotated is compared with the source rotated again.
+    recipe = parse_recipe(json.dumps(read_manifest(Path(request["artifact"])).recipe), "octavo.json")
+    layers = compare(Path(request["artifact"]), rotate(checkpoint, recipe), threads=request["threads"])
     Path(answer_path).write_text(json.dumps({"layers": [asdict(layer) for layer in layers]}))
 
 

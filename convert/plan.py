@@ -72,6 +72,7 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    turned: str = ""
     experts: str = ""
     reading: str = ""
     steps: tuple[Step, ...] = ()
@@ -130,7 +131,7 @@ class Entry:
             "decision": self.decision,
             **({"experts": self.experts} if self.experts else {}),
             **fate,
-            **({"note": self.note} if self.note else {}),
+            **({"note": note} if (note := "; ".join(filter(None, (self.note, self.turned)))) else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }
@@ -509,6 +510,7 @@ def _enter(
         (rule.why or "") if rule else _KEEP_WHY[parameter.kind],
         (plain,),
         note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
+        turned=checkpoint.turned.get(spec.name, ""),
         experts=parameter.experts,
         reading=parameter.reading,
     )
@@ -759,7 +761,8 @@ def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
         reason = entry.rule if entry.scheme else entry.why
-        row = rows.setdefault((what, f"{reason}; {entry.note}" if entry.note else reason), [0, 0, 0])
+        turned = entry.turned.partition(" (")[0]
+        row = rows.setdefault((what, "; ".join(filter(None, (reason, entry.note, turned)))), [0, 0, 0])
         row[0] += 1
         row[1] += entry.plain.size_bytes
         row[2] += entry.size_bytes

@@ -268,6 +268,24 @@ class Validation(_Section):
         return self
 
 
+class Rotation(_Section):
+    """Turns hidden states so that outliers spread over all channels (QuaRot), folded into the weights: no runtime needs to know. A tied
+    head becomes a tensor of its own."""
+
+    residual: bool = True
+    """R1: the residual stream; norms move into what reads it."""
+    values: bool = True
+    """R2: the values of each head."""
+    seed: int = 0
+    """Chooses the signs of the Hadamard matrices."""
+
+    @model_validator(mode="after")
+    def _turns(self) -> Rotation:
+        if not (self.residual or self.values):
+            raise ValueError("neither residual nor values are turned; leave rotation out")
+        return self
+
+
 class Push(_Section):
     """Where on the Hub the artifact belongs."""
 
@@ -289,6 +307,8 @@ class Recipe(_Section):
     """The text on which ranges are seen; the sample text where something needs them and nothing is said here."""
     validation: Validation = Validation()
     """The held-out text on which artifact and source are compared."""
+    rotation: Rotation | None = None
+    """Turn the source's hidden states before anything else, for all targets; `{}` turns all that can be."""
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
     """The artifacts to make; one reading of the weights serves all."""
     push: Push | None = None
@@ -544,6 +564,7 @@ def _fields_at(path: Path_) -> list[str]:
         "options": Options,
         "validation": Validation,
         "calibration": Calibration,
+        "rotation": Rotation,
         "push": Push,
         "algorithm": Step,
         "rtn": Rounding,
