@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.ailments import explain
+from convert.algorithms import TRANSFORMS
 from convert.crew import Crew, crew
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
+from convert.static import Limit, by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError
 
 if TYPE_CHECKING:
     import torch
 
     from convert.architecture import Part
+    from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Plan
     from convert.progress import Progress
@@ -71,7 +74,10 @@ def calibrate(
             stats = yield from _walk(
                 plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device, hands=hands
             )
-            found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
+            for target in walked:
+                held = stats.limits[target.name]
+                inputs = {**stats.inputs, **{module: limit.limit for module, limit in held.items()}}
+                found[target.name] = replace(stats, inputs=inputs, record=record, limits={target.name: held})
     return found
 
 
@@ -226,6 +232,7 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
     groups: tuple[Group, ...] = ()
+    limits: dict[str, dict[str, Limit]] = {target.name: {} for target in targets}
     bare: list[str] = []
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
@@ -248,6 +255,10 @@ def _walk(
             observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
             observer.want(_modules(smoothing), "channels")
             observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            # What smoothing changes is seen once more behind it.
+            statics = {target.name: [entry for entry in by_histogram(target.quantized) if _within(entry, stand.name)] for target in targets}
+            plain = {name: [entry for entry in entries if not _smooths(entry)] for name, entries in statics.items()}
+            observer.want(_modules(entry for entries in plain.values() for entry in entries), "histogram")
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     stand.run(keep=not quantized, observer=observer)
@@ -255,6 +266,8 @@ def _walk(
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
+                held = find_limits(target, plain[target.name], observer)
+                limits[target.name] |= {} if target.solved else held
                 if target.name in again:
                     inputs = {**known, **observer.absmax()}
                     were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
@@ -263,9 +276,12 @@ def _walk(
                     )
                     asked = _modules(entry for entry in again[target.name] if any(step.smoothquant for step in entry.steps))
                     bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
+                    with _explained(plan), _narrow(was_dtype):
+                        behind = [entry for entry in statics[target.name] if _smooths(entry)]
+                        held |= _see_again(target, behind, stand, skeleton, plan.architecture.groups)
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed, crew=hands):
+                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed, held, crew=hands):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
@@ -276,7 +292,7 @@ def _walk(
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
-            observer.forget("hessian", "channels", "rows")
+            observer.forget("hessian", "channels", "rows", "histogram")
             _give_back(device)
             advance(count)
     if bare:
@@ -295,6 +311,7 @@ def _walk(
     attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
     return Stats(
         inputs={**known, **inputs},
+        limits=limits,
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions},
         values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions},
     )
@@ -344,6 +361,35 @@ def _joined(each: Sequence[_Ranges]) -> _Ranges:
 
 def _within(entry: Entry, block: str) -> bool:
     return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
+
+
+def _smooths(entry: Entry) -> bool:
+    return any(step.name in TRANSFORMS for step in entry.steps)
+
+
+def _see_again(
+    target: TargetPlan, entries: Sequence[Entry], stand: Stand, skeleton: Skeleton, groups: Sequence[Sequence[str]] | None
+) -> dict[str, Limit]:
+    """The limits of inputs that smoothing has changed: all batches run once more, since a histogram of an input does not tell its channels."""
+    if not entries:
+        return {}
+    with Observer(skeleton, groups) as behind:
+        behind.want(_modules(entries), "histogram")
+        stand.run(keep=False, observer=behind)
+        return find_limits(target, entries, behind)
+
+
+@contextmanager
+def _narrow(was: Mapping[Any, torch.dtype]) -> Iterator[None]:
+    """Parameters that were widened have the dtype of the lane for a while."""
+    wide = {parameter: parameter.data for parameter in was}
+    for parameter, dtype in was.items():
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in wide.items():
+            parameter.data = data
 
 
 def _modules(entries: Iterable[Entry]) -> list[str]:

@@ -325,7 +325,8 @@ class _Writer:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
         health = {module: self.health[module] for module in modules if self.health.get(module)}
-        return {**stats.record, **({"solved": health} if health else {})}
+        held = {module: limit.record() for module, limit in stats.limits.get(self.target.name, {}).items()}
+        return {**stats.record, **({"solved": health} if health else {}), **({"static": held} if held else {})}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from convert.loading import Skeleton
+    from convert.static import Limit
 
 
 #: Rows of each sequence that searches try things on.
@@ -24,12 +25,14 @@ ROWS = 8
 @dataclass(frozen=True)
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
-    attention module. ``record`` says on which text they were seen."""
+    attention module. ``record`` says on which text they were seen. ``limits``: by target and module, what static scales hold where
+    something else than the largest magnitude chose them; ``inputs`` has it too."""
 
     inputs: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Mapping[str, Limit]] = field(default_factory=dict)
 
 
 NO_STATS = Stats()
@@ -66,8 +69,8 @@ class Observer:
             hook.remove()
 
     def want(self, modules: Sequence[str], kind: str) -> None:
-        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``hessian``, or
-        ``rows`` (some of them as they are)."""
+        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``mean``
+        and ``mean_magnitude`` (of each), ``histogram`` (of magnitudes), ``hessian``, or ``rows`` (some of them as they are)."""
         for module in modules:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
@@ -133,13 +136,19 @@ class Observer:
 
 def _begun(kind: str, x: torch.Tensor) -> Any:
     """An accumulator of nothing yet, for inputs like ``x``."""
-    from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
+    from convert.statistics import AbsMax, ChannelAbsMax, ChannelMean, Hessian, Histogram, Rows
 
     match kind:
         case "absmax":
             return AbsMax(x.device)
         case "channels":
             return ChannelAbsMax(x.shape[-1], x.device)
+        case "histogram":
+            return Histogram(x.device)
+        case "mean":
+            return ChannelMean(x.shape[-1], x.device)
+        case "mean_magnitude":
+            return ChannelMean(x.shape[-1], x.device, magnitude=True)
         case "rows":
             return Rows(ROWS)
         case _:

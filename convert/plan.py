@@ -56,7 +56,8 @@ class Entry:
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
-    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``observer``: what chooses the scale of a static input, a
+    percentile behind it. ``experts`` and ``reading`` are those of
     :class:`~convert.architecture.Parameter`.
     """
 
@@ -76,6 +77,7 @@ class Entry:
     experts: str = ""
     reading: str = ""
     steps: tuple[Step, ...] = ()
+    observer: str = ""
 
     @property
     def coder(self) -> str:
@@ -120,6 +122,7 @@ class Entry:
                 "scheme": self.scheme.name,
                 "algorithm": self.algorithm,
                 **({"options": options} if options else {}),
+                **({"observer": self.observer} if self.observer else {}),
                 "scale_dtype": self.scale_dtype,
                 "parts": parts,
             }
@@ -532,7 +535,23 @@ def _enter(
         for part in parameter.parts
         for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
     )
-    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note, steps=steps)
+    return replace(
+        kept,
+        scheme=scheme,
+        algorithm=algorithm,
+        why="",
+        outputs=outputs,
+        scale_dtype=scale_dtype,
+        note=note,
+        steps=steps,
+        observer=_observer(rule),
+    )
+
+
+def _observer(rule: Rule) -> str:
+    if not SCHEMES[str(rule.scheme)].static:
+        return ""
+    return f"percentile {rule.percentile or 99.999:g}" if rule.observer == "percentile" else rule.observer or "absmax"
 
 
 def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:

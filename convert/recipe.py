@@ -146,6 +146,11 @@ class Rule(_Section):
     algorithm: Steps = (Step(rtn=Rounding()),)
     """How the codes are chosen: `rtn`, `gptq`, or a list of algorithms in order, each a name or with its options, for instance
     `[{smoothquant: {alpha: 0.6}}, gptq]`."""
+    observer: Literal["absmax", "percentile", "mse"] | None = None
+    """Of a static scheme: what of an input its scale holds: its largest magnitude (`absmax`, unless said otherwise), all but a share of
+    its values (`percentile`), or what leaves the smallest squared error (`mse`)."""
+    percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+    """Of `observer: percentile`: the share of values in % that the scale holds, 99.999 unless given."""
     keep: bool = False
     """Leave these tensors as they are; `why` then says why."""
     why: str | None = None
@@ -162,6 +167,10 @@ class Rule(_Section):
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
         if any(name in ALGORITHMS for name in before):
             raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
+        if self.observer and not (self.scheme and SCHEMES[self.scheme].static):
+            raise ValueError(f"observer chooses the scale of a static input, and {self.scheme or 'what is kept'} has none; leave it out")
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError("percentile is for observer: percentile")
         if self.why and not self.keep:
             raise ValueError("why explains keep: true; this rule quantizes")
         return self

@@ -1,7 +1,7 @@
 """A source seen through rotations of its hidden states (:mod:`convert.algorithms.rotation`): the same function, other weights.
 
-Whatever reads tensors of a rotated :class:`~convert.source.Checkpoint` is given turned ones, so that rounding, smoothing, GPTQ, every format
-and the check of numbers work on them as they are. Which linears read the residual stream, behind which norm, and which write to it, is seen
+Whatever reads tensors of a rotated :class:`~convert.source.Checkpoint` is given turned ones, so that rounding, smoothing, GPTQ, every
+format and the check of numbers work on them as they are. Which linears read the residual stream, behind which norm, and which write to it, is seen
 while the model runs on the meta device; that the function is unchanged is proved with the real weights, block by block, before anything
 is written.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
+    from convert.static import Limit
     from formats.qtensor import QTensor
 
 
@@ -35,7 +36,7 @@ class Solved:
     target: str
     tensor: str
     pieces: tuple[Piece, ...]
-    health: Mapping[str, Mapping[str, float]]
+    health: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,18 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    limits: Mapping[str, Limit],
     *,
     crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
-    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
-    scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``limits`` what
+    static scales hold where something else chose them. Layers of one input, scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
     that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
-    health: dict[str, dict[str, float]] = {}
+    health: dict[str, dict[str, Any]] = {}
     for _ in crew.map(lambda members: _solve(members, skeleton, observer, smoothed, codes, health), _together(entries, observer)):
         pass
     divided = {
@@ -132,7 +134,9 @@ def solve_block(
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
-    stats = Stats(inputs={**inputs, **divided})
+    stats = Stats(inputs={**inputs, **divided, **{module: found.limit for module, found in limits.items()}})
+    for module, found in limits.items():
+        health[module]["static"] = found.record()
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
@@ -159,7 +163,7 @@ def _solve(
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
-    health: dict[str, dict[str, float]],
+    health: dict[str, dict[str, Any]],
 ) -> None:
     entry, _ = members[0]
     assert entry.scheme is not None
