@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from convert.ailments import explain
 from convert.algorithms import TRANSFORMS
 from convert.crew import Crew, crew
-from convert.observe import NO_STATS, Observer, Stats
+from convert.observe import NO_STATS, Limit, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
-from convert.static import Limit, by_histogram, find_limits
+from convert.static import by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError
 
 if TYPE_CHECKING:
@@ -251,13 +251,15 @@ def _walk(
             # A block of which anything is missing is done again whole: the same inputs give the same bytes.
             again = {name: entries for name, entries in todo.items() if left[name]}
             entries = [entry for entries in again.values() for entry in entries]
-            smoothing = [entry for entry in entries if any(step.smoothquant for step in entry.steps)]
+            smoothing = [entry for entry in entries if entry.asks(*TRANSFORMS)]
             observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
             observer.want(_modules(smoothing), "channels")
-            observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            observer.want(_modules(entry for entry in smoothing if _searches(entry)), "rows")
+            observer.want(_modules(entry for entry in smoothing if entry.asks("awq")), "mean_magnitude")
+            observer.want(_modules(entry for entry in entries if entry.asks("bias_correction")), "mean")
             # What smoothing changes is seen once more behind it.
             statics = {target.name: [entry for entry in by_histogram(target.quantized) if _within(entry, stand.name)] for target in targets}
-            plain = {name: [entry for entry in entries if not _smooths(entry)] for name, entries in statics.items()}
+            plain = {name: [entry for entry in entries if not entry.asks(*TRANSFORMS)] for name, entries in statics.items()}
             observer.want(_modules(entry for entries in plain.values() for entry in entries), "histogram")
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
@@ -272,16 +274,16 @@ def _walk(
                     inputs = {**known, **observer.absmax()}
                     were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
                     smoothed, changed = (
-                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
+                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, {})
                     )
-                    asked = _modules(entry for entry in again[target.name] if any(step.smoothquant for step in entry.steps))
+                    asked = _modules(entry for entry in again[target.name] if entry.asks(*TRANSFORMS))
                     bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
                     with _explained(plan), _narrow(was_dtype):
-                        behind = [entry for entry in statics[target.name] if _smooths(entry)]
+                        behind = [entry for entry in statics[target.name] if entry.asks(*TRANSFORMS)]
                         held |= _see_again(target, behind, stand, skeleton, plan.architecture.groups)
-                    # What is kept but changed comes first: a block is finished when its codes are.
-                    yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed, held, crew=hands):
+                    for solved, weights in solve_block(
+                        target, again[target.name], skeleton, observer, inputs, smoothed, held, changed=changed, crew=hands
+                    ):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
@@ -292,7 +294,7 @@ def _walk(
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
-            observer.forget("hessian", "channels", "rows", "histogram")
+            observer.forget("hessian", "channels", "rows", "histogram", "mean", "mean_magnitude")
             _give_back(device)
             advance(count)
     if bare:
@@ -363,14 +365,14 @@ def _within(entry: Entry, block: str) -> bool:
     return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
 
 
-def _smooths(entry: Entry) -> bool:
-    return any(step.name in TRANSFORMS for step in entry.steps)
+def _searches(entry: Entry) -> bool:
+    return any((s.smoothquant and s.smoothquant.alpha == "search") or (s.awq and s.awq.ratio == "search") for s in entry.steps)
 
 
 def _see_again(
     target: TargetPlan, entries: Sequence[Entry], stand: Stand, skeleton: Skeleton, groups: Sequence[Sequence[str]] | None
 ) -> dict[str, Limit]:
-    """The limits of inputs that smoothing has changed: all batches run once more, since a histogram of an input does not tell its channels."""
+    """The limits of inputs that smoothing has changed: all batches run once more, for a histogram does not tell channels apart."""
     if not entries:
         return {}
     with Observer(skeleton, groups) as behind:

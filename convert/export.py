@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -50,6 +50,8 @@ JOURNAL = "journal"
 HEALTH = "health"
 #: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: And by what it says so in the journal.
+CHANGED = {"smoothed": SMOOTHED, "corrected": "corrected: the mean of what codes lose at the output was taken out of it"}
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
 
@@ -285,7 +287,7 @@ class _Writer:
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
         ledger = [
-            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
+            _noted(record, [why for key, why in CHANGED.items() if self.health.get(record["tensor"], {}).get(key)])
             for record in self.target.ledger()
         ]
         manifest = Manifest(
@@ -371,6 +373,12 @@ class _Writer:
         for spec in self._entries[tensor].outputs:
             file, item = self._places[spec.name]
             self._followers[file].release(item.start, item.stop)
+
+
+def _noted(record: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """A record of the ledger with more to say."""
+    found = [note for note in (record.get("note"), *notes) if note]
+    return {**record, "note": "; ".join(found)} if found else record
 
 
 class _Follower(Thread):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import local
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,24 @@ if TYPE_CHECKING:
     import torch
 
     from convert.loading import Skeleton
-    from convert.static import Limit
 
 
 #: Rows of each sequence that searches try things on.
 ROWS = 8
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``limit``: the magnitude that the largest code of an input stands for. Of the input that calibration saw: the share ``clipped``
+    at it, and ``lost``, the error of its codes as a share of its length."""
+
+    limit: float
+    clipped: float
+    lost: float
+
+    def record(self) -> dict[str, float]:
+        """To four digits, for people."""
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert import __version__
+from convert.algorithms import ALGORITHMS
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
 from convert.compatibility import judge, parts_of
@@ -81,8 +82,17 @@ class Entry:
 
     @property
     def coder(self) -> str:
-        """What chooses the codes: the last of the algorithms."""
-        return str(self.algorithm).rpartition("+")[2]
+        """What chooses the codes: the last of the algorithms but for corrections."""
+        return self.coding.name if self.coding else str(self.algorithm)
+
+    @property
+    def coding(self) -> Step | None:
+        """The step that chooses the codes, with its options."""
+        return next((step for step in self.steps if step.name in ALGORITHMS), None)
+
+    def asks(self, *names: str) -> Step | None:
+        """The first of its steps that is called so."""
+        return next((step for step in self.steps if step.name in names), None)
 
     @property
     def again(self) -> str:
@@ -308,6 +318,7 @@ def _plan_target(
         for name, spec in checkpoint.tensors.items()
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
+    _require_biases(recipe, index, target, claims, checkpoint)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
@@ -610,6 +621,16 @@ def _require_loadable(
                 f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
                 f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
             )
+
+
+def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[str, tuple[Rule, str]], checkpoint: Checkpoint) -> None:
+    """Raises :class:`RecipeError` for a rule that corrects biases of layers of which none has one."""
+    for rule in target.rules:
+        claimed = [name for name, (claimant, _) in claims.items() if claimant is rule]
+        corrects = rule.scheme and any(step.bias_correction for step in rule.algorithm)
+        if corrects and not any(f"{name.removesuffix('.weight')}.bias" in checkpoint.tensors for name in claimed):
+            label = claims[claimed[0]][1]
+            raise RecipeError(f"{_position(recipe, index, rule, label)}: bias_correction: none of the {len(claimed)} layers has a bias")
 
 
 def _fate(entry: Entry) -> str:

@@ -193,7 +193,7 @@ def is_finite(values: torch.Tensor) -> bool:
 def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTensor:
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
-    rounding = entry.steps[-1].rtn if entry.steps else None
+    rounding = entry.coding.rtn if entry.coding else None
     clip_search = CLIP_RATIOS if rounding and rounding.clip else ()
     result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.

@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from convert.algorithms import ALGORITHMS, TRANSFORMS
+from convert.algorithms import ALGORITHMS, CORRECTIONS, TRANSFORMS
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
@@ -100,12 +100,26 @@ class Smoothquant(_Section):
     """How much of the difficulty moves from inputs to weights; `search` tries several for each group."""
 
 
+class Awq(_Section):
+    """`awq`: input channels that carry much get finer steps of the weight: its columns are multiplied, and what makes the input
+    divided. For schemes of weights alone."""
+
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    """The exponent of each channel's mean magnitude; `search` tries several for each group."""
+
+
+class BiasCorrection(_Section):
+    """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
     rtn: Rounding | None = None
     gptq: Gptq | None = None
     smoothquant: Smoothquant | None = None
+    awq: Awq | None = None
+    bias_correction: BiasCorrection | None = None
 
     @property
     def name(self) -> str:
@@ -121,7 +135,7 @@ class Step(_Section):
 def _parse_steps(value: object) -> object:
     """`gptq`, `{gptq: {...}}` or a list of these."""
     items = value if isinstance(value, list | tuple) else [value]
-    known = (*ALGORITHMS, *TRANSFORMS)
+    known = (*ALGORITHMS, *TRANSFORMS, *CORRECTIONS)
     for item in items:
         if isinstance(item, str) and item not in known:
             raise ValueError(f"no algorithm is called {item!r}{_nearest(item, known)}; known are {', '.join(known)}")
@@ -162,9 +176,14 @@ class Rule(_Section):
             raise ValueError("a rule needs either a scheme or keep: true")
         if self.keep and not self.why:
             raise ValueError("keep: true needs a why")
-        *before, last = [step.name for step in self.algorithm]
+        names = [step.name for step in self.algorithm]
+        while len(names) > 1 and names[-1] in CORRECTIONS:
+            names.pop()
+        *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
+        if sum(name in TRANSFORMS for name in before) > 1:
+            raise ValueError(f"{' and '.join(before)} scale the same channels; choose one")
         if any(name in ALGORITHMS for name in before):
             raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
         if self.observer and not (self.scheme and SCHEMES[self.scheme].static):
@@ -397,7 +416,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Octavo recipe"
     definitions = schema["$defs"]
-    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS]}
+    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS, *CORRECTIONS]}
     steps = {"anyOf": [names, {"$ref": "#/$defs/Step"}]}
     algorithm = definitions["Rule"]["properties"]["algorithm"]
     definitions["Rule"]["properties"]["algorithm"] = {
@@ -439,7 +458,7 @@ def _cross_check(recipe: Recipe) -> None:
 
 def calibrated(steps: Sequence[Step]) -> bool:
     """Whether any of the algorithms needs to see the model at work."""
-    return any(step.name in TRANSFORMS or ALGORITHMS[step.name].calibrated for step in steps)
+    return any(step.name not in ALGORITHMS or ALGORITHMS[step.name].calibrated for step in steps)
 
 
 def _reads_calibration(target: Target) -> bool:
@@ -581,6 +600,8 @@ def _fields_at(path: Path_) -> list[str]:
         "rtn": Rounding,
         "gptq": Gptq,
         "smoothquant": Smoothquant,
+        "awq": Awq,
+        "bias_correction": BiasCorrection,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)

@@ -1,9 +1,9 @@
 """A source seen through rotations of its hidden states (:mod:`convert.algorithms.rotation`): the same function, other weights.
 
-Whatever reads tensors of a rotated :class:`~convert.source.Checkpoint` is given turned ones, so that rounding, smoothing, GPTQ, every
-format and the check of numbers work on them as they are. Which linears read the residual stream, behind which norm, and which write to it, is seen
-while the model runs on the meta device; that the function is unchanged is proved with the real weights, block by block, before anything
-is written.
+Whatever reads tensors of a rotated :class:`~convert.source.Checkpoint` is given turned ones, so that rounding, smoothing, GPTQ,
+every format and the check of numbers work on them as they are. Which linears read the residual stream, behind which norm, and which
+write to it, is seen while the model runs on the meta device; that the function is unchanged is proved with the real weights, block by
+block, before anything is written.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _TOKENS = 8
 @dataclass(frozen=True)
 class Turn:
     """What becomes of a tensor, in this order: ``norm``, the tensor of a norm whose weight moves into the columns; ``reads`` the residual
-    stream, or is made of its rows (R1 on the right); ``writes`` to it (R1^T on the left); makes ``values`` of heads, or ``mixes`` them (R2).
-    ``ones``: it is the weight of such a norm. ``copy``: it is the tensor of that name, untied."""
+    stream, or is made of its rows (R1 on the right); ``writes`` to it (R1^T on the left); makes ``values`` of heads, or ``mixes``
+    them (R2). ``ones``: it is the weight of such a norm. ``copy``: it is the tensor of that name, untied."""
 
     norm: str = ""
     reads: bool = False
@@ -152,8 +152,8 @@ class Stream:
 def rotate(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The checkpoint as the recipe's ``rotation`` turns it; itself where there is none. A tied head becomes a tensor of its own.
 
-    Raises :class:`RecipeError`, naming the recipe's line and what stands in the way, for a model whose residual stream is not one that norms
-    without a mean read and linears write.
+    Raises :class:`RecipeError`, naming the recipe's line and what stands in the way, for a model whose residual stream is not one that
+    norms without a mean read and linears write.
     """
     options = recipe.rotation
     if options is None:
@@ -199,7 +199,6 @@ def prove(checkpoint: Checkpoint, *, scratch: Path | None = None, trust_remote_c
     Raises :class:`SourceError` naming the first block before which the rotated stream is not the source's stream, rotated, or saying that
     what comes out is another.
     """
-    import torch
 
     reader = checkpoint.reader
     if not isinstance(reader, RotatedReader):
@@ -227,8 +226,8 @@ def _compare(checkpoint: Checkpoint, place: str, expected: torch.Tensor, found: 
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE:
         raise SourceError(
-            f"{checkpoint.origin}: rotated, it differs by {error:.2g} {place} (allowed: {TOLERANCE:g}): what was seen of its residual stream "
-            "is not all there is; leave rotation out of the recipe"
+            f"{checkpoint.origin}: rotated, it differs by {error:.2g} {place} (allowed: {TOLERANCE:g}): what was seen of its residual "
+            "stream is not all there is; leave rotation out of the recipe"
         )
 
 
@@ -352,9 +351,8 @@ def _turn_values(turns: dict[str, Turn], skeleton: Skeleton, stream: Stream, whe
     """What makes values and what mixes them, of every attention; returns the size of a head."""
     sizes = set(stream.values.values())
     if len(sizes) != 1:
-        raise RecipeError(
-            f"{where}: values of heads were {'of several sizes' if sizes else 'not seen to come from linears'}; set rotation: {{values: false}}"
-        )
+        seen = "of several sizes" if sizes else "not seen to come from linears"
+        raise RecipeError(f"{where}: values of heads were {seen}; set rotation: {{values: false}}")
     (size,) = sizes
     for attention, maker in stream.attentions.items():
         inside = [name for name in stream.linears if name.startswith(f"{attention}.")]

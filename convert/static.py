@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
+from convert.observe import Limit, Observer
 from convert.plan import RESPELL, Entry, TargetPlan
 from convert.runtimes import RUNTIMES
 from formats.errors import NumericsError
-
-if TYPE_CHECKING:
-    from convert.observe import Observer
-
-
-@dataclass(frozen=True)
-class Limit:
-    """``limit``: the magnitude that the largest code of an input stands for. Of the input that calibration saw: the share ``clipped`` at it,
-    and ``lost``, the error of its codes as a share of its length."""
-
-    limit: float
-    clipped: float
-    lost: float
-
-    def record(self) -> dict[str, float]:
-        """To four digits, for people."""
-        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
 
 
 def by_histogram(entries: Iterable[Entry]) -> list[Entry]:

@@ -361,7 +361,7 @@ def test_documents_of_several_lengths_walk_together(make_llama: Any, recipe_for:
 
 
 @pytest.mark.parametrize("scheme", ["int8-static", "fp8-static"])
-@pytest.mark.parametrize(("algorithm", "propagate"), [("rtn", "quantized"), ("[{smoothquant: {alpha: 0.6}}, rtn]", "float")])
+@pytest.mark.parametrize(("algorithm", "propagate"), [("rtn", "quantized"), ("[{{smoothquant: {{alpha: 0.6}}}}, rtn]", "float")])
 @pytest.mark.parametrize("observer", ["mse", "percentile, percentile: 99"])
 def test_observers_choose_the_scale_that_the_plain_model_s_inputs_ask_for(
     observer: str, scheme: str, algorithm: str, propagate: str, make_llama: Any, recipe_for: Any, tmp_path: Path
