@@ -38,14 +38,16 @@ class Limit:
 @dataclass(frozen=True)
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
-    attention module. ``record`` says on which text they were seen. ``limits``: by target and module, what static scales hold where
-    something else than the largest magnitude chose them; ``inputs`` has it too."""
+    attention module. ``record`` says on which text they were seen; ``health`` what :mod:`convert.health` found of layers that were not
+    solved. ``limits``: by target and module, what static scales hold where something else than the largest magnitude chose them;
+    ``inputs`` has it too."""
 
     inputs: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Mapping[str, Limit]] = field(default_factory=dict)
+    health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 NO_STATS = Stats()
@@ -82,8 +84,9 @@ class Observer:
             hook.remove()
 
     def want(self, modules: Sequence[str], kind: str) -> None:
-        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``mean``
-        and ``mean_magnitude`` (of each), ``histogram`` (of magnitudes), ``hessian``, or ``rows`` (some of them as they are)."""
+        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``maxima``
+        (absmax of each batch), ``mean`` and ``mean_magnitude`` (of each channel), ``histogram`` (of magnitudes), ``hessian``, or ``rows``
+        (some of them as they are)."""
         for module in modules:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
@@ -97,6 +100,9 @@ class Observer:
         if found is None:
             raise InputError(f"{module} was never run by calibration, so nothing is known of its inputs")
         return found
+
+    def has(self, module: str, kind: str) -> bool:
+        return self._seen.get(self.leader.get(module, module), {}).get(kind) is not None
 
     def absmax(self) -> dict[str, float]:
         """By module, for all that read an input whose largest magnitude is known."""
@@ -149,7 +155,7 @@ class Observer:
 
 def _begun(kind: str, x: torch.Tensor) -> Any:
     """An accumulator of nothing yet, for inputs like ``x``."""
-    from convert.statistics import AbsMax, ChannelAbsMax, ChannelMean, Hessian, Histogram, Rows
+    from convert.statistics import AbsMax, ChannelAbsMax, ChannelMean, Hessian, Histogram, Maxima, Rows
 
     match kind:
         case "absmax":
@@ -164,5 +170,7 @@ def _begun(kind: str, x: torch.Tensor) -> Any:
             return ChannelMean(x.shape[-1], x.device, magnitude=True)
         case "rows":
             return Rows(ROWS)
+        case "maxima":
+            return Maxima()
         case _:
             return Hessian(x.shape[-1], x.device)

@@ -95,6 +95,11 @@ class Entry:
         return next((step for step in self.steps if step.name in names), None)
 
     @property
+    def uncovered(self) -> str:
+        """What becomes of it where nothing feeds it that could take up the factors of a transform; empty where none is asked for."""
+        return next((options.uncovered for step in self.steps if (options := step.smoothquant or step.awq)), "")
+
+    @property
     def again(self) -> str:
         """The word for what became of the source's codes; empty where it had none."""
         return self.note.partition(" (")[0]

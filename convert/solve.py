@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convert import quantize
+from convert import health, quantize
 from convert.algorithms import TRANSFORMS, awq, gptq, rtn, smoothing
 from convert.algorithms.bias_correction import correct_bias
 from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
+from convert.folds import Fold
 from convert.groups import Group, fold
+from convert.moved import moved
 from convert.observe import Limit, Observer, Stats
 from convert.quantize import Piece
 from formats.dtypes import DTYPES
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Solved:
     """A source tensor whose codes were chosen while its block was at work, as the bytes of a target. ``health``: what was seen on the way,
-    by module."""
+    by module, as plain data."""
 
     target: str
     tensor: str
@@ -42,11 +45,14 @@ class Solved:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What the input of a group was divided by: ``scales`` (in,), by the algorithm ``name`` with ``strength``."""
+    """What the input of a group was divided by: ``scales`` (in,), by the algorithm ``name`` with ``strength``. ``told_by``: in whose health
+    ``fold`` is."""
 
     name: str
     strength: float
     scales: torch.Tensor
+    fold: Fold
+    told_by: str
 
 
 def smooth_block(
@@ -63,19 +69,22 @@ def smooth_block(
     changed: dict[str, str] = {}
     for group in groups:
         consumers = [f"{stand.name}.{name}" for name in group.consumers]
-        chosen = next((asked[name] for name in consumers if name in asked), None)
+        told_by = next((name for name in consumers if name in asked), None)
         parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
         filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
-        if chosen is None or any(tensor is None for _, tensor in filled):
+        if told_by is None or any(tensor is None for _, tensor in filled):
             continue
-        entry, step = chosen
+        entry, step = asked[told_by]
         weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
         strength, scales = _strength(entry, step, consumers[0], weights, observer, group.channels)
         stored = kept.get(str(skeleton.own_tensor(f"{stand.name}.{group.producer}.weight")))
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
         scales = fold(stand.module, group, scales, dtype=dtype)
         leader = observer.leader.get(consumers[0], consumers[0])
-        done[leader] = Smoothed(step.name, strength, scales)
+        rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
+        walked = skeleton.model.get_submodule(consumers[0]).weight.dtype
+        told = Fold(f"{stand.name}.{group.producer}", tuple(consumers), scales, rows, group.offset, len(done), walked)
+        done[leader] = Smoothed(step.name, strength, scales, told, told_by)
         changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
     return done, changed
 
@@ -129,9 +138,9 @@ def _correct(
                 raise InputError(f"{name}.bias is no tensor of its own in the source, so it cannot be corrected; leave bias_correction out")
             leader = observer.leader.get(name, name)
             mean = observer.get(name, "mean").value / (smoothed[leader].scales if leader in smoothed else 1)
-            corrected = correct_bias(bias, _weight(skeleton, name), codes[name].dequantize(), input_mean=mean)
-            moved = (corrected - bias).float().norm() / bias.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-            health[name]["bias_moved"] = float(f"{moved.item():.4g}")
+            corrected = correct_bias(bias, weight_of(skeleton, name), codes[name].dequantize(), input_mean=mean)
+            share = (corrected - bias).float().norm() / bias.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+            health[name]["bias_moved"] = float(f"{share.item():.4g}")
             bias.copy_(corrected)
             found[tensor] = f"{name}.bias"
     return found
@@ -157,6 +166,7 @@ def solve_block(
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
     limits: Mapping[str, Limit],
+    looked: Mapping[str, Mapping[str, Any]],
     *,
     changed: Mapping[str, str],
     crew: Crew,
@@ -165,34 +175,38 @@ def solve_block(
     was ``changed``, or is corrected now.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``limits`` what
-    static scales hold where something else chose them. Layers of one input, scheme and algorithm are solved together, by one thread of the
-    crew. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
+    static scales hold where something else chose them, ``looked`` what :func:`convert.health.look` saw before. Layers of one input, scheme
+    and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian that
+    cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
-    health: dict[str, dict[str, Any]] = {}
-    for _ in crew.map(lambda members: _solve(members, skeleton, observer, smoothed, codes, health), _together(entries, observer)):
-        pass
-    corrected = _correct(entries, skeleton, observer, smoothed, codes, health)
-    kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
-    # What is kept but changed comes first: a block is finished when its codes are.
-    for tensor, parameter in {**changed, **corrected}.items():
-        why = [word for word, those in (("smoothed", changed), ("corrected", corrected)) if tensor in those]
-        yield _as_changed(target, kept[tensor], parameter, skeleton, why), {}
+    noted: dict[str, dict[str, Any]] = {}
     divided = {
         module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
     stats = Stats(inputs={**inputs, **divided, **{module: found.limit for module, found in limits.items()}})
+    solve = partial(
+        _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
+    )
+    for _ in crew.map(solve, _together(entries, observer)):
+        pass
     for module, found in limits.items():
-        health[module]["static"] = found.record()
+        noted[module]["static"] = found.record()
+    corrected = _correct(entries, skeleton, observer, smoothed, codes, noted)
+    kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
+    # What is kept but changed comes first: a block is finished when its codes are.
+    for tensor, parameter in {**changed, **corrected}.items():
+        why = [word for word, those in (("smoothed", changed), ("corrected", corrected)) if tensor in those]
+        yield _as_changed(target, kept[tensor], parameter, skeleton, why), {}
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
             work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
             pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
         solved = Solved(
-            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
+            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
         )
         yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
 
@@ -208,31 +222,41 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[E
 
 def _solve(
     members: Sequence[tuple[Entry, Part]],
+    *,
     skeleton: Skeleton,
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
-    health: dict[str, dict[str, Any]],
+    noted: dict[str, dict[str, Any]],
+    limits: Mapping[str, float],
+    looked: Mapping[str, Mapping[str, Any]],
 ) -> None:
     entry, _ = members[0]
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [_weight(skeleton, name) for name in names]
+    weights = [weight_of(skeleton, name) for name in names]
     step = entry.coding
     assert step is not None
     leader = observer.leader.get(names[0], names[0])
     asked = entry.asks(*TRANSFORMS)
-    strength = {"smoothquant": "alpha", "awq": "ratio"}
-    noted = {strength[asked.name]: smoothed[leader].strength if leader in smoothed else 0.0} if asked else {}
+    word = "alpha" if asked and asked.smoothquant else "ratio"
+    reached = {} if not asked else {word: smoothed[leader].strength} if leader in smoothed else {"uncovered": 1.0}
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
+    for name in names:
+        noted[name] = {
+            **reached,
+            **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
+        }
     if step.gptq is None:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            health[name] = dict(noted)
+            noted[name] |= _seen_again(
+                entry, name, weight, codes[name], codes[name], observer, smoothed.get(leader), limits, looked.get(name)
+            )
         return
     hessian = observer.get(names[0], "hessian").value
     if leader in smoothed:
@@ -253,15 +277,48 @@ def _solve(
     )
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
-        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
-        errors = [_share(error) for error in output_errors(weight, [rounded, result.qtensor.dequantize()], hessian=hessian)]
-        health[name] = {
-            **noted,
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype)
+        lost = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
+        errors = [_share(error) for error in lost]
+        noted[name] |= _seen_again(entry, name, weight, rounded, result.qtensor, observer, smoothed.get(leader), limits, looked.get(name))
+        noted[name] |= {
             "damping": result.damping,
             "dead": float(result.dead),
             "output_error_rounded": errors[0],
             "output_error": errors[1],
+            "moved": asdict(moved(weight, result.qtensor)),
         }
+
+
+def _seen_again(
+    entry: Entry,
+    name: str,
+    weight: torch.Tensor,
+    rounded: QTensor,
+    chosen: QTensor,
+    observer: Observer,
+    smoothed: Smoothed | None,
+    limits: Mapping[str, float],
+    looked: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A layer's health with what smoothing made of its inputs, and what is lost after it and after the codes were chosen. ``rounded``: the
+    ``weight`` as it is now, rounded to nearest where something else ``chosen`` its codes."""
+    if not looked:
+        return {}
+    assert entry.scheme is not None
+    rows, limit = observer.get(name, "rows").value, limits.get(name) if entry.scheme.static else None
+    more: dict[str, Any] = {}
+    errors = list(looked["errors"])
+    if smoothed is not None:
+        rows = rows.float() / smoothed.scales
+        more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
+        errors.append(health.lost(smoothed.name, weight, rounded, health.few(rows), entry.scheme.activation, limit))
+    last = entry.coding
+    assert last is not None
+    if last.gptq or (last.rtn and last.rtn.clip and smoothed is None):
+        after = "gptq" if last.gptq else "rtn with clip"
+        errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))
+    return {"health": {**looked, **more, "errors": errors}}
 
 
 def _share(error: torch.Tensor) -> float:
@@ -269,7 +326,7 @@ def _share(error: torch.Tensor) -> float:
     return float(f"{error.sqrt().item():.4g}")
 
 
-def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
+def weight_of(skeleton: Skeleton, name: str) -> torch.Tensor:
     """(out, in) in float32, as it is now."""
     from transformers.pytorch_utils import Conv1D
 
