@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from convert.algorithms import rtn
+from convert.algorithms import ALGORITHMS, rtn
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.architecture import Part
 from convert.folds import Fold, folded, read_fold, touching
@@ -42,6 +42,8 @@ from formats.scheme import SCHEMES, Grid, Quantization
 
 #: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
 RESPELL_ROUNDING = 2.0**-22
+#: Of a bias in the ledger: it depends on the inputs that calibration saw, so that the source does not tell what it has to be.
+CORRECTED = "corrected: "
 #: How far two sums of the same squares may differ, a share: the order of summation, and nothing else. One code of a million that is off by
 #: one step moves the sum by ten times as much.
 SUM_ROUNDING = 1e-6
@@ -75,7 +77,7 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
                     name = module if "experts" in entry else entry["module"]
                     mine = touching(folds, name)
                     found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked))
-            elif mine := touching(folds, entry["module"]):
+            elif (mine := touching(folds, entry["module"])) and CORRECTED not in entry.get("note", ""):
                 found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine, walked))
         return [item.result() for item in found]
 
@@ -123,7 +125,7 @@ def _compare_part(
     outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
     rows, columns = part.shape(source)
     mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
-    options = entry.get("options", {}).get(str(entry["algorithm"]).rpartition("+")[2], {})
+    options = entry.get("options", {}).get(_coder(entry), {})
     total, worst, clipped = Moved(0.0, 0.0, 0.0), 0.0, 0
     for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows):
         if part.columns is None:
@@ -144,14 +146,14 @@ def _compare_part(
             scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
         if scheme.weight.scale != "absmax" and not _on_the_way(options, scheme.weight):
             worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=CLIP_RATIOS if options.get("clip") else ()))
-        if str(entry["algorithm"]).rpartition("+")[2] == "rtn":
+        if _coder(entry) == "rtn":
             # float32 rounding of the comparison itself is not the codes' fault
             bound = error_bound(weight, scale, scheme.weight.grid, clips=bool(options.get("clip"))) * (1 + 1e-5)
             if scheme.weight.scale == "absmax":
                 bound += _cast_bound(weight, source.dtype)
             worst = _worse(worst, error, bound)
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
-    if str(entry["algorithm"]).rpartition("+")[2] == "gptq":
+    if _coder(entry) == "gptq":
         worst = max(worst, _deviation(total, told))
     snr = 10 * math.log10(total.signal / total.noise) if total.noise and total.signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
@@ -170,6 +172,12 @@ def _compare_kept(
     bound = value.abs() * torch.finfo(stored.dtype).eps + max(abs(fold.offset) for fold in folds) * 2.0**-22 + 1e-30
     worst = _worse(0.0, (stored.float() - value).abs(), bound)
     return LayerNumbers(spec.name, "kept", 999.0, worst if math.isfinite(worst) else 1e9, 0.0)
+
+
+def _coder(entry: dict[str, Any]) -> str:
+    """What chose the codes, among the algorithms of a record."""
+    names = str(entry["algorithm"]).split("+")
+    return next((name for name in names if name in ALGORITHMS), names[-1])
 
 
 def _on_the_way(options: dict[str, Any], quantization: Quantization) -> bool:
