@@ -111,7 +111,7 @@ class RotatedReader:
             rows = stored[first : first + step].double()
             if norm is not None:
                 rows = rows * norm
-            if turn.reads:
+            if turn.reads and self.r1 is not None:
                 rows = rows @ self.r1
             if turn.mixes:
                 rows = _by_head(rows, self._r2)
@@ -127,7 +127,7 @@ class RotatedReader:
             columns = turned[:, first : first + step].double().T
             if turn.values:
                 columns = _by_head(columns, self._r2)
-            if turn.writes:
+            if turn.writes and self.r1 is not None:
                 columns = columns @ self.r1
             turned[:, first : first + step] = columns.T
         return turned
@@ -135,7 +135,8 @@ class RotatedReader:
 
 def _by_head(rows: torch.Tensor, rotation: Any) -> torch.Tensor:
     """Each run of as many columns as ``rotation`` has, turned."""
-    return (rows.reshape(len(rows), -1, len(rotation)) @ rotation).reshape(rows.shape)
+    turned: torch.Tensor = rows.reshape(len(rows), -1, len(rotation)) @ rotation
+    return turned.reshape(rows.shape)
 
 
 @dataclass
@@ -236,7 +237,10 @@ def _observe(model: Any, where: str) -> Stream:
     import torch
     from transformers import DynamicCache
 
-    stream, held, made, at_work = Stream(), [], {}, []
+    stream = Stream()
+    held: list[torch.Tensor] = []  # so that no identity is reused
+    made: dict[int, str] = {}
+    at_work: list[str] = []
     names = {id(module): name for name, module in model.named_modules()}
 
     def root(x: torch.Tensor) -> torch.Tensor:
@@ -363,5 +367,6 @@ def _turn_values(turns: dict[str, Turn], skeleton: Skeleton, stream: Stream, whe
             for last in ("weight", "bias") if how == "values" else ("weight",):
                 if last == "weight" or stream.linears[module].bias is not None:
                     tensor = _tensor(skeleton, f"{module}.{last}", where)
-                    turns[tensor] = replace(turns.get(tensor, Turn()), **{how: True})
+                    was = turns.get(tensor, Turn())
+                    turns[tensor] = replace(was, values=was.values or how == "values", mixes=was.mixes or how == "mixes")
     return size
