@@ -158,14 +158,6 @@ def _widened(module: Any) -> dict[Any, torch.dtype]:
     return narrow
 
 
-def _give_back(device: str) -> None:
-    """Between two phases that want pieces of other sizes, what torch keeps of the last one's goes back to the GPU."""
-    import torch
-
-    if device != "cpu":
-        torch.cuda.empty_cache()
-
-
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
     """Whether scales of keys and values are wanted that the source does not have."""
     contents = target.contents
@@ -251,7 +243,6 @@ def _walk(
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     stand.run(keep=not quantized, observer=observer)
-                _give_back(device)
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
@@ -277,7 +268,6 @@ def _walk(
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
             observer.forget("hessian", "channels", "rows")
-            _give_back(device)
             advance(count)
     if bare:
         progress.say(

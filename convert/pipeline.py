@@ -14,6 +14,7 @@ from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
 from convert.html import render
+from convert.hardware import let_segments_grow
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
@@ -116,6 +117,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
     :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
     """
+    if device != "cpu":
+        let_segments_grow()
     out = out or Path("artifacts") / recipe.name
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:
