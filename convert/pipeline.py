@@ -12,9 +12,8 @@ from convert.architecture import describe
 from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
-from convert.hardware import this_machine
+from convert.hardware import let_segments_grow, this_machine
 from convert.html import render
-from convert.hardware import let_segments_grow
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
