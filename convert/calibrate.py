@@ -91,8 +91,9 @@ def lane_tokens(plan: Plan) -> int:
     return int(_settings(plan).sequences * _settings(plan).length)
 
 
-def hessian_bytes(plan: Plan) -> int:
-    """What the Hessians of one block take, and one more while it is factorised, in float32."""
+def statistics_bytes(plan: Plan, workers: int) -> int:
+    """What the Hessians of one block take, three more for each that is factorised, and what the linears of a batch have read, for each of
+    the workers; in float32. Of the experts of a layer a batch is counted once."""
     assert plan.architecture is not None
     leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
     largest = 0
@@ -104,7 +105,15 @@ def hessian_bytes(plan: Plan) -> int:
                 if entry.coder == "gptq" and _within(entry, block)
                 for part in entry.parts
             }
-            largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
+            read = {
+                entry.experts or leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
+                for entry in target.quantized
+                if entry.coder == "gptq" and _within(entry, block)
+                for part in entry.parts
+            }
+            squares = sorted((n * n for n in inputs.values()), reverse=True)
+            rows = workers * int(_settings(plan).length)
+            largest = max(largest, 4 * (sum(squares) + 3 * sum(squares[:workers]) + rows * sum(read.values())))
     return largest
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
-from convert.calibrate import hessian_bytes, lane_tokens
+from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import let_segments_grow, this_machine
@@ -71,9 +71,10 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
-        memory = max(
-            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
-        )
+        sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
+        # A block is smoothed in float32, whatever it is watched in.
+        walked = sizes.peak_bytes + 2 * sizes.block_bytes
+        memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
