@@ -20,7 +20,7 @@ import torch
 
 from convert.architecture import Part
 from convert.plan import RESPELL
-from convert.quantize import SLAB_ELEMENTS
+from convert.quantize import SLAB_ELEMENTS, TURNED_SLAB_ELEMENTS
 from convert.report import LayerNumbers
 from convert.source import Checkpoint, SafetensorsReader, open_source
 from formats import FORMATS
@@ -28,8 +28,9 @@ from formats.dtypes import DTYPES
 from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
-from formats.safetensors import TensorSpec, read_folder
+from formats.safetensors import TensorSpec
 from formats.scheme import SCHEMES, Grid
+from formats.tensors import read_tensors
 
 #: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
 RESPELL_ROUNDING = 2.0**-22
@@ -47,7 +48,8 @@ def main(request_path: str, answer_path: str) -> None:
 def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[LayerNumbers]:
     """The numbers of every quantized tensor, in the ledger's order; slab by slab, in bounded memory."""
     manifest = read_manifest(artifact)
-    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    located = read_tensors(artifact, manifest.format)
+    reader = SafetensorsReader(located, lambda file: artifact / file, headers=manifest.format != "onnx")
     form = FORMATS[manifest.format]
     # A smoothed weight is no longer the source's.
     entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize" and "+" not in str(entry["algorithm"])]
@@ -94,12 +96,13 @@ def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader
     mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
     signal = noise = worst = 0.0
     clipped = 0
-    for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows):
+    for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows, TURNED_SLAB_ELEMENTS if mine.columns else SLAB_ELEMENTS):
         if part.columns is None:
             weight = checkpoint.reader.read(source.name, part.start + start, part.start + stop).float()
         else:
             weight = checkpoint.reader.read(source.name, part.start, part.stop)[:, slice(*part.columns)].T.float()
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
+        stored |= {spec.name: artifact.read_columns(spec.name, start, stop) for spec in mine.columns}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         error = (decoded.dequantize() - weight).abs_()
         signal += float(weight.square().sum(dtype=torch.float64))
@@ -134,8 +137,8 @@ def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:
     return float(np.maximum(worst, float(share.max()))) if share.numel() else worst
 
 
-def _slabs(part: Part, rows: int, columns: int, multiple: int | None) -> Iterator[tuple[int, int]]:
-    step = rows if part.columns is not None or multiple is None else max(1, SLAB_ELEMENTS // columns // multiple) * multiple
+def _slabs(part: Part, rows: int, columns: int, multiple: int | None, elements: int) -> Iterator[tuple[int, int]]:
+    step = rows if part.columns is not None or multiple is None else max(1, elements // columns // multiple) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

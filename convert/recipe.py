@@ -190,6 +190,8 @@ class Options(_Section):
 
     llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
+    floats: Literal["float32", "float16"] | None = None
+    """onnx: what is not quantized, keys and values too; float32 unless given."""
 
 
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
@@ -395,10 +397,10 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
-        if target.options.llm_int8_threshold is not None and target.format != "bitsandbytes":
-            raise RecipeError(
-                f"{recipe.where('targets', i, 'options', 'llm_int8_threshold')}: {target.format} has no such option; bitsandbytes has it"
-            )
+        for option in target.options.model_dump(exclude_none=True):
+            owner = "bitsandbytes" if option == "llm_int8_threshold" else "onnx"
+            if target.format != owner:
+                raise RecipeError(f"{recipe.where('targets', i, 'options', option)}: {target.format} has no such option; {owner} has it")
     if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
