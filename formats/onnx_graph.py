@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,13 @@ def read_folder(folder: Path) -> dict[str, Located]:
     Raises :class:`FormatError` where :func:`read_graph` does, and where the metadata disagrees with the graph.
     """
     graph = find_graph(folder)
-    model = read_graph(folder / graph)
+    found = tensors_of(read_graph(folder / graph), folder / graph)
+    prefix = graph.rpartition("/")[0]
+    return {name: replace(item, file=f"{prefix}/{item.file}".lstrip("/")) for name, item in found.items()}
+
+
+def tensors_of(model: ModelProto, path: Path) -> dict[str, Located]:
+    """The tensors that a graph refers to, files named from the folder of ``path``, which is where it was read."""
     packs = {name: (int(pack["axis"]), tuple(pack["members"].items())) for name, pack in metadata_of(model).get("packs", {}).items()}
     found: dict[str, Located] = {}
     for tensor in model.graph.initializer:
@@ -153,13 +159,17 @@ def read_folder(folder: Path) -> dict[str, Located]:
         where = _external(tensor)
         axis, members = packs.get(tensor.name, (0, ()))
         if members and (axis >= len(spec.shape) or sum(extent for _, extent in members) != spec.shape[axis]):
-            raise FormatError(f"{folder / graph}: {tensor.name} is of shape {list(spec.shape)}, and its members {dict(members)} are not")
-        file = f"{graph.rpartition('/')[0]}/{where['location']}".lstrip("/")
-        for item in Initializer(spec, file, int(where.get("offset", 0)), axis, members).tensors():
+            raise FormatError(f"{path}: {tensor.name} is of shape {list(spec.shape)}, and its members {dict(members)} are not")
+        for item in Initializer(spec, where["location"], int(where.get("offset", 0)), axis, members).tensors():
             if item.spec.name in found:
-                raise FormatError(f"{folder / graph}: {item.spec.name} comes twice")
+                raise FormatError(f"{path}: {item.spec.name} comes twice")
             found[item.spec.name] = item
     return found
+
+
+def has_graph(folder: Path) -> bool:
+    """Whether a folder is that of a graph and of no checkpoint."""
+    return not any(folder.glob("*.safetensors*")) and any(any(where.glob("*.onnx")) for where in (folder, folder / FOLDER))
 
 
 def find_graph(folder: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from formats.errors import FormatError
 from formats.lint import ERROR, Finding, lint
 from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
+from formats.onnx_graph import has_graph
 from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_inner_path, read_folder, read_json
 from formats.tensors import ONNX, read_tensors
 
@@ -78,8 +79,14 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
 def _verify_foreign(folder: Path, *, quick: bool) -> Verdict:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
-    if not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
+    if not has_graph(folder) and not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise FormatError(f"{folder}: no config.json, {SINGLE_FILE} or {MANIFEST} is there; give the folder of a checkpoint")
+    if has_graph(folder):
+        files = sum(path.is_file() for path in folder.rglob("*"))
+        try:
+            return Verdict((), files, len(read_tensors(folder, ONNX)), 0)
+        except FormatError as error:
+            return Verdict((Finding(str(folder), str(error), "fetch or make the graph again"),), files, 0, 0)
     tensors: dict[str, Located] | None = None
     with contextlib.suppress(FormatError):  # lint says it
         tensors = read_folder(folder)
