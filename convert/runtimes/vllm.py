@@ -29,6 +29,8 @@ from typing import Any
 
 #: Keys and values of one sequence: 8,192 tokens of an 8B-shaped Llama. vLLM says so itself where that is too little.
 CACHE_BYTES = 2**30
+#: What the engine may need beside weights and cache on a GPU: activations, logits of one sequence, CUDA graphs.
+WORK_BYTES = 6 * 2**30
 #: Log-probabilities that vLLM returned and those of the logits written down differ by less; both are taken in float32.
 SAME_NATS = 1e-3
 
@@ -107,7 +109,9 @@ def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
     share = {}
     if not current_platform.is_cpu():
         free, total = torch.cuda.mem_get_info()
-        share = {"gpu_memory_utilization": 0.9 * free / total}  # it wants so much free, used or not, and others may be on the card
+        # What it may use must be free when it starts, used or not, and others may be on the card.
+        asked = sum(path.stat().st_size for path in Path(request["artifact"]).glob("*.safetensors")) + CACHE_BYTES + WORK_BYTES
+        share = {"gpu_memory_utilization": min(asked, 0.9 * free) / total}
     return LLM(
         model=request["artifact"],
         dtype=request["dtype"],
@@ -155,14 +159,17 @@ def _write_logits(engine: Any, model: Any, tokens: Any, path: Path) -> tuple[flo
 
 
 def _in_order(calls: list[Any], sequence: list[int], output: Any) -> Any:
-    """One row a position. vLLM computes the last position first, to sample from it, and then those before it for the prompt.
+    """One row a position. vLLM computes the last position first, to sample from it, and then the prompt's: those before it, or (the newer
+    of its two model runners, which 0.24 takes for dense models on CUDA) all of them.
 
     Raises ValueError where the rows do not give the log-probabilities that vLLM returned for the prompt.
     """
     import torch
 
     last, *before = calls
-    rows = torch.cat([*before, last])
+    rows = torch.cat(before or [last])
+    if len(rows) < len(sequence):
+        rows = torch.cat([*before, last])
     if len(rows) != len(sequence):
         raise ValueError(f"{[len(call) for call in calls]} rows of logits for {len(sequence)} tokens")
     returned = torch.tensor([entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)])
@@ -264,6 +271,9 @@ def _peak_gpu_bytes() -> int:
 def _summary(error: BaseException) -> str:
     """An error in one line; pydantic ends with an address, so the last line alone would not do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
+    if not lines:  # an assertion that says nothing is at least somewhere
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        lines = [f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"]
     return f"{type(error).__name__}: {' '.join(lines)[:480]}"
 
 
