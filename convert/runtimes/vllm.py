@@ -45,7 +45,11 @@ def main(request_path: str, answer_path: str) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile CUDA code; greedy decoding does not need it
+        # These would compile CUDA code for minutes, where there is a compiler; greedy decoding and CUTLASS do without.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+        "VLLM_USE_DEEP_GEMM": "0",
+        "VLLM_MOE_USE_DEEP_GEMM": "0",
         "PYTHONSAFEPATH": "1",  # vLLM starts Python again to look at a model's class
     }
     try:
