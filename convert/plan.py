@@ -363,7 +363,13 @@ def _plan_files(
         digest = hashlib.sha256(json.dumps(recipe.resolved(), sort_keys=True).encode()).hexdigest()
         provenance = {"recipe_sha256": digest, "source": {"origin": checkpoint.origin, "commit": checkpoint.commit}}
         files = plan_files(
-            config, _stored(entries), specs, dtype=contents.dtype, max_file_bytes=target.max_shard_size, provenance=provenance
+            config,
+            _stored(entries),
+            specs,
+            dtype=contents.dtype,
+            attention=target.options.attention or "standard",
+            max_file_bytes=target.max_shard_size,
+            provenance=provenance,
         )
         return replace(files, config={**spell(config, contents.dtype, None), **files.config})
     quantization = form.config(contents) if contents.layers or contents.cache else None

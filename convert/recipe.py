@@ -192,6 +192,8 @@ class Options(_Section):
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
     floats: Literal["float32", "float16"] | None = None
     """onnx: what is not quantized, keys and values too; float32 unless given."""
+    attention: Literal["standard", "gqa"] | None = None
+    """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"

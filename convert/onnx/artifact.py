@@ -32,6 +32,7 @@ def plan_files(
     specs: Sequence[TensorSpec],
     *,
     dtype: str,
+    attention: str,
     max_file_bytes: int,
     provenance: Mapping[str, Any],
 ) -> Files:
@@ -51,10 +52,10 @@ def plan_files(
         "tools": {"octavo": __version__, **{tool: version(tool) for tool in ("onnx", "onnx-ir")}},
         "packs": metadata_packs(initializers),
     }
-    graph = build(decoder, stored, initializers, dtype=dtype, metadata={METADATA: json.dumps(facts)})
+    graph = build(decoder, stored, initializers, dtype=dtype, attention=attention, metadata={METADATA: json.dumps(facts)})
     return Files(
         shards,
-        {name: graph, "genai_config.json": json_bytes(_genai_config(config, decoder, name))},
+        {name: graph, "genai_config.json": json_bytes(_genai_config(config, decoder, name, shared=attention == "gqa"))},
         {"transformers.js_config": {"use_external_data_format": {name.rpartition("/")[2]: len(shards)}}},
     )
 
@@ -69,9 +70,9 @@ def inline_template(sidecars: Mapping[str, bytes]) -> dict[str, bytes]:
     return found
 
 
-def _genai_config(config: Mapping[str, Any], decoder: Decoder, graph: str) -> dict[str, Any]:
-    """As the model builder of onnxruntime-genai 0.18 writes it; buffers are not shared between past and present, because the standard's
-    Attention returns new ones."""
+def _genai_config(config: Mapping[str, Any], decoder: Decoder, graph: str, *, shared: bool) -> dict[str, Any]:
+    """As the model builder of onnxruntime-genai 0.18 writes it. ``shared``: past and present are one buffer, which GroupQueryAttention can
+    fill; the standard's Attention returns new ones."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
     end = tokens.get("eos_token_id", 0)
     tokens.setdefault("pad_token_id", end[0] if isinstance(end, list) else end)
@@ -105,7 +106,7 @@ def _genai_config(config: Mapping[str, Any], decoder: Decoder, graph: str) -> di
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from convert.onnx.families import ACTIVATIONS, Decoder, Rotary
-from formats.onnx_graph import DATA_TYPES, IR_VERSION, OPSET, Initializer, Pack
+from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, Initializer, Pack
 from formats.scheme import Scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+#: The domain of ONNX Runtime's own operators.
+_ORT = DOMAINS[1]
 
 
 @dataclass(frozen=True)
@@ -66,17 +71,27 @@ def packed_name(modules: Sequence[str]) -> str:
 
 
 def build(
-    decoder: Decoder, stored: Mapping[str, Stored], initializers: Iterable[Initializer], *, dtype: str, metadata: Mapping[str, str]
+    decoder: Decoder,
+    stored: Mapping[str, Stored],
+    initializers: Iterable[Initializer],
+    *,
+    dtype: str,
+    attention: str,
+    metadata: Mapping[str, str],
 ) -> bytes:
     """The graph as bytes, its weights by reference. ``stored`` by the model's name of a parameter, ``dtype``: F32 or F16, of what is not
-    quantized. Raises ``KeyError`` for a parameter that is not there."""
+    quantized; ``attention``: ``standard`` or ``gqa``. Raises ``KeyError`` for a parameter that is not there."""
     nodes = _Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers})
     integers = ir.DataType.INT64
     ids = nodes.input("input_ids", integers, ("batch_size", "sequence_length"))
     attended = nodes.input("attention_mask", integers, ("batch_size", "total_sequence_length"))
     places = _Places(nodes, ids, attended)
     hidden = _embed(nodes, decoder, ids, places)
-    masks = {window: places.mask(window) for window in dict.fromkeys(layer.window for layer in decoder.layers)}
+    grouped = attention == "gqa"
+    masks = {
+        window: (places.bias(window), *places.counts) if grouped else (places.mask(window),)
+        for window in dict.fromkeys(layer.window for layer in decoder.layers)
+    }
     turns = {name: _angles(nodes, name, rotary, places.positions) for name, rotary in decoder.rotaries.items()}
     outputs = []
     for i, layer in enumerate(decoder.layers):
@@ -84,8 +99,9 @@ def build(
         outputs += cache
     hidden = nodes.norm(decoder, decoder.family.norm, hidden)
     logits = _logits(nodes, decoder, hidden)
+    opsets = {"": OPSET, **({_ORT: 1} if grouped else {})}
     graph = ir.Graph(
-        nodes.inputs, [logits, *outputs], nodes=nodes.nodes, initializers=nodes.initializers(), opset_imports={"": OPSET}, name="decoder"
+        nodes.inputs, [logits, *outputs], nodes=nodes.nodes, initializers=nodes.initializers(), opset_imports=opsets, name="decoder"
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="octavo", metadata_props=dict(metadata))
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
@@ -217,6 +233,7 @@ class _Places:
 
     def __init__(self, nodes: _Nodes, ids: ir.Value, attended: ir.Value) -> None:
         self._nodes = nodes
+        self._attended = attended
         length = nodes.op("Shape", "length", ids, start=1, end=2)
         self._total = nodes.op("Shape", "total", attended, start=1, end=2)
         self._past = nodes.op("Sub", "past", self._total, length)
@@ -233,6 +250,22 @@ class _Places:
         # A token of the padding sees itself: over nothing, a softmax is NaN to some, and NaN in its values would reach everybody.
         self._seen = nodes.op("Or", "seen", nodes.op("Unsqueeze", "attended.keys", real, axes), itself)
         self._causal = nodes.op("LessOrEqual", "causal", self._keys, self._queries)
+
+    @cached_property
+    def counts(self) -> tuple[ir.Value, ir.Value]:
+        """As GroupQueryAttention wants them: of each sequence the last position, int32 (batch,), and how many there are. Those of the
+        padding count too; the bias hides them."""
+        nodes = self._nodes
+        total = nodes.op("Cast", "total.int32", nodes.op("Squeeze", "total.scalar", self._total), to=ir.DataType.INT32)
+        last = nodes.op("Sub", "total.last", total, nodes.constant("one.int32", np.array(1, dtype=np.int32)))
+        batch = nodes.op("Shape", "batch", self._attended, start=0, end=1)
+        return nodes.op("Expand", "last.positions", last, batch), total
+
+    def bias(self, window: int | None) -> ir.Value:
+        """:meth:`mask` as what is added to scores: nothing, or the lowest number there is."""
+        nodes, mask = self._nodes, self.mask(window)
+        lowest = nodes.constant("lowest", np.array(np.finfo(nodes.dtype.numpy()).min, dtype=nodes.dtype.numpy()))
+        return nodes.op("Where", f"{mask.name}.bias", mask, nodes.float("nothing", 0.0), lowest)
 
     def mask(self, window: int | None) -> ir.Value:
         """(batch, 1, length, total): which keys a query sees."""
@@ -275,7 +308,7 @@ def _embed(nodes: _Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> i
 
 
 def _block(
-    nodes: _Nodes, decoder: Decoder, i: int, hidden: ir.Value, mask: ir.Value, turns: tuple[ir.Value, ir.Value, int] | None
+    nodes: _Nodes, decoder: Decoder, i: int, hidden: ir.Value, mask: tuple[ir.Value, ...], turns: tuple[ir.Value, ir.Value, int] | None
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The hidden states behind block ``i``, and its keys and values."""
     family, block = decoder.family, f"{decoder.family.blocks}.{i}"
@@ -287,21 +320,7 @@ def _block(
     if turns:
         query = _turn(nodes, decoder, f"{block}.query.turned", query, decoder.heads, turns)
         key = _turn(nodes, decoder, f"{block}.key.turned", key, decoder.kv_heads, turns)
-    shape = ("batch_size", decoder.kv_heads, "past_sequence_length", decoder.head_size)
-    cap = {"softcap": decoder.attention_softcap} if decoder.attention_softcap else {}
-    options: dict[str, Any] = {"scale": decoder.attention_scale, **cap}
-    past = [nodes.input(f"past_key_values.{i}.{what}", nodes.dtype, shape) for what in ("key", "value")]
-    attended, *cache = nodes.ops(
-        "Attention",
-        [f"{block}.attended", f"present.{i}.key", f"present.{i}.value"],
-        *(query, key, value, mask, *past),
-        q_num_heads=decoder.heads,
-        kv_num_heads=decoder.kv_heads,
-        **options,
-    )
-    for present in cache:
-        present.shape = ir.Shape(("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size))
-        present.type = ir.TensorType(nodes.dtype)
+    attended, cache = _attend(nodes, decoder, i, (query, key, value), mask)
     hidden = _add(nodes, decoder, block, family.output, family.after_attention, hidden, attended)
     normed = nodes.norm(decoder, f"{block}.{family.before_mlp}", hidden)
     sizes = [decoder.up_size] * (2 if family.gated else 1)
@@ -310,6 +329,29 @@ def _block(
     if second:
         active = nodes.op("Mul", f"{block}.gated", active, second[0])
     return _add(nodes, decoder, block, family.down, family.after_mlp, hidden, active), cache
+
+
+def _attend(
+    nodes: _Nodes, decoder: Decoder, i: int, projected: tuple[ir.Value, ir.Value, ir.Value], mask: tuple[ir.Value, ...]
+) -> tuple[ir.Value, list[ir.Value]]:
+    """What the heads of block ``i`` gather, and its keys and values, past and present. ``mask``: that of the standard's Attention, or a
+    bias and two counts for ONNX Runtime's."""
+    shape = ("batch_size", decoder.kv_heads, "past_sequence_length", decoder.head_size)
+    past = [nodes.input(f"past_key_values.{i}.{what}", nodes.dtype, shape) for what in ("key", "value")]
+    names = [f"{decoder.family.blocks}.{i}.attended", f"present.{i}.key", f"present.{i}.value"]
+    options: dict[str, Any] = {"scale": decoder.attention_scale, "kv_num_heads": decoder.kv_heads}
+    if decoder.attention_softcap:
+        options["softcap"] = decoder.attention_softcap
+    if len(mask) == 1:
+        attended, *cache = nodes.ops("Attention", names, *projected, *mask, *past, q_num_heads=decoder.heads, **options)
+    else:
+        bias, last, total = mask
+        inputs = (*projected, *past, last, total, None, None, None, bias)
+        attended, *cache = nodes.ops("GroupQueryAttention", names, *inputs, domain=_ORT, num_heads=decoder.heads, **options)
+    for present in cache:
+        present.shape = ir.Shape(("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size))
+        present.type = ir.TensorType(nodes.dtype)
+    return attended, cache
 
 
 def _add(nodes: _Nodes, decoder: Decoder, block: str, module: str, norm: str, hidden: ir.Value, value: ir.Value) -> ir.Value:

@@ -238,6 +238,24 @@ def test_padding_on_the_left_changes_nothing(family: str, tmp_path: Path, export
     assert np.isfinite(together).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])
+def test_grouped_attention_is_the_same_decoder(family: str, tmp_path: Path, export: Callable[..., Path]) -> None:
+    """With a window, soft caps, a cache and padding on the left."""
+    folder, model = save(family, tmp_path)
+    out = export(folder, FLOAT, targets__0__options="{attention: gqa}")
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    ids = np.random.default_rng(0).integers(3, 300, (2, 9))
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    together = run(out, ids, mask)["logits"]
+    assert np.abs(together[0] - logits(model, ids[:1])[0]).max() < 2e-5 * max(1.0, np.abs(together).max())
+    assert np.abs(together[1, 4:] - logits(model, ids[1:, 4:])[0]).max() < 2e-5 * max(1.0, np.abs(together).max())
+    first = run(out, ids[:, :5])
+    rest = run(out, ids[:, 5:6], past={name: value for name, value in first.items() if name != "logits"})["logits"]
+    assert np.abs(rest[:, 0] - logits(model, ids)[:, 5]).max() < 2e-5 * max(1.0, np.abs(together).max())
+    assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is True
+
+
 def test_names_and_shapes_are_those_that_transformers_js_wants(make_llama: Any, export: Callable[..., Path]) -> None:
     """A chat template only in ``tokenizer_config.json``, heads and their size as numbers, ``batch_size`` by that name."""
     folder = make_llama(tie_word_embeddings=True)
