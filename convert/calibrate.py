@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.ailments import explain
+from convert.crew import Crew, crew
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
 from formats.errors import InputError, MachineError, NumericsError, OctavoError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from convert.solve import Solved
 
 
+#: Tokens that a GPU takes through a block at once: 8 sequences of 2,048.
+GPU_TOKENS = 16_384
 #: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
 Recall = Callable[[str, Entry, "Part | None"], "torch.Tensor"]
 
@@ -38,11 +41,12 @@ def calibrate(
     recall: Recall,
     scratch: Callable[[], Path],
     device: str = "cpu",
+    workers: int = 1,
 ) -> Generator[Solved, None, dict[str, Stats]]:
     """Yields what was solved, block by block, and returns what each target needs to know of the model at work, by target.
 
     ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run. Targets whose blocks see
-    the same inputs share a walk.
+    the same inputs share a walk. On a CPU ``workers`` threads share the batches of a block, and then its layers.
 
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
     run, :class:`NumericsError` naming the module whose input was not finite, or always zero, or whose Hessian cannot be factorised.
@@ -57,15 +61,30 @@ def calibrate(
         return found
     folder = scratch()
     tokens, record = _tokens(plan, folder)
+    record = {**record, "dtype": walk_dtype(plan, device)}
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
     count = sum(len(sequence) for sequence in tokens)
-    for walked in [*([others] if others else []), *([target] for target in quantized)]:
-        names = ", ".join(target.name for target in walked)
-        progress.say(f"{names}: calibrating on {count:,} tokens")
-        stats = yield from _walk(plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device)
-        found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
+    with crew(workers if device == "cpu" else 1) as hands:
+        for walked in [*([others] if others else []), *([target] for target in quantized)]:
+            names = ", ".join(target.name for target in walked)
+            progress.say(f"{names}: calibrating on {count:,} tokens")
+            stats = yield from _walk(
+                plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device, hands=hands
+            )
+            found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
     return found
+
+
+def walk_dtype(plan: Plan, device: str) -> str:
+    """In what the model computes while it is watched, a torch name; ``calibration.dtype`` says how it is chosen."""
+    from convert.hardware import instructions
+    from convert.loading import own_dtype
+
+    own = own_dtype(plan.checkpoint)
+    if _settings(plan).dtype == "float32":
+        return "float32"
+    return own if device != "cpu" or (own == "bfloat16" and instructions() & {"avx512_bf16", "amx_bf16"}) else "float32"
 
 
 def lane_tokens(plan: Plan) -> int:
@@ -116,6 +135,38 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     return list(torch.from_numpy(tokens)), record
 
 
+def _batches(tokens: Sequence[torch.Tensor], limit: int) -> list[torch.Tensor]:
+    """Sequences in their order, int64 (sequences, tokens), neighbours of one length together up to ``limit`` tokens; the first is alone,
+    for groups are proved on it."""
+    import torch
+
+    batches: list[list[torch.Tensor]] = []
+    for i, sequence in enumerate(tokens):
+        if i > 1 and len(sequence) == len(batches[-1][0]) and (len(batches[-1]) + 1) * len(sequence) <= limit:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return [torch.stack(batch) for batch in batches]
+
+
+def _widened(module: Any) -> dict[Any, torch.dtype]:
+    """Makes float32 of a block's 16-bit parameters, so that no scale is lost in rounding; returns what they were."""
+    import torch
+
+    narrow = {p: p.dtype for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    return narrow
+
+
+def _give_back(device: str) -> None:
+    """Between two phases that want pieces of other sizes, what torch keeps of the last one's goes back to the GPU."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
     """Whether scales of keys and values are wanted that the source does not have."""
     contents = target.contents
@@ -147,6 +198,7 @@ def _walk(
     known: Mapping[str, float],
     scratch: Path,
     device: str,
+    hands: Crew,
 ) -> Generator[Solved, None, Stats]:
     import psutil
     import torch
@@ -157,23 +209,23 @@ def _walk(
     from convert.solve import smooth_block, solve_block
 
     assert plan.architecture is not None
-    dtype = "float32" if plan.recipe.validation.reference == "float32" else "auto"
+    dtype = walk_dtype(plan, device)
     quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
     static = sorted({module for target in targets for module in target.static} - known.keys())
     cache = any(_lacks_cache(plan, target) for target in targets)
     outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
-    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * 4
+    lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * getattr(torch, dtype).itemsize
     place = place_for(lane, on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
     with _explained(plan):
         skeleton = Skeleton(plan.checkpoint, dtype=dtype, trust_remote_code=plan.recipe.trust_remote_code)
-    batches: list[dict[str, Any]] = [{"input_ids": sequence[None]} for sequence in tokens]
-    ranges = _watch_cache(batches) if cache else None
+    batches: list[dict[str, Any]] = [{"input_ids": batch} for batch in _batches(tokens, GPU_TOKENS if device != "cpu" else 1)]
+    watched = _watch_cache(batches) if cache else []
     if skeleton.model.can_generate() and not cache:
         batches = [{**batch, "use_cache": False} for batch in batches]
     observer = Observer(skeleton, plan.architecture.groups)
     observer.want(static, "absmax")
-    stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None)
+    stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
     groups: tuple[Group, ...] = ()
     bare: list[str] = []
     count = sum(len(sequence) for sequence in tokens)
@@ -199,9 +251,9 @@ def _walk(
             observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
-                    observer.active = True
-                    stand.run(keep=not quantized)
-                    observer.active = False
+                    stand.run(keep=not quantized, observer=observer)
+                _give_back(device)
+                was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
                 if target.name in again:
@@ -214,7 +266,7 @@ def _walk(
                     bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed):
+                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed, crew=hands):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
@@ -223,7 +275,10 @@ def _walk(
                         parameter.copy_(was)
                 elif quantized:
                     _recall(target, stand.name, done[target.name], skeleton, recall)
+            for parameter, narrow in was_dtype.items():
+                parameter.data = parameter.data.to(narrow)
             observer.forget("hessian", "channels", "rows")
+            _give_back(device)
             advance(count)
     if bare:
         progress.say(
@@ -237,11 +292,12 @@ def _walk(
     unseen = [module for module in static if module not in inputs]
     if unseen:
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
+    ranges = _joined(watched)
     attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
     return Stats(
         inputs={**known, **inputs},
-        keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions} if ranges else {},
-        values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions} if ranges else {},
+        keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions},
+        values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions},
     )
 
 
@@ -253,23 +309,38 @@ class _Ranges:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def _watch_cache(batches: list[dict[str, Any]]) -> _Ranges:
+def _watch_cache(batches: list[dict[str, Any]]) -> list[_Ranges]:
     """Gives every batch a cache that keeps nothing but how large keys and values become."""
     import torch
     from transformers import DynamicCache
 
-    ranges = _Ranges()
-
     class Watcher(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ranges = _Ranges()
+
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-            for seen, states in ((ranges.keys, key_states), (ranges.values, value_states)):
+            for seen, states in ((self.ranges.keys, key_states), (self.ranges.values, value_states)):
                 absmax = states.detach().abs().amax(dim=(0, 2, 3)).float()
                 seen[layer_idx] = torch.maximum(seen[layer_idx], absmax) if layer_idx in seen else absmax
             return key_states, value_states
 
-    for batch in batches:
-        batch |= {"past_key_values": Watcher(), "use_cache": True}
-    return ranges
+    watchers = [Watcher() for _ in batches]
+    for batch, watcher in zip(batches, watchers, strict=True):
+        batch |= {"past_key_values": watcher, "use_cache": True}
+    return [watcher.ranges for watcher in watchers]
+
+
+def _joined(each: Sequence[_Ranges]) -> _Ranges:
+    """The largest of all batches."""
+    import torch
+
+    joined = _Ranges()
+    for ranges in each:
+        for into, seen in ((joined.keys, ranges.keys), (joined.values, ranges.values)):
+            for layer, absmax in seen.items():
+                into[layer] = torch.maximum(into[layer], absmax) if layer in into else absmax
+    return joined
 
 
 def _within(entry: Entry, block: str) -> bool:

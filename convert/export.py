@@ -14,9 +14,9 @@ import json
 import os
 import platform
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert import __version__, quantize
 from convert.calibrate import calibrate
+from convert.crew import in_order
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from convert.architecture import Part
     from convert.plan import Entry
+    from convert.solve import Solved
 
 JOURNAL = "journal"
 #: What was seen while tensors were solved, a JSON line each; like the journal it is there until the artifact is whole.
@@ -49,6 +51,9 @@ HEALTH = "health"
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
+
+#: Solved tensors that may wait to be written: about a block's.
+SOLVED_AHEAD = 8
 
 #: glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -92,37 +97,45 @@ def export(
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
-            # A slab is one core's work, and the cores share the slabs; calibration's sums would come out otherwise with more.
+            # A slab or a batch is one core's work, and the cores share them; with more, calibration's sums would come out otherwise.
             stack.enter_context(_one_thread())
-            stats = _calibrate(plan, writers, progress, device=device)
+            _keep_freed_memory()
+            stats = _calibrate(plan, writers, progress, device=device, workers=workers or cores())
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
             for target in pending:
                 made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats[target.name])
     return [artifact for artifact in made.values() if artifact is not None]
 
 
-def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str) -> dict[str, Stats]:
+def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str, workers: int) -> dict[str, Stats]:
     """Writes what calibration solves as it comes; returns what it saw, by target."""
-    solving = calibrate(
-        plan,
-        [writer.target for writer in writers.values()],
-        progress,
-        done={name: frozenset(writer.done) for name, writer in writers.items()},
-        recall=lambda target, entry, part: writers[target].recall(entry, part),
-        scratch=next(iter(writers.values())).scratch,
-        device=device,
-    )
-    while True:
-        try:
-            solved = next(solving)
-        except StopIteration as end:
-            stats: dict[str, Stats] = end.value
-            return stats
+    stats: dict[str, Stats] = {}
+
+    def solving() -> Iterator[Solved]:
+        nonlocal stats
+        stats = yield from calibrate(
+            plan,
+            [writer.target for writer in writers.values()],
+            progress,
+            done={name: frozenset(writer.done) for name, writer in writers.items()},
+            recall=lambda target, entry, part: writers[target].recall(entry, part),
+            scratch=next(iter(writers.values())).scratch,
+            device=device,
+            workers=workers,
+        )
+
+    def write(solved: Solved) -> None:
         writer = writers[solved.target]
         for piece in solved.pieces:
             writer.write(piece)
         writer.note(solved.tensor, solved.health)
         writer.finished(solved.tensor)
+
+    # What is solved is written while the next is; one thread, so that the journal has their order.
+    with ThreadPoolExecutor(1, thread_name_prefix="solved") as pool:
+        for _ in in_order(pool, write, solving(), ahead=SOLVED_AHEAD):
+            pass
+    return stats
 
 
 def _stream(
@@ -137,7 +150,6 @@ def _stream(
                 writer.finished(entry.tensor.name)
     done = {name: frozenset(writer.done) for name, writer in writers.items()}
     work = list(quantize.plan_work(list(targets.values()), list(plan.checkpoint.tensors.values()), done, gpu=device != "cpu"))
-    _keep_freed_memory()
     with (
         progress.stage("converting", sum(item.size_bytes for item in work)) as advance,
         ThreadPoolExecutor(workers, thread_name_prefix="slab") as pool,
@@ -148,7 +160,7 @@ def _stream(
                 writers[piece.target].write(piece)
             return item
 
-        for item in _in_order(pool, one, work, ahead=2 * workers):
+        for item in in_order(pool, one, work, ahead=2 * workers):
             advance(item.size_bytes)
             if item.last:
                 for name in item.entries:
@@ -168,23 +180,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[quantize.Work], quantize.Work], work: Sequence[quantize.Work], *, ahead: int
-) -> Iterator[quantize.Work]:
-    """Results in the order of ``work``, at most ``ahead`` of them started and not yet taken. A failure stops what has not begun."""
-    waiting: deque[Future[quantize.Work]] = deque()
-    try:
-        for item in work:
-            if len(waiting) == ahead:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, item))
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 class _Writer:

@@ -7,6 +7,7 @@ heads may share values). Every group is then proved: with random scales folded i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ class Group:
 def find_groups(stand: Stand, likely: tuple[Group, ...] = ()) -> tuple[Group, ...]:
     """The groups of a block, in the order in which their consumers are called. Runs its first batch a few times; leaves it as it was.
 
-    ``likely``: those of a block before it, which are only proved anew where they all hold here too.
+    ``likely``: those of a block before it, which are only proved anew, all at once, where they all hold here too. The block computes in the
+    dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does not.
     """
     block = stand.module
     dtype = next(block.parameters()).dtype
@@ -45,7 +47,7 @@ def find_groups(stand: Stand, likely: tuple[Group, ...] = ()) -> tuple[Group, ..
     modules = {name: module for name, module in block.named_modules() if name}
     linears = {name: module for name, module in modules.items() if type(module) is torch.nn.Linear}
     inputs, makers, together, expected = _observe(stand, modules, linears)
-    if likely and _same_names(likely, together) and all(_commutes(stand, group, expected, tolerance) for group in likely):
+    if likely and _same_names(likely, together) and _commutes(stand, likely, expected, tolerance):
         return likely
     found: list[Group] = []
     for consumers in together:
@@ -54,12 +56,12 @@ def find_groups(stand: Stand, likely: tuple[Group, ...] = ()) -> tuple[Group, ..
         weight = getattr(modules[maker], "weight", None) if maker else None
         if maker is not None and weight is not None and weight.dim() == 1:
             candidates = [Group(maker, consumers, offset=offset) for offset in (0.0, 1.0)]
-        found += [next((group for group in candidates if _commutes(stand, group, expected, tolerance)), None) or Group("", consumers)]
+        found += [next((group for group in candidates if _commutes(stand, [group], expected, tolerance)), None) or Group("", consumers)]
     open_ = {group.consumers[0]: group for group in found if not group.producer}
     for producer, module in linears.items():
         for consumer, channels in _traced(stand, module, {name: modules[name] for name in open_}, inputs, tolerance).items():
             group = Group(producer, open_[consumer].consumers, channels)
-            if producer not in group.consumers and _commutes(stand, group, expected, tolerance):
+            if producer not in group.consumers and _commutes(stand, [group], expected, tolerance):
                 found[found.index(open_.pop(consumer))] = group
     return tuple(group for group in found if group.producer)
 
@@ -123,7 +125,7 @@ def _observe(
     hooks = [modules[name].register_forward_pre_hook(lambda _, args, name=name: enter(name, args)) for name in leaves]
     hooks += [modules[name].register_forward_hook(lambda _m, _a, output, name=name: leave(name, output)) for name in leaves]
     try:
-        expected = first_tensor(stand.output(0))
+        expected = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,7 +167,7 @@ def _digit(
     ]
     try:
         with _scaled(producer, of_rows):
-            stand.output(0)
+            stand.output(0, producer.weight.dtype)
     finally:
         for hook in hooks:
             hook.remove()
@@ -205,17 +207,19 @@ class _scaled:  # noqa: N801  reads as a verb where it is used
             parameter.copy_(was)
 
 
-def _commutes(stand: Stand, group: Group, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether the block returns what it returned, with random scales folded in."""
+def _commutes(stand: Stand, groups: Sequence[Group], expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether the block returns what it returned, with random scales folded into all of ``groups``."""
     block = stand.module
-    producer = block.get_submodule(group.producer)
-    touched = [producer, *(block.get_submodule(name) for name in group.consumers)]
+    names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers))
+    touched = [block.get_submodule(name) for name in names]
     was = [(p, p.clone()) for module in touched for p in (module.weight, getattr(module, "bias", None)) if p is not None]
     generator = torch.Generator().manual_seed(0)
-    of_producer = torch.exp2(torch.rand(len(producer.weight), generator=generator) * 4 - 2).to(producer.weight.device)
     try:
-        fold(block, group, of_producer if group.channels is None else of_producer[group.channels])
-        now = first_tensor(stand.output(0))
+        for group in groups:
+            weight = block.get_submodule(group.producer).weight
+            of_producer = torch.exp2(torch.rand(len(weight), generator=generator) * 4 - 2).to(weight.device)
+            fold(block, group, of_producer if group.channels is None else of_producer[group.channels])
+        now = first_tensor(stand.output(0, weight.dtype))
     finally:
         for parameter, before in was:
             parameter.copy_(before)

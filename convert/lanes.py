@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.architecture import blocks_of
+from convert.crew import Crew
 from formats.errors import MachineError, SourceError
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from convert.architecture import Architecture
     from convert.loading import Skeleton
+    from convert.observe import Observer
     from convert.source import Checkpoint
 
 #: Elements of the output head that are converted to the model's dtype at once.
@@ -40,20 +44,35 @@ class Stand:
     name: str
     module: Any
     arguments: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
-    _run: Callable[[int], Any]
+    _run: Callable[..., Any]
     _keep: Callable[[Any], Any]
+    _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
 
-    def run(self, *, keep: bool) -> None:
-        """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten."""
-        for i in range(len(self.arguments)):
-            output = self._run(i)
-            if keep:
-                self._outputs[i : i + 1] = [self._keep(output)]
+    def run(self, *, keep: bool, observer: Observer | None = None) -> None:
+        """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
 
-    def output(self, i: int) -> Any:
-        """What the block as it is now makes of one batch; nothing is kept."""
-        return self._run(i)
+        As many batches at once as the crew has threads. ``observer`` is handed what each has seen in the order of the batches, before any
+        later one begins, so that no more than these inputs are held.
+        """
+        count = len(self.arguments)
+
+        def one(i: int) -> tuple[Any, Any]:
+            with observer.watching() if observer else nullcontext() as seen:
+                output = self._run(i)
+            return self._keep(output) if keep else None, seen
+
+        step = self._crew.count if observer else count
+        for start in range(0, count, step):
+            outputs, seen = zip(*self._crew.map(one, range(start, min(start + step, count))), strict=True)
+            if keep:
+                self._outputs[start : start + step] = outputs
+            if observer:
+                observer.take(seen, self._crew)
+
+    def output(self, i: int, dtype: torch.dtype | None = None) -> Any:
+        """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept."""
+        return self._run(i, dtype)
 
     @property
     def kept(self) -> bool:
@@ -69,6 +88,7 @@ def walk(
     scratch: Path | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
+    crew: Crew = Crew(),  # noqa: B008  a frozen record
 ) -> Iterator[Stand]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
 
@@ -76,7 +96,8 @@ def walk(
     more than once. Blocks run on ``device``; hidden states and all other code
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
-    each batch; without it the walk ends behind the last block, and the output head is never read.
+    each batch; without it the walk ends behind the last block, and the output head is never read. Of ``crew`` each thread takes a batch
+    through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
     """
@@ -91,6 +112,7 @@ def walk(
     park = _parked(scratch) if place == "disk" else (lambda tensor: tensor.to(home))
     head = _prepare(skeleton, blocks, batches, home, head=finish is not None)
     scheduler = getcurrent()
+    ahead = _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu")
     originals = {name: model.get_submodule(name).forward for name in blocks}
 
     def stand_before(name: str) -> Callable[..., Any]:
@@ -106,20 +128,22 @@ def walk(
     runs = [greenlet(start, scheduler) for _ in batches]
     seen = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ahead:
             states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
             while (name := states[0][0]) != "":
                 if any(state[0] != name for state in states):
                     raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
-                skeleton.load(name, device, read=read)
+                skeleton.load(name, device, read=ahead.read)
                 seen += 1
+                if seen < len(blocks):
+                    ahead.begin(blocks[seen])
 
-                def run(i: int, name: str = name, states: list[Any] = states) -> Any:
+                def run(i: int, dtype: torch.dtype | None = None, name: str = name, states: list[Any] = states) -> Any:
                     _, args, kwargs = states[i]
-                    args, kwargs = _mapped((args, kwargs), lambda tensor: tensor.to(device))
+                    args, kwargs = _mapped((args, kwargs), lambda x: x.to(device, dtype if x.is_floating_point() else None))
                     return originals[name](*args, **kwargs)
 
-                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park))
+                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park), crew)
                 yield stand
                 if not stand.kept:
                     stand.run(keep=True)
@@ -191,6 +215,38 @@ def walk_sizes(checkpoint: Checkpoint, architecture: Architecture, *, tokens: in
 def whole_bytes(checkpoint: Checkpoint, *, wide: bool) -> int:
     """Memory that the whole model takes."""
     return sum(4 * spec.elements if wide else spec.size_bytes for spec in checkpoint.tensors.values())
+
+
+class _Ahead:
+    """Reads the tensors of the block that probably comes next while the present one computes; on the way to a GPU into pinned memory.
+
+    A block that does not come next costs the reading, no more.
+    """
+
+    def __init__(self, skeleton: Skeleton, read: Callable[[str], torch.Tensor], *, pinned: bool) -> None:
+        self._skeleton = skeleton
+        self._read = read
+        self._pinned = pinned
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._begun: dict[str, Future[torch.Tensor]] = {}
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, block: str) -> None:
+        """Forgets what was read and not taken."""
+        self._begun = {name: self._pool.submit(self._fetched, name) for name in self._skeleton.tensors(block)}
+
+    def read(self, name: str) -> torch.Tensor:
+        begun = self._begun.pop(name, None)
+        return begun.result() if begun else self._read(name)
+
+    def _fetched(self, name: str) -> torch.Tensor:
+        values = self._read(name)
+        return values.pin_memory() if self._pinned else values
 
 
 def _prepare(skeleton: Skeleton, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]], home: str, *, head: bool) -> str | None:

@@ -33,7 +33,7 @@ class Skeleton:
 
         self.checkpoint = checkpoint
         config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
-        wanted = _own_dtype(checkpoint) if dtype == "auto" else dtype
+        wanted = own_dtype(checkpoint) if dtype == "auto" else dtype
         model = build({**config, "dtype": wanted}, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
         if model is None:
             raise SourceError(f"{checkpoint.origin}: transformers does not know the architecture {config.get('model_type')!r}")
@@ -154,7 +154,7 @@ class Skeleton:
         return torch.float32 if any(part in parts or part in target for part in self._keep_in_float32) else self.dtype
 
 
-def _own_dtype(checkpoint: Checkpoint) -> str:
+def own_dtype(checkpoint: Checkpoint) -> str:
     """What ``dtype="auto"`` means: what the config says; float32 for a source whose values are decoded."""
     from formats.dtypes import DTYPES, FLOATS
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import local
 from typing import TYPE_CHECKING, Any
 
-from formats.errors import InputError
+from convert.crew import Crew
+from formats.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from convert.loading import Skeleton
 
 
-#: Rows of each batch that searches try things on.
+#: Rows of each sequence that searches try things on.
 ROWS = 8
 
 
@@ -32,15 +35,28 @@ class Stats:
 NO_STATS = Stats()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """An input (..., in) as a module was handed it, and how often it had been written to by then."""
+
+    leader: str
+    x: torch.Tensor
+    version: int
+
+
 class Observer:
-    """Accumulators for the inputs of linear modules, fed while it is ``active``; modules that read the same input share one."""
+    """Accumulators for the inputs of linear modules; modules that read the same input share one.
+
+    What a batch shows is noted in the thread that runs it, and taken in the order of batches: sums come out the same for any number of
+    threads.
+    """
 
     def __init__(self, skeleton: Skeleton, groups: Sequence[Sequence[str]] | None) -> None:
-        self.active = False
         self.leader = {module: group[0] for group in groups or () for module in group}
         self._modules = dict(skeleton.model.named_modules())
         self._seen: dict[str, dict[str, Any]] = {}
         self._hooks: list[Any] = []
+        self._thread = local()
 
     def __enter__(self) -> Observer:
         return self
@@ -77,22 +93,54 @@ class Observer:
             for kind in names:
                 kinds.pop(kind, None)
 
-    def _feed(self, leader: str, x: torch.Tensor) -> None:
-        from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
+    @contextmanager
+    def watching(self) -> Iterator[list[Shown]]:
+        """What modules are handed in this thread, in the order of their calls."""
+        seen: list[Shown] = []
+        self._thread.seen = seen
+        try:
+            yield seen
+        finally:
+            self._thread.seen = None
 
-        if not self.active:
-            return
-        rows = x.detach().reshape(-1, x.shape[-1])
-        for kind, accumulator in self._seen[leader].items():
-            if accumulator is None:
-                match kind:
-                    case "absmax":
-                        accumulator = AbsMax(x.device)
-                    case "channels":
-                        accumulator = ChannelAbsMax(x.shape[-1], x.device)
-                    case "rows":
-                        accumulator = Rows(ROWS)
-                    case _:
-                        accumulator = Hessian(x.shape[-1], x.device)
-                self._seen[leader][kind] = accumulator
-            accumulator.update(rows)
+    def take(self, batches: Sequence[list[Shown]], crew: Crew) -> None:
+        """Adds what batches have shown, one after the other, to every accumulator; the crew shares out accumulators, and parts of them.
+
+        Raises :class:`MachineError` for an input that the model has overwritten since.
+        """
+        inputs: dict[str, list[torch.Tensor]] = {}
+        for shown in (shown for batch in batches for shown in batch):
+            if shown.x._version != shown.version:
+                raise MachineError(f"{shown.leader}: the model overwrites what this layer reads, so that nothing can be known of it")
+            inputs.setdefault(shown.leader, []).append(shown.x)
+        parts: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
+        for leader, each in inputs.items():
+            rows = [x.reshape(-1, x.shape[-1]) for x in each]
+            for kind in self._seen[leader]:
+                accumulator = self._seen[leader][kind] = self._seen[leader][kind] or _begun(kind, rows[0])
+                if kind == "rows":
+                    parts.append((accumulator.update, [sequence for x in each for sequence in (x if x.dim() == 3 else [x])]))
+                else:
+                    parts += [(part, rows) for part in (accumulator.parts() if kind == "hessian" else [accumulator.update])]
+        for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], parts):
+            pass
+
+    def _feed(self, leader: str, x: torch.Tensor) -> None:
+        seen = getattr(self._thread, "seen", None)
+        if seen is not None:
+            seen.append(Shown(leader, x, x._version))
+
+
+def _begun(kind: str, x: torch.Tensor) -> Any:
+    """An accumulator of nothing yet, for inputs like ``x``."""
+    from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
+
+    match kind:
+        case "absmax":
+            return AbsMax(x.device)
+        case "channels":
+            return ChannelAbsMax(x.shape[-1], x.device)
+        case "rows":
+            return Rows(ROWS)
+        case _:
+            return Hessian(x.shape[-1], x.device)

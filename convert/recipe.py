@@ -251,6 +251,8 @@ class Calibration(_Section):
     """Documents have `messages`, to which the model's chat template is applied."""
     propagate: Literal["quantized", "float"] = "quantized"
     """Whether statistics of a block are taken behind the quantized blocks before it, or behind those of the source."""
+    dtype: Literal["source", "float32"] = "source"
+    """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 
 
 class Validation(_Section):

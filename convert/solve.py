@@ -10,7 +10,7 @@ import torch
 
 from convert import quantize
 from convert.algorithms import gptq, rtn, smoothing
-from convert.algorithms.output_error import output_error
+from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.groups import Group, fold
 from convert.observe import Observer, Stats
@@ -20,6 +20,7 @@ from formats.errors import NumericsError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
+    from convert.crew import Crew
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
@@ -113,17 +114,19 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    *,
+    crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
-    scheme and algorithm are solved together. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and
-    for NaN or Inf.
+    scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
+    that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
     health: dict[str, dict[str, float]] = {}
-    for members in _together(entries, observer):
-        _solve(members, skeleton, observer, smoothed, codes, health)
+    for _ in crew.map(lambda members: _solve(members, skeleton, observer, smoothed, codes, health), _together(entries, observer)):
+        pass
     divided = {
         module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
         for module, leader in observer.leader.items()
@@ -196,7 +199,7 @@ def _solve(
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
         rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
-        errors = [_share(weight, other, hessian) for other in (rounded, result.qtensor.dequantize())]
+        errors = [_share(error) for error in output_errors(weight, [rounded, result.qtensor.dequantize()], hessian=hessian)]
         health[name] = {
             **noted,
             "damping": result.damping,
@@ -206,9 +209,9 @@ def _solve(
         }
 
 
-def _share(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:
-    """The error at the layer's output as a share of the output, to four digits; it is for people."""
-    return float(f"{output_error(weight, other, hessian=hessian).sqrt().item():.4g}")
+def _share(error: torch.Tensor) -> float:
+    """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
+    return float(f"{error.sqrt().item():.4g}")
 
 
 def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:

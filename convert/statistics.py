@@ -8,6 +8,8 @@ NaN and Inf are not looked for: they stay visible in every result. An update wit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -128,20 +130,29 @@ class Hessian:
         self.tokens = 0
 
     def update(self, x: torch.Tensor) -> None:
-        self.tokens += len(x)
+        for part in self.parts():
+            part(x)
+
+    def parts(self) -> list[Callable[[torch.Tensor], None]]:
+        """What :meth:`update` does, in parts that have nothing in common, so that each may run in a thread of its own."""
+        return [partial(self._update, panel) for panel in self._panels()]
+
+    def _update(self, panel: slice, x: torch.Tensor) -> None:
+        if panel.start == 0:
+            self.tokens += len(x)
         if not x.numel():
             return
         half = x.dtype in (torch.bfloat16, torch.float16) if x.is_cuda else self.coarse and x.dtype == torch.bfloat16
+        upper, x = self._upper[panel, panel.start :], x[:, panel.start :]
         x = x if half else x.float()
         for chunk in torch.split(x, _CHUNK if half and not x.is_cuda else len(x)):
-            for panel in self._panels():
-                upper, left, right = self._upper[panel, panel.start :], chunk[:, panel].T, chunk[:, panel.start :]
-                if not half:
-                    upper.addmm_(left, right)
-                elif x.is_cuda:
-                    upper += torch.mm(left, right, out_dtype=torch.float32)
-                else:
-                    upper += torch.mm(left, right)
+            left = chunk[:, : panel.stop - panel.start].T
+            if not half:
+                upper.addmm_(left, chunk)
+            elif x.is_cuda:
+                upper += torch.mm(left, chunk, out_dtype=torch.float32)
+            else:
+                upper += torch.mm(left, chunk)
 
     def merge(self, other: Hessian) -> None:
         self._upper += other._upper.to(self._upper.device)

@@ -85,8 +85,10 @@ def factorise(hessian: torch.Tensor, *, damping: float = 0.01, activation_order:
     del damped
     lower /= lower.diagonal().clone()
     _invert_unit_lower(lower)
+    steps = lower.flip(0, 1)
+    del lower
     # LAPACK and cuSOLVER leave columns in one piece; the kernel reads rows.
-    return Factor(lower.flip(0, 1).contiguous(), order, damping * factor, dead, energy)
+    return Factor(steps.contiguous(), order, damping * factor, dead, energy)
 
 
 def quantize(

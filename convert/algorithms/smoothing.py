@@ -162,7 +162,8 @@ def smoothed_absmax(absmax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 def smoothed_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What ``X^T X`` (in, in) becomes when X is divided by s: ``H / (s s^T)``, symmetric to the bit if H is."""
-    return hessian / torch.outer(scales, scales)
+    products = torch.outer(scales, scales)
+    return torch.div(hessian, products, out=products)
 
 
 def _usable(scales: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +15,24 @@ import torch
 from conftest import save_tokenizer
 from families import save_family
 
-from convert.pipeline import convert
-from convert.progress import Lines
+from convert.calibrate import _batches
+from convert.crew import Crew, crew
+from convert.export import export
+from convert.hardware import instructions
+from convert.observe import ROWS, Observer
+from convert.pipeline import convert, plan
+from convert.progress import QUIET, Lines
+from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
-from formats.errors import InputError
+from formats.errors import InputError, MachineError
 from formats.manifest import read_manifest
+
+#: Whether this CPU multiplies in bfloat16.
+BFLOAT16 = bool(instructions() & {"avx512_bf16", "amx_bf16"})
 
 RECIPE = """\
 model: {{model}}
-calibration: {{{{sequences: 6, length: 32, seed: 3, propagate: {propagate}}}}}
+calibration: {{{{dtype: float32, sequences: 6, length: 32, seed: 3, propagate: {propagate}}}}}
 targets:
   - name: q
     format: compressed-tensors
@@ -143,38 +153,122 @@ convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), P
 
 
 @pytest.mark.parametrize(
-    ("propagate", "algorithm", "count"), [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", 12), ("float", "gptq", 3)]
+    ("propagate", "algorithm", "dtype", "count"),
+    [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", "source", 12), ("float", "gptq", "float32", 3)],
 )
 def test_a_killed_run_is_taken_up_to_the_same_bytes(
-    propagate: str, algorithm: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
+    propagate: str, algorithm: str, dtype: str, count: int, make_llama: Any, recipe_for: Any, tmp_path: Path
 ) -> None:
     """Killed within the second block, the first being finished, and within the first."""
     folder = make_llama()
-    text = _text("int8-dynamic", algorithm, propagate).format(model=folder)
-    (tmp_path / "recipe.yaml").write_text(text)
-    whole = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), tmp_path / "whole", check=False).artifacts[0]
+    text = _text("int8-dynamic", algorithm, propagate).replace("dtype: float32", f"dtype: {dtype}")
+    (tmp_path / "recipe.yaml").write_text(text.format(model=folder))
+    whole = convert(recipe_for(folder, text=text), tmp_path / "whole", check=False).artifacts[0]
     out = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(count)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (out / ".q.partial" / "journal").exists()
-    again = convert(recipe_for(folder, text=_text("int8-dynamic", algorithm, propagate)), out, check=False).artifacts[0]
+    again = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
     assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
 
-def test_threads_do_not_change_a_solved_byte(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
-    """Wide enough that products shared out between two threads are summed in another order than by one."""
+@pytest.mark.parametrize("dtype", ["float32", "source"])
+def test_threads_and_workers_do_not_change_a_byte(dtype: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Wide enough that products shared out between two threads are summed in another order than by one, and that Hessians have two parts; a
+    number of batches that the workers do not divide."""
     folder = make_llama(hidden_size=512, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=1)
     threads, made = torch.get_num_threads(), []
-    text = _text("int8-dynamic", "gptq").replace("sequences: 6, length: 32", "sequences: 8, length: 256")
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: search}}}}, gptq]", more="    kv_cache: fp8\n")
+    text = text.replace("sequences: 6, length: 32", "sequences: 5, length: 256").replace("dtype: float32", f"dtype: {dtype}")
+    job = plan(recipe_for(folder, text=text))
     try:
-        for count in (1, 2):
+        for workers, count in ((1, 1), (2, 2), (3, 1)):
             torch.set_num_threads(count)
-            made.append(convert(recipe_for(folder, text=text), tmp_path / str(count), check=False).artifacts[0].path)
+            made.append(export(job, tmp_path / f"{workers}-{count}", QUIET, workers=workers)[0].path)
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+    assert len({(folder / "model.safetensors").read_bytes() for folder in made}) == 1
+    assert len({(folder / "octavo.json").read_bytes() for folder in made}) == 1
+
+
+def test_a_bfloat16_source_is_watched_in_bfloat16_and_smoothed_in_float32(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """The same groups are found, and codes differ by little from those of a float32 walk."""
+    folder, made = make_llama(), {}
+    for dtype in ("float32", "source"):
+        text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.7}}}}, rtn]").replace("dtype: float32", f"dtype: {dtype}")
+        made[dtype] = convert(recipe_for(folder, text=text), tmp_path / dtype, check=False).artifacts[0]
+    calibration = [made[dtype].manifest.calibration for dtype in made]
+    assert [seen["dtype"] for seen in calibration] == ["float32", "bfloat16" if BFLOAT16 else "float32"]
+    assert calibration[0]["solved"] == calibration[1]["solved"]
+    assert all(seen["alpha"] == 0.7 for seen in calibration[1]["solved"].values())
+    first, second = (_tensors(made[dtype].path) for dtype in made)
+    for name in first:
+        if name.endswith("_proj.weight"):
+            assert (first[name].float() - second[name].float()).abs().mean() < 0.5
+
+
+@pytest.mark.gpu
+def test_a_gpu_solves_like_a_cpu_and_twice_the_same(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Sequences go through it together, and groups are found as they are on a CPU."""
+    folder = make_llama(hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2)
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.6}}}}, gptq]", more="    kv_cache: fp8\n")
+    text = text.replace("sequences: 6, length: 32", "sequences: 9, length: 128").replace("dtype: float32", "dtype: source")
+    made = [convert(recipe_for(folder, text=text), tmp_path / str(i), device=d, check=False) for i, d in enumerate(("cpu", "cuda", "cuda"))]
+    files = [(each.artifacts[0].path / "model.safetensors").read_bytes() for each in made]
+    assert files[1] == files[2]
+    solved = [each.artifacts[0].manifest.calibration["solved"] for each in made[:2]]
+    assert solved[0].keys() == solved[1].keys()
+    for name, seen in solved[1].items():
+        assert seen["alpha"] == 0.6
+        assert seen["output_error"] < 0.9 * seen["output_error_rounded"]
+        assert seen["output_error"] == pytest.approx(solved[0][name]["output_error"], rel=0.05), name
+
+
+def test_sequences_of_one_length_go_together() -> None:
+    tokens = [torch.arange(length) for length in (4, 4, 4, 4, 5, 4, 9)]
+    assert [tuple(batch.shape) for batch in _batches(tokens, 8)] == [(1, 4), (2, 4), (1, 4), (1, 5), (1, 4), (1, 9)]
+    assert [tuple(batch.shape) for batch in _batches(tokens, 1)] == [(1, len(item)) for item in tokens]
+    assert torch.equal(torch.cat([row for batch in _batches(tokens, 8) for row in batch]), torch.cat(tokens))
+
+
+class _Overwriting(torch.nn.Linear):
+    """What stands behind a linear that changes what that has read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        x.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["absmax", "channels", "hessian", "rows"])
+def test_an_observer_takes_batches_in_their_order_or_not_at_all(kind: str) -> None:
+    """What it ends in is what one accumulator fed batch by batch ends in, to the bit, however many are shown at once."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(800, 3), "b": _Overwriting(800, 3)})
+    batches = torch.randn(5, 1, 40, 800, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = {"absmax": AbsMax(), "channels": ChannelAbsMax(800), "hessian": Hessian(800), "rows": Rows(ROWS)}[kind]
+    for batch in batches:
+        expected.update(batch[0])
+    for count in (1, 2, 3):
+        with Observer(SimpleNamespace(model=model), None) as observer, crew(count) as hands, torch.no_grad():
+            observer.want(["a"], kind)
+
+            def show(batch: torch.Tensor, observer: Observer = observer) -> Any:
+                with observer.watching() as seen:
+                    model["a"](batch)
+                return seen
+
+            for start in range(0, 5, count):
+                observer.take(list(hands.map(show, batches[start : start + count])), hands)
+            model["a"](100 * batches[0])
+            assert torch.equal(observer.get("a", kind).value, expected.value)
+    with Observer(SimpleNamespace(model=model), None) as observer, torch.no_grad():
+        observer.want(["b"], kind)
+        with observer.watching() as seen:
+            model["b"](batches[0].clone())
+        with pytest.raises(MachineError, match="overwrites"):
+            observer.take([seen], Crew())
 
 
 def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from families import FAMILIES, save_family
 
 from convert import lanes
 from convert.architecture import blocks_of
+from convert.crew import crew
 from convert.lanes import place_for, walk
 from convert.loading import Skeleton
 from convert.source import open_source
@@ -60,12 +61,15 @@ def _plain(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]]) -> 
         return [model(**batch, **arguments)[0] for batch in batches]
 
 
-def _walked(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]], **options: Any) -> tuple[list[torch.Tensor], list[str]]:
+def _walked(
+    folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]], workers: int = 1, **options: Any
+) -> tuple[list[torch.Tensor], list[str]]:
     outputs: dict[int, torch.Tensor] = {}
     arguments = _arguments(folder)
     skeleton = Skeleton(open_source(str(folder)), dtype=dtype)
     asked = [{**batch, **arguments} for batch in batches]
-    order = [stand.name for stand in walk(skeleton, asked, finish=lambda i, out: outputs.update({i: out[0]}), **options)]
+    with crew(workers) as hands:
+        order = [stand.name for stand in walk(skeleton, asked, finish=lambda i, out: outputs.update({i: out[0]}), crew=hands, **options)]
     assert order == list(blocks_of(skeleton.model))
     return [outputs[i] for i in range(len(batches))], order
 
@@ -75,7 +79,7 @@ def _walked(folder: Path, dtype: str, batches: list[dict[str, torch.Tensor]], **
 def test_block_by_block_is_the_plain_forward_to_the_bit(family: str, dtype: str, family_folder: Any) -> None:
     batches = _batches()
     folder = family_folder(family)
-    walked, order = _walked(folder, dtype, batches)
+    walked, order = _walked(folder, dtype, batches, workers=2)
     assert len(order) == 2
     for got, expected in zip(walked, _plain(folder, dtype, batches), strict=True):
         assert got.dtype == expected.dtype
