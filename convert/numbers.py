@@ -30,7 +30,7 @@ from formats.manifest import read_manifest
 from formats.qtensor import QTensor
 from formats.safetensors import TensorSpec
 from formats.scheme import SCHEMES, Grid
-from formats.tensors import read_tensors
+from formats.tensors import GRAPHS, read_tensors
 
 #: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
 RESPELL_ROUNDING = 2.0**-22
@@ -49,7 +49,7 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     """The numbers of every quantized tensor, in the ledger's order; slab by slab, in bounded memory."""
     manifest = read_manifest(artifact)
     located = read_tensors(artifact, manifest.format)
-    reader = SafetensorsReader(located, lambda file: artifact / file, headers=manifest.format != "onnx")
+    reader = SafetensorsReader(located, lambda file: artifact / file, headers=manifest.format not in GRAPHS)
     form = FORMATS[manifest.format]
     # A smoothed weight is no longer the source's.
     entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize" and "+" not in str(entry["algorithm"])]

@@ -28,9 +28,10 @@ from formats.dtypes import DTYPES, FLOATS, from_torch_name
 from formats.errors import FormatError, RecipeError, SourceError
 from formats.layer import Attention, Contents, LayerNames, QuantizedLayer
 from formats.model_config import spell
+from formats.onnx_matmulnbits import block_size
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
 from formats.scheme import CACHES, SCHEMES, Quality, Quantization, Scheme
-from formats.tensors import ONNX
+from formats.tensors import GRAPHS
 
 #: The algorithm that chooses nothing: the source's own codes.
 RESPELL = "respell"
@@ -192,7 +193,7 @@ class TargetPlan:
     def texts(self, sidecars: Mapping[str, bytes]) -> dict[str, bytes]:
         """The files that are no weights: those of the source's tokenizer, ``config.json``, and what the format puts beside it."""
         return {
-            **(inline_template(sidecars) if self.format == ONNX else sidecars),
+            **(inline_template(sidecars) if self.format in GRAPHS else sidecars),
             "config.json": json_bytes(dict(self.config)),
             **self.files,
         }
@@ -305,9 +306,9 @@ def _plan_target(
             f"{recipe.where('targets', index, 'limits', limit)}: {checkpoint.origin} predicts {'tokens' if predicts else 'no tokens'}, "
             f"so it has no {limit}; its limits are {', '.join(applicable(predicts=predicts))}"
         )
-    dtype = _model_dtype(recipe, checkpoint) if target.format != ONNX else from_torch_name(target.options.floats or "float32")
+    dtype = _model_dtype(recipe, checkpoint) if target.format not in GRAPHS else from_torch_name(target.options.floats or "float32")
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
-    if target.format == ONNX:
+    if target.format in GRAPHS:
         parameters = {name: _untied(parameter, checkpoint.tensors[name], architecture) for name, parameter in parameters.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
     entries = tuple(
@@ -355,16 +356,22 @@ def _plan_target(
 
 
 def _plan_files(
-    recipe: Recipe, target: Target, checkpoint: Checkpoint, entries: Iterable[Entry], specs: Sequence[TensorSpec], contents: Contents
+    recipe: Recipe, target: Target, checkpoint: Checkpoint, entries: Sequence[Entry], specs: Sequence[TensorSpec], contents: Contents
 ) -> Files:
     """Weight files, ``config.json`` and what lies beside it. Raises :class:`FormatError` where the format cannot say it."""
     form, config = FORMATS[target.format], checkpoint.config
-    if target.format == ONNX:
+    if target.options.tied_embedding == "shared" and not any(_is_tied(entry) and entry.scheme for entry in entries):
+        raise FormatError("tied_embedding: shared, but no head that is tied is quantized; leave it out, or name lm_head in a rule")
+    if target.format in GRAPHS:
         digest = hashlib.sha256(json.dumps(recipe.resolved(), sort_keys=True).encode()).hexdigest()
-        provenance = {"recipe_sha256": digest, "source": {"origin": checkpoint.origin, "commit": checkpoint.commit}}
+        provenance = {
+            "format": target.format,
+            "recipe_sha256": digest,
+            "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
+        }
         files = plan_files(
             config,
-            _stored(entries),
+            _stored(entries, blocks=target.format == "onnx-matmulnbits"),
             specs,
             dtype=contents.dtype,
             attention=target.options.attention or "standard",
@@ -379,8 +386,8 @@ def _plan_files(
     return Files(shards, texts, spell(config, contents.dtype, quantization))
 
 
-def _stored(entries: Iterable[Entry]) -> dict[str, Stored]:
-    """By every name that the model has for a parameter, what is stored of it."""
+def _stored(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Stored]:
+    """By every name that the model has for a parameter, what is stored of it; ``blocks``: codes lie as MatMulNBits reads them."""
     found: dict[str, Stored] = {}
     for entry in entries:
         last = entry.tensor.name.rpartition(".")[2]
@@ -389,9 +396,17 @@ def _stored(entries: Iterable[Entry]) -> dict[str, Stored]:
             continue
         for module, part in zip(entry.modules, entry.parts, strict=False):
             names = LayerNames.of(f"{part.module}.weight")
-            found[f"{module}.weight"] = Stored(f"{part.module}.weight", entry.scheme, names.scale, f"{part.module}.input_scale")
-        if entry.beside is not None:
-            found |= {f"{module}.weight": Stored(entry.beside.name) for module in entry.modules[1:]}
+            found[f"{module}.weight"] = Stored(
+                f"{part.module}.weight",
+                entry.scheme,
+                names.scale,
+                f"{part.module}.input_scale",
+                block_size(entry.scheme) if blocks else 0,
+                part.shape(entry.tensor)[1],
+            )
+        if _is_tied(entry):
+            own = Stored(entry.beside.name) if entry.beside else found[f"{entry.modules[0]}.weight"]
+            found |= {f"{module}.weight": own for module in entry.modules[1:]}
     return found
 
 
@@ -564,7 +579,7 @@ def _enter(
         experts=parameter.experts,
         reading=parameter.reading,
     )
-    if target.format == ONNX:
+    if target.format in GRAPHS:
         kept = _as_initializer(kept, dtype)
     if rule is None or rule.scheme is None:
         return kept
@@ -572,9 +587,9 @@ def _enter(
     refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
-    beside = kept.plain if _is_tied(parameter) else None
+    beside = kept.plain if _is_tied(parameter) and target.options.tied_embedding != "shared" else None
     # Scales are rounded to the dtype of the source's floats whatever the target, so that all targets have the same codes.
-    if target.format == ONNX and dtype != "F16":
+    if target.format in GRAPHS and dtype != "F16":
         dtype = _model_dtype(recipe, checkpoint)
     steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
     if coded is not None:
@@ -583,22 +598,21 @@ def _enter(
             steps, algorithm, note = (), RESPELL, f"{RESPELLED} ({coded.description})"
             # A power of two is exact in every float but float16, whose exponents are too few.
             scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else "F32" if dtype == "F16" else dtype
-    outputs = tuple(
-        output
+    layers = [
+        FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
         for part in parameter.parts
-        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
-    )
+    ]
     return replace(
         kept,
         scheme=scheme,
         algorithm=algorithm,
         why="",
-        outputs=(*outputs, *([beside] if beside else [])),
+        outputs=(*(output for layer in layers for output in layer), *([beside] if beside else [])),
         scale_dtype=scale_dtype,
         note=note,
         steps=steps,
         beside=beside,
-        turned=target.format == ONNX,
+        turned=any(layer.columns for layer in layers),
     )
 
 
@@ -610,7 +624,7 @@ def _untied(parameter: Parameter, spec: TensorSpec, architecture: Architecture |
     return replace(parameter, modules=(architecture.head, *others), parts=whole(spec, architecture.head))
 
 
-def _is_tied(parameter: Parameter) -> bool:
+def _is_tied(parameter: Parameter | Entry) -> bool:
     return parameter.kind == "head" and len(parameter.modules) > 1
 
 
@@ -723,7 +737,7 @@ def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Pa
 
 
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
-    if _is_tied(parameter) and target.format != ONNX:
+    if _is_tied(parameter) and target.format not in GRAPHS:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
     if parameter.kind not in ("linear", "head", "expert", "unknown") and not (parameter.kind == "router" and parameter.parts):
         return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"

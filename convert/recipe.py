@@ -33,6 +33,7 @@ from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
+from formats.tensors import GRAPHS
 
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
@@ -192,6 +193,8 @@ class Options(_Section):
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
     floats: Literal["float32", "float16"] | None = None
     """onnx: what is not quantized, keys and values too; float32 unless given."""
+    tied_embedding: Literal["float", "shared"] | None = None
+    """onnx-matmulnbits: a tied head that is quantized leaves the embedding as floats beside it, unless both share the codes."""
     attention: Literal["standard", "gqa"] | None = None
     """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
@@ -392,6 +395,10 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+#: Which formats have an option, where it is not all graphs.
+_OWNERS = {"llm_int8_threshold": ("bitsandbytes",), "tied_embedding": ("onnx-matmulnbits",)}
+
+
 def _cross_check(recipe: Recipe) -> None:
     seen: dict[str, int] = {}
     for i, target in enumerate(recipe.targets):
@@ -402,9 +409,10 @@ def _cross_check(recipe: Recipe) -> None:
             )
         seen[target.name.casefold()] = i
         for option in target.options.model_dump(exclude_none=True):
-            owner = "bitsandbytes" if option == "llm_int8_threshold" else "onnx"
-            if target.format != owner:
-                raise RecipeError(f"{recipe.where('targets', i, 'options', option)}: {target.format} has no such option; {owner} has it")
+            owners = _OWNERS.get(option, GRAPHS)
+            if target.format not in owners:
+                where = recipe.where("targets", i, "options", option)
+                raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
     if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "

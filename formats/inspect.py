@@ -14,7 +14,7 @@ from formats.existing import SIDE_FILE, section_of
 from formats.manifest import MANIFEST, read_manifest
 from formats.onnx_graph import find_graph, has_graph, metadata_of, read_graph, tensors_of
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
-from formats.tensors import ONNX, read_tensors
+from formats.tensors import GRAPHS, read_tensors
 
 #: Last parts of names under which quantized formats keep what is not a weight.
 _QUANTIZATION_PARTS = ("scale", "scale_inv", "zero_point", "SCB", "shape", "format")
@@ -57,8 +57,8 @@ def compatibility(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else None
     if has_graph(folder):
-        schemes = metadata_of(read_graph(folder / find_graph(folder))).get("schemes", [])
-        name, parts = ONNX, tuple(Part(scheme, frozenset()) for scheme in schemes)
+        said = metadata_of(read_graph(folder / find_graph(folder)))
+        name, parts = said.get("format", GRAPHS[0]), tuple(Part(scheme, frozenset()) for scheme in said.get("schemes", []))
         if not parts:
             raise FormatError(f"{folder}: its graph does not say by which scheme it is quantized; only what octavo wrote does")
     else:
@@ -90,7 +90,7 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     graphed = has_graph(folder)
-    located = read_tensors(folder, ONNX if graphed else "")
+    located = read_tensors(folder, GRAPHS[0] if graphed else "")
     side = folder / SIDE_FILE
     try:
         section = section_of(config, read_json(side) if side.is_file() else None)

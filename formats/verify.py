@@ -21,7 +21,7 @@ from formats.lint import ERROR, Finding, lint
 from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
 from formats.onnx_graph import has_graph
 from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_inner_path, read_folder, read_json
-from formats.tensors import ONNX, read_tensors
+from formats.tensors import GRAPHS, read_tensors
 
 #: Files that a Hub client or a version-control system leaves beside an artifact.
 IGNORED = (".git", ".gitattributes", ".cache")
@@ -65,7 +65,7 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
         broken = _check_promises(manifest, tensors)
     broken += _check_config(folder, manifest)
     # Of a folder that is not what was made, everything else that is wrong follows from that.
-    findings += broken or ([] if manifest.format == ONNX else lint(folder, tensors, quick=quick))
+    findings += broken or ([] if manifest.format in GRAPHS else lint(folder, tensors, quick=quick))
     hashed = 0
     if not quick:
         sound = [file for file in manifest.files if is_inner_path(file.name) and _size(folder / file.name) == file.size_bytes]
@@ -84,7 +84,7 @@ def _verify_foreign(folder: Path, *, quick: bool) -> Verdict:
     if has_graph(folder):
         files = sum(path.is_file() for path in folder.rglob("*"))
         try:
-            return Verdict((), files, len(read_tensors(folder, ONNX)), 0)
+            return Verdict((), files, len(read_tensors(folder, GRAPHS[0])), 0)
         except FormatError as error:
             return Verdict((Finding(str(folder), str(error), "fetch or make the graph again"),), files, 0, 0)
     tensors: dict[str, Located] | None = None
@@ -148,7 +148,7 @@ def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
         return [Finding("config.json", str(error), "fetch or make the artifact again")]
     if not isinstance(config, dict):
         return [Finding("config.json", "not a JSON object", "fetch or make the artifact again")]
-    quantized = manifest.format != ONNX and any(entry["decision"] == "quantize" for entry in manifest.ledger)
+    quantized = manifest.format not in GRAPHS and any(entry["decision"] == "quantize" for entry in manifest.ledger)
     section = config.get("quantization_config")
     if quantized and not isinstance(section, dict):
         return [

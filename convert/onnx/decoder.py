@@ -9,7 +9,7 @@ declarations: it knows the symbol ``batch_size``, and takes any other for zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from convert.onnx.families import ACTIVATIONS, Decoder, Rotary
 from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, Initializer, Pack
+from formats.onnx_matmulnbits import ZERO
 from formats.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ _ORT = DOMAINS[1]
 @dataclass(frozen=True)
 class Stored:
     """A parameter of the model as it lies on disk: ``name`` of its tensor, (in, out) of a linear layer; ``scheme`` of codes, whose scales
-    are called ``scale`` and ``input_scale``."""
+    are called ``scale`` and ``input_scale``. With ``block_size`` they lie as MatMulNBits reads them, of ``columns`` input features."""
 
     name: str
     scheme: Scheme | None = None
     scale: str = ""
     input_scale: str = ""
+    block_size: int = 0
+    columns: int = 0
 
 
 def plan_packs(decoder: Decoder, stored: Mapping[str, Stored]) -> list[Pack]:
@@ -56,10 +59,10 @@ def _packs(modules: Sequence[str], stored: Mapping[str, Stored]) -> list[Pack]:
         return []
     if scheme and (scheme.static or scheme.weight.tile.rows is None):
         return []  # a scale of its own for each product
-    name = packed_name(modules)
-    packs = [Pack(f"{name}.weight", tuple(weight.name for weight in weights), 1)]
+    name, axis = packed_name(modules), 0 if weights[0].block_size else 1
+    packs = [Pack(f"{name}.weight", tuple(weight.name for weight in weights), axis)]
     if scheme:
-        packs.append(Pack(f"{name}.weight_scale", tuple(weight.scale for weight in weights), 1 if scheme.weight.tile.columns else 0))
+        packs.append(Pack(f"{name}.weight_scale", tuple(weight.scale for weight in weights), axis if scheme.weight.tile.columns else 0))
     return [*packs, *([Pack(f"{name}.bias", tuple(biases), 0)] if biases else [])]
 
 
@@ -99,7 +102,7 @@ def build(
         outputs += cache
     hidden = nodes.norm(decoder, decoder.family.norm, hidden)
     logits = _logits(nodes, decoder, hidden)
-    opsets = {"": OPSET, **({_ORT: 1} if grouped else {})}
+    opsets = {"": OPSET, **{node.domain: 1 for node in nodes.nodes if node.domain}}
     graph = ir.Graph(
         nodes.inputs, [logits, *outputs], nodes=nodes.nodes, initializers=nodes.initializers(), opset_imports=opsets, name="decoder"
     )
@@ -193,7 +196,7 @@ class _Nodes:
         weight = self.stored[f"{modules[0]}.weight"]
         bias = self.stored.get(f"{modules[0]}.bias")
         if len(modules) > 1:
-            weight = Stored(f"{module}.weight", weight.scheme, f"{module}.weight_scale")
+            weight = replace(weight, name=f"{module}.weight", scale=f"{module}.weight_scale")
             bias = Stored(f"{module}.bias") if bias else None
         product = self._product(module, weight, value)
         if bias:
@@ -207,6 +210,10 @@ class _Nodes:
         scheme = weight.scheme
         if scheme is None:
             return self.op("MatMul", module, value, self.tensor(weight.name))
+        if weight.block_size:
+            sizes = {"K": weight.columns, "N": self._files[weight.name].spec.shape[0], "bits": 8, "block_size": weight.block_size}
+            scales = self.scale(weight.scale)
+            return self.op("MatMulNBits", module, value, self.tensor(weight.name), scales, domain=_ORT, accuracy_level=4, **sizes)
         columns = scheme.weight.tile.columns
         attributes: dict[str, Any] = {"axis": 0, "block_size": columns} if columns else {"axis": 1}
         if scheme.weight.tile.rows is None:
@@ -298,13 +305,26 @@ def _angles(nodes: _Nodes, name: str, rotary: Rotary, positions: ir.Value) -> tu
 
 def _embed(nodes: _Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> ir.Value:
     family = decoder.family
-    hidden = nodes.op("Gather", family.embedding, nodes.parameter(f"{family.embedding}.weight"), ids)
+    rows = nodes.stored[f"{family.embedding}.weight"]
+    if rows.scheme:
+        hidden = _gather_codes(nodes, family.embedding, rows, ids)
+    else:
+        hidden = nodes.op("Gather", family.embedding, nodes.tensor(rows.name), ids)
     if family.scaled_embedding:
         hidden = nodes.op("Mul", f"{family.embedding}.scaled", hidden, nodes.float("embedding.scale", decoder.hidden_size**0.5))
     if family.positions:
         position = nodes.op("Gather", family.positions, nodes.parameter(f"{family.positions}.weight"), places.positions)
         hidden = nodes.op("Add", f"{family.embedding}.placed", hidden, position)
     return hidden
+
+
+def _gather_codes(nodes: _Nodes, module: str, rows: Stored, ids: ir.Value) -> ir.Value:
+    """Rows of the head as embeddings: codes less 128, times the scales of their blocks."""
+    codes = nodes.op("Cast", f"{module}.floats", nodes.op("Gather", f"{module}.codes", nodes.tensor(rows.name), ids), to=nodes.dtype)
+    centred = nodes.op("Sub", f"{module}.centred", codes, nodes.float("code.zero", ZERO))
+    scale = nodes.op("Gather", f"{module}.scales", nodes.scale(rows.scale), ids)
+    blocks = nodes.op("Mul", f"{module}.blocks", centred, nodes.op("Unsqueeze", f"{module}.scales.column", scale, nodes.integer(-1)))
+    return nodes.op("Reshape", module, blocks, nodes.constant("heads.together", np.array([0, 0, -1], dtype=np.int64)))
 
 
 def _block(
@@ -385,7 +405,7 @@ def _activate(nodes: _Nodes, activation: str, name: str, value: ir.Value) -> ir.
 
 def _logits(nodes: _Nodes, decoder: Decoder, hidden: ir.Value) -> ir.Value:
     head, embedding = (nodes.stored[f"{module}.weight"] for module in (decoder.family.head, decoder.family.embedding))
-    if head == embedding:  # tied, and not quantized: the rows of the embedding are the columns of the head
+    if head == embedding and not head.scheme:  # tied, and not quantized: the rows of the embedding are the columns of the head
         turned = nodes.op("Transpose", "head.turned", nodes.tensor(head.name), perm=[1, 0])
         logits = nodes.op("MatMul", decoder.family.head, hidden, turned)
     else:

@@ -46,7 +46,10 @@ RUNTIMES = {
         "convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",), merges=frozenset()
     ),
     "onnxruntime": Runtime(
-        "convert.runtimes.onnxruntime", formats={"onnx": ()}, needs=("onnxruntime",), modes=("as exported", "as deployed")
+        "convert.runtimes.onnxruntime",
+        formats={"onnx": (), "onnx-matmulnbits": ()},
+        needs=("onnxruntime",),
+        modes=("as exported", "as deployed"),
     ),
     "vllm": Runtime(
         "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True

@@ -55,7 +55,7 @@ def main(request_path: str, answer_path: str) -> None:
     began = time.perf_counter()
     generated = session.generate(request["prompt"], request["new_tokens"], session.ends)
     decode_seconds = time.perf_counter() - began
-    agreement = _DYNAMIC_AGREEMENT if session.dynamic else _AGREEMENT[request["mode"]]
+    agreement = session.agreement(request["mode"])
     answer = {
         "module_dtypes": session.module_dtypes(),
         "dequantized": False,
@@ -177,10 +177,12 @@ class Session:
 
         return onnx.load_model(self._graph, load_external_data=False)
 
-    @property
-    def dynamic(self) -> bool:
-        """Whether scales of inputs are found as they come."""
-        return any(node.op_type == "DynamicQuantizeLinear" for node in self._model.graph.node)
+    def agreement(self, mode: str) -> float:
+        """How far logits of the same tokens may be apart, as a share of the largest."""
+        operators = {node.op_type for node in self._model.graph.node}
+        if "DynamicQuantizeLinear" in operators:
+            return _DYNAMIC_AGREEMENT
+        return _AGREEMENT["as deployed" if "MatMulNBits" in operators else mode]
 
     def module_dtypes(self) -> dict[str, str]:
         """By the name of a tensor without its last part, the dtype in which the graph holds it."""

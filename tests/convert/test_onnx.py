@@ -256,6 +256,49 @@ def test_grouped_attention_is_the_same_decoder(family: str, tmp_path: Path, expo
     assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is True
 
 
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_matmulnbits_is_the_model_with_the_weights_it_decodes_to(
+    family: str, shared: bool, tmp_path: Path, recipe_for: Callable[..., Any]
+) -> None:
+    """Products, one table for a tied head and its embedding, and the cache. Inputs are rounded to INT8 on the way."""
+    folder, model = save(family, tmp_path)
+    text = RECIPE.replace("format: onnx", "format: onnx-matmulnbits")
+    if shared and family == "phi3":
+        pytest.skip("its head is not tied")
+    options = {"targets.0.options": "{tied_embedding: shared}"} if shared else {}
+    out = pipeline.convert(recipe_for(folder, INT8, text=text, **options), tmp_path / "out", check=False).artifacts[0].path
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    assert verify(out).findings == ()
+    found = read_folder(out)
+    form, scheme = FORMATS["onnx-matmulnbits"], SCHEMES["int8-weight-only"]
+    for entry in read_manifest(out).ledger:
+        if entry["decision"] == "quantize":
+            ((stored, start, stop, columns),) = entry["parts"]
+            shape = (columns[1], stop - start) if columns else (stop - start, entry["shape"][1])
+            parts = {name: tensor(out, found[name]) for name in (f"{stored}.weight", f"{stored}.weight_scale")}
+            weight = form.decode(TensorSpec(f"{stored}.weight", "F32", shape), parts, scheme).dequantize()
+            model.get_submodule(entry["module"]).weight = torch.nn.Parameter(weight.T.contiguous() if columns else weight)
+            if entry["module"] == "lm_head" and shared:
+                model.get_input_embeddings().weight = torch.nn.Parameter(weight)
+    ids = np.random.default_rng(0).integers(3, 300, (2, 11))
+    expected = logits(model, ids)
+    assert np.abs(run(out, ids)["logits"] - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.corrcoef(run(out, ids)["logits"].ravel(), expected.ravel())[0, 1] > 0.999
+    floats = [name for name, item in found.items() if item.spec.dtype == "F32" and len(item.spec.shape) == 2 and "scale" not in name]
+    assert floats == ([] if shared and family == "qwen2" else ["transformer.wpe.weight"] if shared else floats)
+
+
+def test_sharing_what_is_not_tied_is_refused(make_llama: Any, recipe_for: Callable[..., Any]) -> None:
+    text = RECIPE.replace("format: onnx", "format: onnx-matmulnbits")
+    recipe = recipe_for(make_llama(), INT8, text=text, **{"targets.0.options": "{tied_embedding: shared}"})
+    with pytest.raises(RecipeError, match="no head that is tied is quantized"):
+        pipeline.plan(recipe)
+    recipe = recipe_for(make_llama(tie_word_embeddings=True), INT8, text=RECIPE, **{"targets.0.options": "{tied_embedding: shared}"})
+    with pytest.raises(RecipeError, match="onnx has no such option; onnx-matmulnbits has it"):
+        pipeline.plan(recipe)
+
+
 def test_names_and_shapes_are_those_that_transformers_js_wants(make_llama: Any, export: Callable[..., Path]) -> None:
     """A chat template only in ``tokenizer_config.json``, heads and their size as numbers, ``batch_size`` by that name."""
     folder = make_llama(tie_word_embeddings=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession
 
 from convert.algorithms import rtn
 from formats import FORMATS, onnx
@@ -62,6 +63,37 @@ def test_dequantize_linear_gives_what_the_codes_stand_for(name: str, shape: tupl
     (found,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)).run(None, {})
     assert np.array_equal(found.T, quantized.dequantize().numpy())
     assert torch.equal(FORMATS["onnx"].decode(spec, stored, scheme).dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (7, 33), (5, 96)])
+@pytest.mark.parametrize("name", ["int8-weight-only", "int8-weight-only-g32"])
+def test_matmulnbits_multiplies_with_what_the_codes_stand_for(name: str, shape: tuple[int, int]) -> None:
+    """ONNX Runtime is the oracle of its own operator, with float inputs; rows of zeros and blocks that are not full too."""
+    scheme = SCHEMES[name]
+    form = FORMATS["onnx-matmulnbits"]
+    if form.refusal(scheme, shape, transposed=False):
+        assert (name, shape) == ("int8-weight-only-g32", (7, 33))
+        return
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[0] = 0
+    quantized = rtn.quantize(weight.clone(), scheme.weight, scale_dtype=torch.bfloat16)
+    tensors = form.encode("m.weight", quantized, scheme)
+    spec = TensorSpec("m.weight", "BF16", shape)
+    assert {item.name: item.shape for item in form.layer_tensors(spec, scheme)} == {key: tuple(v.shape) for key, v in tensors.items()}
+    assert torch.equal(form.decode(spec, tensors, scheme).dequantize(), quantized.dequantize())
+    sizes = {"K": shape[1], "N": shape[0], "bits": 8, "block_size": 32, "accuracy_level": 1}
+    node = helper.make_node("MatMulNBits", ["x", "c", "s"], ["y"], domain="com.microsoft", **sizes)
+    values = [onnx_numpy(tensors["m.weight"], "c"), onnx_numpy(tensors["m.weight_scale"], "s")]
+    ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, [None, size]) for end, size in (("x", shape[1]), ("y", shape[0]))]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], values)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    session = InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())
+    (found,) = session.run(None, {"x": np.eye(shape[1], dtype=np.float32)})
+    assert np.abs(found.T - quantized.dequantize().numpy()).max() < 1e-6
+
+
+def onnx_numpy(value: torch.Tensor, name: str) -> TensorProto:
+    return numpy_helper.from_array(value.contiguous().numpy(), name)
 
 
 def test_a_static_input_has_one_scale() -> None:
