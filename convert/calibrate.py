@@ -3,9 +3,10 @@ and, where codes are chosen with the model at work, the codes themselves, each a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from convert.ailments import explain
 from convert.crew import Crew, crew
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
-from formats.errors import InputError, MachineError, NumericsError, OctavoError
+from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError
 from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from convert.progress import Progress
     from convert.solve import Solved
 
+#: Why a layer is not smoothed, for messages and the ledger.
+NOTHING_FEEDS_IT = "nothing was found that feeds it and could take up the factors"
 
 #: Tokens that a GPU takes through a block at once: 8 sequences of 2,048.
 GPU_TOKENS = 16_384
@@ -69,10 +72,10 @@ def calibrate(
         for walked in [*([others] if others else []), *([target] for target in quantized)]:
             names = ", ".join(target.name for target in walked)
             progress.say(f"{names}: calibrating on {count:,} tokens")
-            stats = yield from _walk(
+            stats, looked = yield from _walk(
                 plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device, hands=hands
             )
-            found |= {target.name: Stats(stats.inputs, stats.keys, stats.values, record) for target in walked}
+            found |= {target.name: replace(stats, record=record, health=looked[target.name]) for target in walked}
     return found
 
 
@@ -119,6 +122,7 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
+    from convert.datasets import Selection
     from convert.text import load_tokenizer, take_documents, take_tokens
 
     settings = _settings(plan)
@@ -127,7 +131,8 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
-    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed}
+    selection = Selection(settings.config, settings.split, settings.column)
+    wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:
         documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
         return [torch.from_numpy(document) for document in documents], record
@@ -199,10 +204,12 @@ def _walk(
     scratch: Path,
     device: str,
     hands: Crew,
-) -> Generator[Solved, None, Stats]:
+) -> Generator[Solved, None, tuple[Stats, dict[str, dict[str, Any]]]]:
+    """What was seen, and what there is to say of layers that are not solved, by target."""
     import psutil
     import torch
 
+    from convert import health
     from convert.groups import Group, find_groups
     from convert.lanes import place_for, walk
     from convert.loading import Skeleton
@@ -227,7 +234,8 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
     groups: tuple[Group, ...] = ()
-    bare: list[str] = []
+    looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
+    bare: list[str] = []  # layers that smoothing was asked for and did not reach
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
@@ -249,6 +257,11 @@ def _walk(
             observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
             observer.want(_modules(smoothing), "channels")
             observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            to_look = {
+                target.name: again.get(target.name, []) if target.solved else _static_within(target, stand.name) for target in targets
+            }
+            for kind in health.KINDS:
+                observer.want(_modules(entry for entries in to_look.values() for entry in entries), kind)
             with _explained(plan):
                 if again or any(module.startswith(f"{stand.name}.") for module in static):
                     stand.run(keep=not quantized, observer=observer)
@@ -256,17 +269,22 @@ def _walk(
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
+                inputs = {**known, **observer.absmax()}
+                items = [(entry, module) for entry in to_look[target.name] for module in _modules([entry])]
+                look = partial(_look, skeleton=skeleton, observer=observer, inputs=inputs)
+                looked[target.name] |= {module: found for (_, module), found in zip(items, hands.map(look, items), strict=True) if found}
                 if target.name in again:
-                    inputs = {**known, **observer.absmax()}
                     were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
                     smoothed, changed = (
                         smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
                     )
-                    asked = _modules(entry for entry in again[target.name] if any(step.smoothquant for step in entry.steps))
-                    bare += [f"{target.name}: {module}" for module in asked if observer.leader.get(module, module) not in smoothed]
+                    reached = {module for module, leader in observer.leader.items() if leader in smoothed} | smoothed.keys()
+                    bare += _uncovered(plan, target, again[target.name], reached)
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(target, again[target.name], skeleton, observer, inputs, smoothed, crew=hands):
+                    for solved, weights in solve_block(
+                        target, again[target.name], skeleton, observer, inputs, smoothed, looked[target.name], crew=hands
+                    ):
                         if quantized:
                             _replace(skeleton, weights)
                         if solved.tensor not in done[target.name]:
@@ -277,14 +295,11 @@ def _walk(
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
-            observer.forget("hessian", "channels", "rows")
+            observer.forget("hessian", *health.KINDS)
             _give_back(device)
             advance(count)
     if bare:
-        progress.say(
-            f"warning: {bare[0]} (and {len(bare) - 1} more) is not smoothed: nothing was found that feeds it and could take up the scales; "
-            "the manifest has alpha 0 for each"
-        )
+        progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):
@@ -294,11 +309,12 @@ def _walk(
         raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
     ranges = _joined(watched)
     attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
-    return Stats(
+    stats = Stats(
         inputs={**known, **inputs},
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions},
         values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions},
     )
+    return stats, {target.name: {} if target.solved else looked[target.name] for target in targets}
 
 
 @dataclass(frozen=True)
@@ -347,8 +363,42 @@ def _within(entry: Entry, block: str) -> bool:
     return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
 
 
+def _static_within(target: TargetPlan, block: str) -> list[Entry]:
+    static = [entry for entry in target.quantized if entry.scheme and entry.scheme.static and entry.algorithm != RESPELL]
+    return [entry for entry in static if _within(entry, block)]
+
+
 def _modules(entries: Iterable[Entry]) -> list[str]:
     return [entry.module(part) for entry in entries for part in entry.parts]
+
+
+def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, inputs: Mapping[str, float]) -> dict[str, Any]:
+    from convert import health
+    from convert.solve import weight_of
+
+    entry, module = item
+    return health.look(entry, module, weight_of(skeleton, module), observer, inputs.get(module))
+
+
+def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
+    """Layers that smoothing was asked for and did not reach. Raises :class:`RecipeError` unless their rule says to leave them."""
+    asked = [(module, entry) for entry in entries if any(step.smoothquant for step in entry.steps) for module in _modules([entry])]
+    bare = [(module, entry) for module, entry in asked if module not in reached]
+    refused = [(module, entry) for module, entry in bare if any(s.smoothquant and s.smoothquant.uncovered == "error" for s in entry.steps)]
+    if refused:
+        named = ", ".join(module for module, _ in refused)
+        raise RecipeError(
+            f"{_position(plan, target, refused[0][1])}: smoothquant does not reach {named}: {NOTHING_FEEDS_IT}. Give it a rule without "
+            "smoothquant, or write smoothquant: {uncovered: leave} to have it quantized as it is; so for the like in later blocks"
+        )
+    return [f"{target.name}: {module}" for module, _ in bare]
+
+
+def _position(plan: Plan, target: TargetPlan, entry: Entry) -> str:
+    """Where the recipe asks for the first algorithm of an entry."""
+    index, named = next((i, item) for i, item in enumerate(plan.recipe.targets) if item.name == target.name)
+    rule = next(i for i, rule in enumerate(named.rules) if rule.algorithm is entry.steps and entry.rule.endswith(f" {rule.match}"))
+    return plan.recipe.where("targets", index, "rules", rule, "algorithm", 0)
 
 
 def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skeleton, recall: Recall) -> None:

@@ -19,6 +19,7 @@ import psutil
 from convert import environments
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.child import request, run
+from convert.datasets import Selection
 from convert.divergence import compare_logits, compare_states
 from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.progress import Progress
@@ -155,6 +156,7 @@ def _check_one(
         runtimes=tuple(results),
         validation=text.record,
         prompt=text.prompt,
+        health=(manifest.calibration or {}).get("health", {}),
     )
 
 
@@ -247,7 +249,14 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     validation = recipe.validation
     tokenizer = load_tokenizer(artifact, trust_remote_code=recipe.trust_remote_code)
     sequences = validation.tokens // validation.length
-    tokens, record = take_tokens(validation.text, tokenizer, sequences=sequences, length=validation.length, purpose="validation")
+    tokens, record = take_tokens(
+        validation.text,
+        tokenizer,
+        sequences=sequences,
+        length=validation.length,
+        purpose="validation",
+        selection=Selection(validation.config, validation.split, validation.column),
+    )
     prompt, prompt_ids = QUESTION, tokenizer(QUESTION).input_ids
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": QUESTION}]

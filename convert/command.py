@@ -406,6 +406,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
 def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:
     from rich.console import Console
 
+    from convert.health import remark, summary
     from formats.manifest import read_manifest
 
     console = Console(highlight=False, soft_wrap=True)
@@ -416,6 +417,9 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
     console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))
     of = f" of {_size(before)} unquantized ({weights / before:.0%})" if before else ""
     console.print(f"  size       {_size(weights)}{of}; {quantized} of {len(manifest.ledger)} tensors quantized")
+    health = (manifest.calibration or {}).get("health", {})
+    for what, said in [*summary(health), *([("static", text)] if (text := remark(health)) else [])]:
+        console.print(f"  {what:<10} {said}", markup=False)
     if report is None:
         console.print(f"  unproven   prove it with: octavo check {path}")
         return

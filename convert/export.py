@@ -25,7 +25,7 @@ from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from convert import __version__, quantize
-from convert.calibrate import calibrate
+from convert.calibrate import NOTHING_FEEDS_IT, calibrate
 from convert.crew import in_order
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
@@ -188,7 +188,7 @@ class _Writer:
     def __init__(self, target: TargetPlan, out: Path, digest: str) -> None:
         self.target = target
         self.done: set[str] = set()
-        self.health: dict[str, Mapping[str, float]] = {}
+        self.health: dict[str, Mapping[str, Any]] = {}
         self._final = out / target.name
         self._partial = out / f".{target.name}.partial"
         self._digest = digest
@@ -249,7 +249,7 @@ class _Writer:
         self.done.add(tensor)
         self._release(tensor)
 
-    def note(self, tensor: str, health: Mapping[str, Mapping[str, float]]) -> None:
+    def note(self, tensor: str, health: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps what was seen while a tensor was solved, for the manifest, through interruptions."""
         self.health |= health
         with (self._partial / HEALTH).open("a") as stream:
@@ -292,10 +292,7 @@ class _Writer:
             (self._partial / name).parent.mkdir(exist_ok=True)
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        ledger = [
-            {**record, "note": SMOOTHED} if self.health.get(record["tensor"], {}).get("smoothed") else record
-            for record in self.target.ledger()
-        ]
+        ledger = [self._noted(entry) for entry in self.target.entries]
         manifest = Manifest(
             target=self.target.name,
             format=self.target.format,
@@ -329,11 +326,24 @@ class _Writer:
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(self._final, manifest)
 
+    def _noted(self, entry: Entry) -> dict[str, Any]:
+        """The record of an entry, with what smoothing did to it, or could not do."""
+        record = entry.record()
+        seen = [self.health.get(name, {}) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
+        notes = [record["note"]] if record.get("note") else []
+        notes += [SMOOTHED] if any(item.get("smoothed") for item in seen) else []
+        notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
+        return {**record, "note": "; ".join(notes)} if notes else record
+
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
-        health = {module: self.health[module] for module in modules if self.health.get(module)}
-        return {**stats.record, **({"solved": health} if health else {})}
+        solved: dict[str, dict[str, Any]] = {module: dict(self.health[module]) for module in modules if self.health.get(module)}
+        folds = [seen.pop("fold") for seen in solved.values() if "fold" in seen]
+        health = {module: stats.health[module] for module in modules if module in stats.health}
+        health |= {module: seen.pop("health") for module, seen in solved.items() if "health" in seen}
+        solved = {module: seen for module, seen in solved.items() if seen}
+        return {**stats.record, **{name: found for name, found in (("health", health), ("solved", solved), ("folds", folds)) if found}}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from convert.panels import EXACT_DB, draw_panels, is_drawable
+from convert.health import is_ruined, off, remark
+from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
 from convert.report import Check, Report
 from formats.errors import FormatError
@@ -23,6 +24,10 @@ from formats.safetensors import json_bytes
 
 #: How a bound is written before its limit.
 SIGNS = {"at most": "\u2264", "at least": "\u2265"}
+#: Shades of the heat map: none up to an error of a thousandth, the last from all of the output on, in equal steps of its logarithm.
+SHADES = 8
+#: Rows of the table of layers; of a mixture with thousands of experts those with the largest error at the output.
+MAX_LAYERS = 1000
 WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
 
 
@@ -32,6 +37,23 @@ class _CheckRow:
     value: str
     limit: str
     unit: str
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """The worst of a layer's tensors of one kind: its error at the output, a shade for it, and whether static scales ruin it."""
+
+    value: float
+    shade: int
+    ruined: bool
+
+
+@dataclass(frozen=True)
+class _LayerRow:
+    module: str
+    health: Mapping[str, Any]
+    last: Mapping[str, Any]
+    ruined: bool
 
 
 def render(report: Report, manifest: Manifest) -> str:
@@ -47,7 +69,14 @@ def render(report: Report, manifest: Manifest) -> str:
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "size": _size, "share": _share, "decibels": _decibels, "csp_hash": _csp_hash}
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "size": _size,
+        "share": _share,
+        "decibels": _decibels,
+        "csp_hash": _csp_hash,
+    }
     drawn = [layer for layer in report.layers if is_drawable(layer)]
     weights = [file for file in manifest.files if file.name.endswith(WEIGHT_FILES)]
     page = environment.get_template("report.html.jinja")
@@ -68,12 +97,45 @@ def render(report: Report, manifest: Manifest) -> str:
         quantized=any(entry["decision"] == "quantize" for entry in manifest.ledger),
         requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
         recipe=json_bytes(manifest.recipe).decode(),
+        heat=_heat(report.health),
+        health=_layer_rows(report.health),
+        remark=remark(report.health),
+        shades=range(1, SHADES + 1),
     )
 
 
 def _fate(entry: Mapping[str, Any]) -> str:
     what = str(entry["scheme"]) if entry["decision"] == "quantize" else "kept"
     return f"{what} {entry['note'].partition(' (')[0]}" if entry.get("note") else what
+
+
+def _heat(layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[int, dict[str, _Cell]]]:
+    """Kinds of projection, and by layer and kind the worst error at the output; what lies in no layer has no place here."""
+    worst: dict[int, dict[str, _Cell]] = {}
+    kinds: Counter[str] = Counter()
+    for module, health in layers.items():
+        kind, index = place(module)
+        if index is None:
+            continue
+        kinds[kind] += 1
+        value = off(health)
+        shade = min(SHADES, max(0, round((math.log10(max(value, 1e-9)) + 3) / 3 * SHADES)))
+        row = worst.setdefault(index, {})
+        if kind not in row or row[kind].value < value:
+            row[kind] = _Cell(value, shade, is_ruined(health) or (kind in row and row[kind].ruined))
+    shown = {kind for kind, _ in kinds.most_common(MAX_PANELS)}
+    return [kind for kind in kinds if kind in shown], dict(sorted(worst.items()))
+
+
+def _layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[_LayerRow]:
+    """A row a layer in the ledger's order; of too many those with the largest error."""
+    worst = sorted(layers, key=lambda module: -off(layers[module]))[:MAX_LAYERS]
+    shown = layers if len(worst) == len(layers) else worst
+    return [_LayerRow(module, layers[module], layers[module]["errors"][-1], is_ruined(layers[module])) for module in shown]
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
 
 
 def _number(value: float, other: float | None = None) -> str:

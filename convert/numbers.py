@@ -1,5 +1,8 @@
 """Every quantized tensor of an artifact, decoded and compared with its source under the bound that its scheme implies.
 
+Smoothing is made again from the factors in the manifest, so that what it changed has the same bound as what it did not. GPTQ moves codes
+further than rounding: of these the scales have to be those of rounding, and the error what was noted when they were chosen.
+
 Run as ``python -m convert.numbers REQUEST ANSWER``, both JSON files; request: ``artifact``, ``model``, ``trust_remote_code``, ``threads``;
 answer: ``layers``, one record a tensor.
 """
@@ -9,8 +12,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from convert.algorithms import rtn
+from convert.algorithms.rtn import CLIP_RATIOS
 from convert.architecture import Part
+from convert.folds import Fold, folded, read_fold, touching
+from convert.moved import Moved, moved
 from convert.plan import RESPELL
 from convert.quantize import SLAB_ELEMENTS, TURNED_SLAB_ELEMENTS
 from convert.report import LayerNumbers
@@ -29,11 +36,14 @@ from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
 from formats.safetensors import TensorSpec
-from formats.scheme import SCHEMES, Grid
+from formats.scheme import SCHEMES, Grid, Quantization
 from formats.tensors import GRAPHS, read_tensors
 
 #: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
 RESPELL_ROUNDING = 2.0**-22
+#: How far two sums of the same squares may differ, a share: the order of summation, and nothing else. One code of a million that is off by
+#: one step moves the sum by ten times as much.
+SUM_ROUNDING = 1e-6
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -51,20 +61,26 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     located = read_tensors(artifact, manifest.format)
     reader = SafetensorsReader(located, lambda file: artifact / file, headers=manifest.format not in GRAPHS)
     form = FORMATS[manifest.format]
-    # A smoothed weight is no longer the source's.
-    entries = [entry for entry in manifest.ledger if entry["decision"] == "quantize" and "+" not in str(entry["algorithm"])]
-    parts = [
-        (entry, Part(module, start, stop, columns and tuple(columns)))
-        for entry in entries
-        for module, start, stop, columns in entry["parts"]
-    ]
+    calibration = manifest.calibration or {}
+    told, folds = calibration.get("solved", {}), [read_fold(record) for record in calibration.get("folds", [])]
+    walked = getattr(torch, calibration.get("dtype", "float32"))  # in which the model stood when codes were chosen
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda item: _compare_part(item[0], item[1], reader, checkpoint, form), parts))
+        found: list[Future[LayerNumbers]] = []
+        for entry in manifest.ledger:
+            if entry["decision"] == "quantize":
+                for module, start, stop, columns in entry["parts"]:
+                    part = Part(module, start, stop, columns and tuple(columns))
+                    name = module if "experts" in entry else entry["module"]
+                    mine = touching(folds, name)
+                    found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked))
+            elif mine := touching(folds, entry["module"]):
+                found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine, walked))
+        return [item.result() for item in found]
 
 
-def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid, *, clips: bool = False) -> torch.Tensor:
     """The largest error rounding can make of each element: half the distance between codes, plus what is clipped because the
-    scale itself was rounded (half a unit in its last place).
+    scale itself was rounded (half a unit in its last place), or, where a smaller scale was searched and it ``clips``, all that is.
 
     ``weight`` (out, in) float32; ``scale`` broadcasts over it, in the dtype it is stored in. Integers: ``scale / 2``.
     Floats: half a unit in the last place of ``weight / scale``, and of the smallest normal below it (OCP 8-bit Floating Point
@@ -78,8 +94,7 @@ def error_bound(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.
         smallest = scale * 2.0 ** (grid.min_exponent - grid.mantissa_bits - 1)
         half_step = torch.maximum(weight.abs() * 2.0 ** -(grid.mantissa_bits + 1), smallest)
     clipped = (weight.abs() - grid.high * scale).clamp_(min=0)
-    allowed = torch.minimum(clipped, grid.high * scale * rounding)
-    return half_step + allowed
+    return half_step + (clipped if clips else torch.minimum(clipped, grid.high * scale * rounding))
 
 
 def _cast_bound(weight: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -88,47 +103,99 @@ def _cast_bound(weight: torch.Tensor, dtype: str) -> torch.Tensor:
     return weight.abs() * (0 if dtype == "BF16" else 2.0**-8) + 2.0**-25
 
 
-def _compare_part(entry: dict[str, Any], part: Part, artifact: SafetensorsReader, checkpoint: Checkpoint, form: Format) -> LayerNumbers:
+def _compare_part(
+    entry: dict[str, Any],
+    part: Part,
+    artifact: SafetensorsReader,
+    checkpoint: Checkpoint,
+    form: Format,
+    told: dict[str, Any],
+    module: str,
+    folds: Sequence[Fold],
+    walked: torch.dtype,
+) -> LayerNumbers:
+    """``told``: what the manifest says of the layer, by the model's name for it, ``module``; ``folds`` are those that touched it,
+    in a model of dtype ``walked``."""
     source = checkpoint.tensors[entry["tensor"]]
     scheme = SCHEMES[entry["scheme"]]
     outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
     rows, columns = part.shape(source)
     mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
-    signal = noise = worst = 0.0
-    clipped = 0
+    options = entry.get("options", {}).get(str(entry["algorithm"]).rpartition("+")[2], {})
+    total, worst, clipped = Moved(0.0, 0.0, 0.0), 0.0, 0
     for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows, TURNED_SLAB_ELEMENTS if mine.columns else SLAB_ELEMENTS):
         if part.columns is None:
             weight = checkpoint.reader.read(source.name, part.start + start, part.start + stop).float()
         else:
             weight = checkpoint.reader.read(source.name, part.start, part.stop)[:, slice(*part.columns)].T.float()
+        if told:
+            weight = folded(weight.to(walked).float(), module, folds, start=start, stop=stop)
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
         stored |= {spec.name: artifact.read_columns(spec.name, start, stop) for spec in mine.columns}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
+        total += moved(weight, decoded)
         error = (decoded.dequantize() - weight).abs_()
-        signal += float(weight.square().sum(dtype=torch.float64))
-        noise += float(error.square().sum(dtype=torch.float64))
         if entry["algorithm"] == RESPELL:
             worst = _worse(worst, error, weight.abs() * RESPELL_ROUNDING)
             continue
         scale = decoded.spread_scale() if scheme.weight.unit == 1 else decoded.spread_scale() * scheme.weight.unit
         if scheme.weight.scale == "model":  # to whose dtype it was rounded, even where it is stored in float32
             scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
-        # float32 rounding of the comparison itself is not the codes' fault
-        bound = error_bound(weight, scale, scheme.weight.grid) * (1 + 1e-5)
-        if scheme.weight.scale == "absmax":
-            bound += _cast_bound(weight, source.dtype)
-        if _rounds(entry):
+        if scheme.weight.scale != "absmax" and not _on_the_way(options, scheme.weight):
+            worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=CLIP_RATIOS if options.get("clip") else ()))
+        if str(entry["algorithm"]).rpartition("+")[2] == "rtn":
+            # float32 rounding of the comparison itself is not the codes' fault
+            bound = error_bound(weight, scale, scheme.weight.grid, clips=bool(options.get("clip"))) * (1 + 1e-5)
+            if scheme.weight.scale == "absmax":
+                bound += _cast_bound(weight, source.dtype)
             worst = _worse(worst, error, bound)
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
-    snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    if str(entry["algorithm"]).rpartition("+")[2] == "gptq":
+        worst = max(worst, _deviation(total, told))
+    snr = 10 * math.log10(total.signal / total.noise) if total.noise and total.signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
     return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
 
 
-def _rounds(entry: dict[str, Any]) -> bool:
-    """Whether each code is the nearest to its weight; GPTQ moves them further, and a searched scale clips, to lose less at the output."""
-    options = entry.get("options", {})
-    return entry["algorithm"] == "rtn" and not options.get("rtn", {}).get("clip")
+def _compare_kept(
+    entry: dict[str, Any], artifact: SafetensorsReader, checkpoint: Checkpoint, folds: Sequence[Fold], walked: torch.dtype
+) -> LayerNumbers:
+    """What is kept and was smoothed: the source's values with the factors folded in, rounded to what it is stored in."""
+    spec, (name, dtype, shape) = checkpoint.tensors[entry["tensor"]], entry["outputs"][0]
+    stored = artifact.read(name, 0, TensorSpec(name, dtype, tuple(shape)).matrix_shape[0]).reshape(shape)
+    stored = stored.T if entry.get("turned") else stored
+    value = checkpoint.reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(walked).float()
+    value = folded(value, entry["module"], folds, bias=spec.name.endswith(".bias"))
+    # One unit in the last place of what is stored; and float32's, where an offset is added and taken away again.
+    bound = value.abs() * torch.finfo(stored.dtype).eps + max(abs(fold.offset) for fold in folds) * 2.0**-22 + 1e-30
+    worst = _worse(0.0, (stored.float() - value).abs(), bound)
+    return LayerNumbers(spec.name, "kept", 999.0, worst if math.isfinite(worst) else 1e9, 0.0)
+
+
+def _on_the_way(options: dict[str, Any], quantization: Quantization) -> bool:
+    """Whether GPTQ took the scales of groups from what weights had become, so that the source does not tell them."""
+    return not options.get("static_groups", True) and quantization.tile.columns is not None
+
+
+def _scale_deviation(weight: torch.Tensor, decoded: QTensor, entry: dict[str, Any], *, clip_search: Sequence[float]) -> float:
+    """How far scales are from the nearest that rounding the weight could have, in quarters of a unit in their last place: they are computed
+    from the same numbers in the same way, so they are equal or at least two quarters apart."""
+    dtype = getattr(torch, DTYPES[entry["scale_dtype"]].torch_name)
+    choices = rtn.scale_choices(weight, decoded.quantization, scale_dtype=dtype, clip_search=clip_search)
+    unit = torch.finfo(choices.dtype).eps
+    choices, scale = choices.float(), decoded.scale.float()
+    away = ((scale - choices).abs() / (choices * unit)).amin(dim=0)
+    return 4 * float(away.max()) if away.numel() else 0.0
+
+
+def _deviation(found: Moved, told: dict[str, Any]) -> float:
+    """How far the bytes are from what was noted when they were chosen, as a share of what rounding of float64 allows. Nothing was noted:
+    infinitely far."""
+    if "moved" not in told:
+        return math.inf
+    noted = Moved(**told["moved"])
+    pairs = ((found.steps, noted.steps), (found.noise, noted.noise), (found.signal, noted.signal))
+    return max(abs(x - y) / (y * SUM_ROUNDING) if y else math.inf if x else 0.0 for x, y in pairs)
 
 
 def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:

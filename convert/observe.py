@@ -24,12 +24,14 @@ ROWS = 8
 @dataclass(frozen=True)
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
-    attention module. ``record`` says on which text they were seen."""
+    attention module. ``record`` says on which text they were seen; ``health`` what :mod:`convert.health` found of layers that were not
+    solved."""
 
     inputs: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 NO_STATS = Stats()
@@ -66,8 +68,8 @@ class Observer:
             hook.remove()
 
     def want(self, modules: Sequence[str], kind: str) -> None:
-        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``hessian``, or
-        ``rows`` (some of them as they are)."""
+        """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``maxima``
+        (absmax of each batch), ``hessian``, or ``rows`` (some of them as they are)."""
         for module in modules:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
@@ -81,6 +83,9 @@ class Observer:
         if found is None:
             raise InputError(f"{module} was never run by calibration, so nothing is known of its inputs")
         return found
+
+    def has(self, module: str, kind: str) -> bool:
+        return self._seen.get(self.leader.get(module, module), {}).get(kind) is not None
 
     def absmax(self) -> dict[str, float]:
         """By module, for all that read an input whose largest magnitude is known."""
@@ -133,7 +138,7 @@ class Observer:
 
 def _begun(kind: str, x: torch.Tensor) -> Any:
     """An accumulator of nothing yet, for inputs like ``x``."""
-    from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
+    from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Maxima, Rows
 
     match kind:
         case "absmax":
@@ -142,5 +147,7 @@ def _begun(kind: str, x: torch.Tensor) -> Any:
             return ChannelAbsMax(x.shape[-1], x.device)
         case "rows":
             return Rows(ROWS)
+        case "maxima":
+            return Maxima()
         case _:
             return Hessian(x.shape[-1], x.device)

@@ -46,7 +46,7 @@ def draw_panels(layers: Sequence[LayerNumbers]) -> list[Panel]:
     """One panel for each kind of projection, in the order of the ledger, all on the same axes."""
     if not layers:
         return []
-    places = [_place(layer.tensor) for layer in layers]
+    places = [place(layer.tensor) for layer in layers]
     common = {kind for kind, _ in Counter(kind for kind, index in places if index is not None).most_common(MAX_PANELS)}
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for layer, (kind, index) in zip(layers, places, strict=True):
@@ -68,7 +68,7 @@ def draw_panels(layers: Sequence[LayerNumbers]) -> list[Panel]:
     return found
 
 
-def _place(tensor: str) -> tuple[str, int | None]:
+def place(tensor: str) -> tuple[str, int | None]:
     """The kind and the layer that a name tells: ``model.layers.7.mlp.up_proj.weight`` is an up_proj of layer 7."""
     parts = tensor.removesuffix(".weight").split(".")
     is_index = [re.fullmatch("[0-9]{1,6}", part) is not None for part in parts]

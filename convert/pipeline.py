@@ -11,8 +11,10 @@ from pathlib import Path
 from convert.architecture import describe
 from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
+from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
+from convert.health import remark
 from convert.html import render
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
@@ -122,7 +124,10 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
-    reports = prove([artifact.path for artifact in artifacts], recipe, progress=progress, device=device) if check else []
+    for artifact in artifacts:
+        if said := remark((artifact.manifest.calibration or {}).get("health", {})):
+            progress.say(f"warning: {artifact.manifest.target}: {said}")
+    reports = prove([artifact.path for artifact in artifacts], job.recipe, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
@@ -155,8 +160,17 @@ def plain_bytes(target: TargetPlan) -> int:
 
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    recipe = _pinned(recipe)
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
     return make_plan(recipe, checkpoint, architecture, machine=this_machine())
+
+
+def _pinned(recipe: Recipe) -> Recipe:
+    """With the commits of datasets on the Hub, so that the same job reads the same text for as long as it is interrupted, and later."""
+    sections = {name: getattr(recipe, name) for name in ("calibration", "validation")}
+    pins = {name: pin(section.text) for name, section in sections.items() if section is not None and section.text != "sample"}
+    changed = {name: sections[name].model_copy(update={"text": text}) for name, text in pins.items() if text != sections[name].text}
+    return recipe.model_copy(update=changed) if changed else recipe
 
 
 def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:

@@ -140,6 +140,7 @@ class Entry:
             **({"experts": self.experts} if self.experts else {}),
             **fate,
             **({"note": self.note} if self.note else {}),
+            **({"turned": True} if self.turned else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }

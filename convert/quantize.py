@@ -108,7 +108,8 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
     codes: dict[tuple[str, Quantization, str, str], QTensor] = {}
     for name, entry in work.entries.items():
         if entry.scheme is None:
-            pieces += _plain_pieces(name, entry, values, work)
+            if entry.outputs:  # a graph has constants of its own instead of some
+                pieces.append(plain_piece(name, entry, work.start, _cast(values, entry.plain, work)))
             continue
         if entry.beside is not None:
             pieces.append(_piece(name, entry.beside, work.start, work.spec.matrix_shape[0], _cast(values, entry.beside, work)))
@@ -276,15 +277,11 @@ def _piece(target: str, spec: TensorSpec, start: int, rows: int, values: torch.T
     return Piece(target, spec.name, spec.size_bytes // max(own, 1) * (own * start // max(rows, 1)), data)
 
 
-def _plain_pieces(target: str, entry: Entry, values: torch.Tensor, work: Work) -> Iterator[Piece]:
-    """Rows of a tensor that is kept, where it is stored at all."""
-    if not entry.outputs:
-        return
-    cast = _cast(values, entry.plain, work)
+def plain_piece(target: str, entry: Entry, start: int, values: torch.Tensor) -> Piece:
+    """Rows from ``start`` on of a tensor that is kept, in the dtype it is stored in."""
     if entry.turned:
-        yield _column_piece(target, entry.plain, work.start, cast.T)
-    else:
-        yield _piece(target, entry.plain, work.start, work.spec.matrix_shape[0], cast)
+        return _column_piece(target, entry.plain, start, values.T)
+    return _piece(target, entry.plain, start, entry.tensor.matrix_shape[0], values)
 
 
 def _column_piece(target: str, spec: TensorSpec, start: int, values: torch.Tensor) -> Piece:

@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from convert.algorithms import ALGORITHMS, TRANSFORMS
+from convert.datasets import is_hub_id
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
@@ -99,6 +100,8 @@ class Smoothquant(_Section):
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
     """How much of the difficulty moves from inputs to weights; `search` tries several for each group."""
+    uncovered: Literal["error", "leave"] = "error"
+    """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
 
 
 class Step(_Section):
@@ -241,7 +244,14 @@ class Calibration(_Section):
     """The text on which calibrated algorithms, static activations and scales of keys and values see the model at work."""
 
     text: str = "sample"
-    """`sample` (a public-domain dictionary that comes with the tool), or a .txt or .jsonl file."""
+    """`sample` (a public-domain dictionary that comes with the tool), a .txt, .jsonl or .parquet file, or a dataset on the Hub
+    (`org/name` or `org/name@revision`)."""
+    config: str | None = None
+    """Of a dataset on the Hub: which configuration; needed where there are several and none is the default."""
+    split: str | None = None
+    """Of a dataset on the Hub: which split, `train` unless given."""
+    column: str | None = None
+    """Of rows: where the text is; `text` unless given, `messages` with `chat`."""
     sequences: Positive = 32
     """How many sequences are read."""
     length: Positive = 512
@@ -249,7 +259,7 @@ class Calibration(_Section):
     seed: int = 0
     """Chooses which part of the text is read."""
     documents: bool = False
-    """Read each line of a .jsonl file as it is, cut to `length`, instead of packing the text into sequences of one length."""
+    """Read each row as it is, cut to `length`, instead of packing the text into sequences of one length."""
     chat: bool = False
     """Documents have `messages`, to which the model's chat template is applied."""
     propagate: Literal["quantized", "float"] = "quantized"
@@ -262,7 +272,14 @@ class Validation(_Section):
     """The held-out text on which artifact and source are compared."""
 
     text: str = "sample"
-    """`sample` (public-domain prose that comes with the tool), or a .txt or .jsonl file."""
+    """`sample` (public-domain prose that comes with the tool), a .txt, .jsonl or .parquet file, or a dataset on the Hub
+    (`org/name` or `org/name@revision`)."""
+    config: str | None = None
+    """Of a dataset on the Hub: which configuration; needed where there are several and none is the default."""
+    split: str | None = None
+    """Of a dataset on the Hub: which split, `validation` unless given."""
+    column: str | None = None
+    """Of rows: where the text is; `text` unless given."""
     tokens: Annotated[int, Field(ge=16)] = 4096
     """How many tokens are compared."""
     length: Annotated[int, Field(ge=8)] = 512
@@ -413,11 +430,24 @@ def _cross_check(recipe: Recipe) -> None:
             if target.format not in owners:
                 where = recipe.where("targets", i, "options", option)
                 raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
+    for key, section in (("calibration", recipe.calibration), ("validation", recipe.validation)):
+        if section is not None:
+            _check_text(recipe, key, section)
     if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
             "so this text would not be read; remove it"
         )
+
+
+def _check_text(recipe: Recipe, key: str, section: Calibration | Validation) -> None:
+    """What only some texts have: a configuration and a split datasets on the Hub, columns all but plain text."""
+    hub = section.text != "sample" and is_hub_id(section.text)
+    for name in ("config", "split"):
+        if getattr(section, name) is not None and not hub:
+            raise RecipeError(f"{recipe.where(key, name)}: {section.text} has no {name}; a dataset on the Hub (org/name) may have one")
+    if section.column is not None and not hub and not section.text.endswith((".jsonl", ".parquet")):
+        raise RecipeError(f"{recipe.where(key, 'column')}: {section.text} has no columns; leave column out")
 
 
 def calibrated(steps: Sequence[Step]) -> bool:

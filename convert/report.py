@@ -48,8 +48,9 @@ def holds(name: str, fact: bool, detail: str = "") -> Check:
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """One quantized tensor against its source: ``snr_db`` is the weight's power over the error's; ``worst`` the largest error as a
-    share of the bound its scheme implies, at most 1; ``clipped`` the share of weights beyond the largest code."""
+    """One tensor that is quantized, or kept and smoothed (scheme ``kept``), against its source: ``snr_db`` is the weight's power over the
+    error's; ``worst`` the largest error as a share of its bound, at most 1, be it that of a code under its scheme, of a scale, or of what
+    GPTQ noted; ``clipped`` the share of weights beyond the largest code."""
 
     tensor: str
     scheme: str
@@ -112,7 +113,8 @@ class RuntimeResult:
 @dataclass(frozen=True)
 class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
-    ``card_sha256`` is the hash of the model card made from it, which no manifest covers."""
+    ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
+    (:mod:`convert.health`), from the manifest."""
 
     recipe: str
     target: str
@@ -124,6 +126,7 @@ class Report:
     validation: dict[str, Any]
     prompt: str
     card_sha256: str | None = None
+    health: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

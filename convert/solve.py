@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convert import quantize
+from convert import health, quantize
 from convert.algorithms import gptq, rtn, smoothing
 from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
+from convert.folds import Fold
 from convert.groups import Group, fold
+from convert.moved import moved
 from convert.observe import Observer, Stats
 from convert.quantize import Piece
 from formats.dtypes import DTYPES
@@ -30,20 +33,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Solved:
     """A source tensor whose codes were chosen while its block was at work, as the bytes of a target. ``health``: what was seen on the way,
-    by module."""
+    by module, as plain data."""
 
     target: str
     tensor: str
     pieces: tuple[Piece, ...]
-    health: Mapping[str, Mapping[str, float]]
+    health: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``."""
+    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``. ``told_by``: in whose health ``fold`` is."""
 
     alpha: float
     scales: torch.Tensor
+    fold: Fold
+    told_by: str
 
 
 def smooth_block(
@@ -66,12 +71,12 @@ def smooth_block(
     changed: dict[str, str] = {}
     for group in groups:
         consumers = [f"{stand.name}.{name}" for name in group.consumers]
-        chosen = next((asked[name] for name in consumers if name in asked), None)
+        told_by = next((name for name in consumers if name in asked), None)
         parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
         filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
-        if chosen is None or any(tensor is None for _, tensor in filled):
+        if told_by is None or any(tensor is None for _, tensor in filled):
             continue
-        entry, options = chosen
+        entry, options = asked[told_by]
         assert entry.scheme is not None
         weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
         absmax = observer.get(consumers[0], "channels").value
@@ -93,7 +98,10 @@ def smooth_block(
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
         scales = fold(stand.module, group, scales, dtype=dtype)
         leader = observer.leader.get(consumers[0], consumers[0])
-        done[leader] = Smoothed(alpha, scales)
+        rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
+        walked = skeleton.model.get_submodule(consumers[0]).weight.dtype
+        told = Fold(f"{stand.name}.{group.producer}", tuple(consumers), scales, rows, group.offset, len(done), walked)
+        done[leader] = Smoothed(alpha, scales, told, told_by)
         changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
     return done, [_as_changed(target, kept[tensor], parameter, skeleton) for tensor, parameter in changed.items()]
 
@@ -103,8 +111,8 @@ def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skel
     cast = value.to(getattr(torch, DTYPES[entry.plain.dtype].torch_name))
     if not quantize.is_finite(cast):
         raise NumericsError(f"{entry.tensor.name}: smoothing makes values that {entry.plain.dtype} cannot hold; lower alpha")
-    data = cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Solved(target.name, entry.tensor.name, (Piece(target.name, entry.plain.name, 0, data),), {entry.tensor.name: {"smoothed": 1.0}})
+    piece = quantize.plain_piece(target.name, entry, 0, cast.reshape(entry.tensor.matrix_shape))
+    return Solved(target.name, entry.tensor.name, (piece,), {entry.tensor.name: {"smoothed": 1.0}})
 
 
 def solve_block(
@@ -114,32 +122,36 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    looked: Mapping[str, Mapping[str, Any]],
     *,
     crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
     """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
 
-    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did. Layers of one input,
-    scheme and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian
-    that cannot be factorised and for NaN or Inf.
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``looked`` what
+    :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together, by one thread of the
+    crew. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
-    health: dict[str, dict[str, float]] = {}
-    for _ in crew.map(lambda members: _solve(members, skeleton, observer, smoothed, codes, health), _together(entries, observer)):
-        pass
+    noted: dict[str, dict[str, Any]] = {}
     divided = {
         module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
     stats = Stats(inputs={**inputs, **divided})
+    solve = partial(
+        _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
+    )
+    for _ in crew.map(solve, _together(entries, observer)):
+        pass
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
             work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
             pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
         solved = Solved(
-            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): health[entry.module(part)] for part in entry.parts}
+            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
         )
         yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
 
@@ -155,29 +167,39 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[E
 
 def _solve(
     members: Sequence[tuple[Entry, Part]],
+    *,
     skeleton: Skeleton,
     observer: Observer,
     smoothed: Mapping[str, Smoothed],
     codes: dict[str, QTensor],
-    health: dict[str, dict[str, float]],
+    noted: dict[str, dict[str, Any]],
+    limits: Mapping[str, float],
+    looked: Mapping[str, Mapping[str, Any]],
 ) -> None:
     entry, _ = members[0]
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [_weight(skeleton, name) for name in names]
+    weights = [weight_of(skeleton, name) for name in names]
     step = entry.steps[-1]
     leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
-    noted = {"alpha": smoothed[leader].alpha if leader in smoothed else 0.0} if asked else {}
+    reached = {} if not asked else {"alpha": smoothed[leader].alpha} if leader in smoothed else {"uncovered": 1.0}
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
+    for name in names:
+        noted[name] = {
+            **reached,
+            **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
+        }
     if step.gptq is None:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            health[name] = dict(noted)
+            noted[name] |= _seen_again(
+                entry, name, weight, codes[name], codes[name], observer, smoothed.get(leader), limits, looked.get(name)
+            )
         return
     hessian = observer.get(names[0], "hessian").value
     if leader in smoothed:
@@ -198,15 +220,47 @@ def _solve(
     )
     for name, weight, result in zip(names, weights, results, strict=True):
         codes[name] = result.qtensor
-        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype).dequantize()
-        errors = [_share(error) for error in output_errors(weight, [rounded, result.qtensor.dequantize()], hessian=hessian)]
-        health[name] = {
-            **noted,
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype)
+        lost = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
+        errors = [_share(error) for error in lost]
+        noted[name] |= _seen_again(entry, name, weight, rounded, result.qtensor, observer, smoothed.get(leader), limits, looked.get(name))
+        noted[name] |= {
             "damping": result.damping,
             "dead": float(result.dead),
             "output_error_rounded": errors[0],
             "output_error": errors[1],
+            "moved": asdict(moved(weight, result.qtensor)),
         }
+
+
+def _seen_again(
+    entry: Entry,
+    name: str,
+    weight: torch.Tensor,
+    rounded: QTensor,
+    chosen: QTensor,
+    observer: Observer,
+    smoothed: Smoothed | None,
+    limits: Mapping[str, float],
+    looked: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A layer's health with what smoothing made of its inputs, and what is lost after it and after the codes were chosen. ``rounded``: the
+    ``weight`` as it is now, rounded to nearest where something else ``chosen`` its codes."""
+    if not looked:
+        return {}
+    assert entry.scheme is not None
+    rows, limit = observer.get(name, "rows").value, limits.get(name) if entry.scheme.static else None
+    more: dict[str, Any] = {}
+    errors = list(looked["errors"])
+    if smoothed is not None:
+        rows = rows.float() / smoothed.scales
+        more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
+        errors.append(health.lost("smoothquant", weight, rounded, health.few(rows), entry.scheme.activation, limit))
+    last = entry.steps[-1]
+    if last.gptq or (last.rtn and last.rtn.clip and smoothed is None):
+        after = "gptq" if last.gptq else "rtn with clip"
+        errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))
+    return {"health": {**looked, **more, "errors": errors}}
 
 
 def _share(error: torch.Tensor) -> float:
@@ -214,7 +268,7 @@ def _share(error: torch.Tensor) -> float:
     return float(f"{error.sqrt().item():.4g}")
 
 
-def _weight(skeleton: Skeleton, name: str) -> torch.Tensor:
+def weight_of(skeleton: Skeleton, name: str) -> torch.Tensor:
     """(out, in) in float32, as it is now."""
     from transformers.pytorch_utils import Conv1D
 

@@ -255,11 +255,11 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
 
     def download(file: str) -> Path:
         # Always by commit: a branch that moves between two requests would leave one commit's bytes under another's name.
-        with _hub_errors(repo, revision):
-            return Path(_retried(lambda: hf_hub_download(repo, file, revision=commit)))
+        with hub_errors(repo, revision):
+            return Path(retried(lambda: hf_hub_download(repo, file, revision=commit)))
 
-    with _hub_errors(repo, revision):
-        info = _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+    with hub_errors(repo, revision):
+        info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
         commit = str(info.sha)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
         wanted = [name for name in siblings if any(PurePosixPath(name).match(pattern) for pattern in patterns) and "/" not in name]
@@ -285,9 +285,7 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         def header(file: str) -> dict[str, Located]:
             local = cached[file]
             return (
-                read_header(local, file)[0]
-                if local
-                else _retried(lambda: _remote_header(repo, commit, file, int(siblings[file].size or 0)))
+                read_header(local, file)[0] if local else retried(lambda: _remote_header(repo, commit, file, int(siblings[file].size or 0)))
             )
 
         with ThreadPoolExecutor(8) as pool:
@@ -318,9 +316,9 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     def peek(names: list[str]) -> list[bytes]:
         def one(name: str) -> bytes:
             item, local = located[name], cached[located[name].file]
-            return _bytes_of(item, local) if local else _retried(lambda: _remote_bytes(repo, commit, item))
+            return _bytes_of(item, local) if local else retried(lambda: _remote_bytes(repo, commit, item))
 
-        with _hub_errors(repo, revision), ThreadPoolExecutor(8) as pool:
+        with hub_errors(repo, revision), ThreadPoolExecutor(8) as pool:
             return list(pool.map(one, names))
 
     return _decoded(checkpoint, folder / SIDE_FILE, peek)
@@ -561,7 +559,7 @@ def _cached(found: Any) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _retried(request: Callable[[], _T]) -> _T:
+def retried(request: Callable[[], _T]) -> _T:
     """Tries again when the Hub is busy (429, 5xx) or the line drops: huggingface_hub itself does so for some requests only."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever it is built on
@@ -599,7 +597,7 @@ def _remote_bytes(repo: str, commit: str, item: Located) -> bytes:
 
 
 @contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turns what huggingface_hub raises into one sentence that says what to do."""
     try:
         yield

@@ -36,6 +36,21 @@ class AbsMax:
         self.value = torch.maximum(self.value, other.value.to(self.value.device))
 
 
+class Maxima:
+    """The largest magnitude of each update: ``kept``, float32 scalars in the order of updates."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    def update(self, x: torch.Tensor) -> None:
+        if x.numel():
+            low, high = torch.aminmax(x)
+            self.kept.append(torch.maximum(high, -low).float())
+
+    def merge(self, other: Maxima) -> None:
+        self.kept += other.kept
+
+
 class MinMax:
     """The smallest and the largest value: ``low`` and ``high``, float32 scalars, ``+inf`` and ``-inf`` before anything was seen."""
 

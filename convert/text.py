@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert.datasets import Rows, Selection, is_hub_id, open_dataset, open_parquet
 from formats.errors import InputError
 
 TEXTS = Path(__file__).parent / "texts"
@@ -31,19 +33,35 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be loaded, so there is no text to run ({error})") from None
 
 
+#: The split of a dataset that is read for each purpose, unless the recipe names one.
+SPLITS = {"calibration": "train", "validation": "validation"}
+EVERYTHING = Selection()
+
+
 def take_tokens(
-    text: str, tokenizer: Any, *, sequences: int, length: int, purpose: str, seed: int | None = None
+    text: str,
+    tokenizer: Any,
+    *,
+    sequences: int,
+    length: int,
+    purpose: str,
+    seed: int | None = None,
+    selection: Selection = EVERYTHING,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """int64 (sequences, length), each begun as the tokenizer begins a text, and a record of what they were made of.
 
-    The text is read from its beginning; with ``seed`` its sequences are drawn from all of it. Raises :class:`InputError` when it is too
-    short.
+    The text is read from its beginning; with ``seed`` its sequences are drawn from all of it. A dataset on the Hub or a .parquet file is
+    read as far as it has to be, with ``seed`` in random order (:mod:`convert.datasets`). Raises :class:`InputError` when it is too short.
     """
-    content, name = _read_text(text, purpose)
     start = (
         [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
     )
     body = length - len(start)
+    rows = _open_rows(text, selection, purpose=purpose, column="text", seed=seed)
+    if rows is not None:
+        content, name, seed = _enough(rows, tokenizer, sequences * body), rows.name, None
+    else:
+        content, name = _read_text(text, purpose, selection.column or "text")
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < sequences * body:
         raise InputError(
@@ -53,53 +71,108 @@ def take_tokens(
     chosen = places[:sequences] if seed is None else sorted(random.Random(seed).sample(places, sequences))
     tokens = np.array([[*start, *ids[i * body : (i + 1) * body]] for i in chosen], dtype=np.int64)
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return tokens, {"text": name, "tokens": int(tokens.size), "length": length, "tokens_sha256": digest}
+    record = rows.record if rows is not None else {}
+    return tokens, {"text": name, **record, "tokens": int(tokens.size), "length": length, "tokens_sha256": digest}
 
 
 def take_documents(
-    text: str, tokenizer: Any, *, sequences: int, length: int, seed: int, chat: bool
+    text: str, tokenizer: Any, *, sequences: int, length: int, seed: int, chat: bool, selection: Selection = EVERYTHING
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Documents as they are, int64 (at most ``length``,) each and cut there, drawn from all of a .jsonl file; and a record of them.
+    """Documents as they are, int64 (at most ``length``,) each and cut there, drawn from all of a .jsonl file; and a record of them. Of a
+    dataset on the Hub or a .parquet file they are the first in the random order in which these are read.
 
-    ``chat``: a line has ``messages``, and the tokenizer's chat template is applied to them; else a line has a ``text``, begun as the
-    tokenizer begins one. Raises :class:`InputError` for a line that has not what is asked for, a tokenizer without a template, and too few.
+    ``chat``: a row has ``messages``, and the tokenizer's chat template is applied to them; else a row has a ``text``, begun as the
+    tokenizer begins one. Raises :class:`InputError` for a row that has not what is asked for, a tokenizer without a template, and too few.
     """
     path = Path(text)
-    if path.suffix != ".jsonl":
-        raise InputError(f"calibration text {text}: documents are the lines of a .jsonl file; give one, or leave documents and chat out")
+    key = selection.column or ("messages" if chat else "text")
     if chat and not tokenizer.chat_template:
         raise InputError("calibration.chat: the tokenizer of this model has no chat template; leave chat out")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"calibration text {text}: cannot be read ({error.strerror})") from None
-    if len(lines) < sequences:
-        raise InputError(f"calibration text {path.name}: {len(lines):,} documents, {sequences:,} are needed; give more or ask for fewer")
-    key = "messages" if chat else "text"
+    rows = _open_rows(text, selection, purpose="calibration", column=key, seed=seed)
+    name, record = (rows.name, rows.record) if rows is not None else (path.name, {})
+    chosen = list(_first(rows, sequences)) if rows is not None else _drawn(path, key, sequences, seed)
     documents = []
-    for i in sorted(random.Random(seed).sample(range(len(lines)), sequences)):
+    for place, content in chosen:
         try:
-            content = json.loads(lines[i])[key]
             spelled = tokenizer.apply_chat_template(content, tokenize=False) if chat else str(content)
         except Exception as error:  # noqa: BLE001  a template is code of the model's, and fails as it likes
-            raise InputError(f'calibration text {path.name}: line {i + 1} has no usable "{key}" ({error})') from None
+            raise InputError(f'calibration text {name}: {place} has no usable "{key}" ({error})') from None
         ids = tokenizer(spelled, add_special_tokens=not chat, verbose=False).input_ids[:length]
         if not ids:
-            raise InputError(f"calibration text {path.name}: line {i + 1} is empty")
+            raise InputError(f"calibration text {name}: {place} is empty")
         documents.append(np.array(ids, dtype=np.int64))
     digest = hashlib.sha256(b"".join(len(item).to_bytes(8, "little") + item.tobytes() for item in documents)).hexdigest()
-    tokens = sum(len(item) for item in documents)
     return documents, {
-        "text": path.name,
+        "text": name,
+        **record,
         "documents": len(documents),
         "chat": chat,
-        "tokens": tokens,
+        "tokens": sum(len(item) for item in documents),
         "length": length,
         "tokens_sha256": digest,
     }
 
 
-def _read_text(name: str, purpose: str) -> tuple[str, str]:
+def _open_rows(text: str, selection: Selection, *, purpose: str, column: str, seed: int | None) -> Rows | None:
+    """What is read as a stream, or None for what is read whole."""
+    if Path(text).suffix == ".parquet":
+        return open_parquet(Path(text), column=selection.column or column, seed=seed)
+    if text != "sample" and is_hub_id(text):
+        return open_dataset(text, selection, split=SPLITS[purpose], column=column, seed=seed)
+    return None
+
+
+def _enough(rows: Rows, tokenizer: Any, tokens: int) -> str:
+    """Rows with an empty line between them, as many as make so many tokens and a few more, or all there are."""
+    taken: list[str] = []
+    left = tokens + tokens // 50
+    for value in rows.values:
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"text {rows.name}: {rows.record['column']} holds {type(value).__name__}, not text; say another column")
+        if value and value.strip():
+            taken.append(value)
+            left -= len(tokenizer(value, add_special_tokens=False, verbose=False).input_ids)
+        if left <= 0:
+            break
+    return "\n\n".join(taken)
+
+
+def _first(rows: Rows, count: int) -> Iterator[tuple[str, Any]]:
+    """Rows that are not empty, each with its place."""
+    seen = 0
+    for i, value in enumerate(rows.values):
+        if seen == count:
+            return
+        if value is not None and (not isinstance(value, str) or value.strip()):
+            seen += 1
+            yield f"row {i + 1} as read", value
+    if seen < count:
+        raise InputError(f"calibration text {rows.name}: {seen:,} documents, {count:,} are needed; give more or ask for fewer")
+
+
+def _drawn(path: Path, key: str, count: int, seed: int) -> list[tuple[str, Any]]:
+    """Lines of a .jsonl file, drawn from all of it."""
+    if path.suffix != ".jsonl":
+        raise InputError(
+            f"calibration text {path}: documents are rows of a .jsonl or .parquet file or of a dataset on the Hub; give one, or leave "
+            "documents and chat out"
+        )
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"calibration text {path}: cannot be read ({error.strerror})") from None
+    if len(lines) < count:
+        raise InputError(f"calibration text {path.name}: {len(lines):,} documents, {count:,} are needed; give more or ask for fewer")
+    found = []
+    for i in sorted(random.Random(seed).sample(range(len(lines)), count)):
+        try:
+            found.append((f"line {i + 1}", json.loads(lines[i])[key]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'calibration text {path.name}: line {i + 1} has no usable "{key}" ({error})') from None
+    return found
+
+
+def _read_text(name: str, purpose: str, column: str = "text") -> tuple[str, str]:
     if name == "sample":
         file, title = SAMPLES[purpose]
         return (TEXTS / file).read_text(encoding="utf-8"), title
@@ -107,9 +180,9 @@ def _read_text(name: str, purpose: str) -> tuple[str, str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            content = "\n\n".join(str(json.loads(line)["text"]) for line in content.splitlines() if line.strip())
+            content = "\n\n".join(str(json.loads(line)[column]) for line in content.splitlines() if line.strip())
     except OSError as error:
         raise InputError(f"{purpose} text {name}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{purpose} text {name}: each line must be a JSON object with a "text" ({error})') from None
+        raise InputError(f'{purpose} text {name}: each line must be a JSON object with a "{column}" ({error})') from None
     return content, path.name

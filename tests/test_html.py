@@ -88,6 +88,22 @@ def make_pair(
     return Report(**(measured | report)), about
 
 
+def make_health(count: int, static: bool = True) -> dict[str, Any]:
+    """As :mod:`convert.health` makes it; the down projection of layer 2 is ruined where inputs are static."""
+
+    def one(i: int, name: str) -> dict[str, Any]:
+        bad = static and (i, name) == (2, "mlp.down_proj")
+        inputs = {"absmax": 3000.0 if bad else 10.0 + i, "typical": 0.05, "outliers": int(bad), "channels": 64, "drift": 1.1}
+        inputs |= {"limit": inputs["absmax"], "clipped": 0.0} if static else {}
+        rounded = {"after": "rtn", "weight": 0.01, "output": 0.02 + i / 1000, "typical": 0.9 if bad else 0.015}
+        if static:
+            return {"inputs": inputs, "errors": [rounded]}
+        smoothed = {key: inputs[key] for key in ("typical", "outliers", "channels")} | {"absmax": 2.0}
+        return {"inputs": inputs, "smoothed": smoothed, "errors": [rounded, {**rounded, "after": "gptq", "output": 0.005}]}
+
+    return {f"model.layers.{i}.{name}": one(i, name) for i in range(count) for name in PROJECTIONS}
+
+
 class Page(HTMLParser):
     """Holds the text and the attributes of a page; a tag that is closed out of order, or never, is a failed assertion."""
 
@@ -204,6 +220,24 @@ def test_contrast_is_wcag_aa(palette: int) -> None:
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
 
 
+def test_health_names_what_static_scales_ruin() -> None:
+    page = Page(render(*make_pair(health=make_health(4))))
+    assert "Static activations ruin model.layers.2.mlp.down_proj (output off by 90%, largest input 3,000, median 0.05): keep" in page.text
+    assert page.text.count("✗ ruined") == 1
+    assert "90% ✗ 2" not in page.text, "the heat map's row has its own place"
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "td" and "shade" in (attrs.get("class") or "")].count("shade8") == 1
+    assert [tag for tag, _ in page.tags if tag == "h2"] == ["h2"] * 7
+    assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
+
+
+def test_health_shows_before_and_after_each_algorithm() -> None:
+    text = Page(render(*make_pair(health=make_health(1, static=False)))).text
+    assert "10 → 2" in text
+    assert "2.00% → 0.50%" in text
+    assert "rtn → gptq" in text
+    assert "ruin" not in text
+
+
 def test_everything_kept() -> None:
     page = Page(render(*make_pair(())))
     assert "No tensor is quantized" in page.text
@@ -268,6 +302,10 @@ def test_page_of_a_huge_mixture_of_experts_stays_small() -> None:
     report, manifest = make_pair()
     layers = tuple(LayerNumbers(name, "int8", 30.0 + i % 17, 0.5, 0.0) for i, name in enumerate(names))
     assert len(render(replace(report, layers=layers), manifest)) < 200_000
+    seen = make_health(1, static=False)["model.layers.0.mlp.down_proj"]
+    page = render(replace(report, health={name.removesuffix(".weight"): seen for name in names}), manifest)
+    assert len(page) < 2_000_000
+    assert "The 1,000 layers with the most error, of 7,200" in page
 
 
 def chromium(folder: Path, *options: str) -> str:
@@ -284,7 +322,7 @@ def chromium(folder: Path, *options: str) -> str:
 def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
     long = LayerNumbers("model.layers.0." + "very_long_name" * 12 + ".weight", "int8-dynamic", 12.0, 0.5, 0.1)
     checks = (holds("vllm: loads and runs", False, "x" * 600), *make_pair()[0].checks)
-    page = render(*make_pair((long, *make_layers(30)), checks=checks, prompt="y" * 900))
+    page = render(*make_pair((long, *make_layers(30)), checks=checks, prompt="y" * 900, health=make_health(30)))
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     for width, height in ((390, 844), (1280, 900)):
         picture = tmp_path / f"{width}.png"
@@ -294,13 +332,19 @@ def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
     frames = "".join(f'<iframe width="{width}" height="800" srcdoc="{html.escape(page)}"></iframe>' for width in (360, 1280))
     measure = """onload = () => { document.body.dataset.found = [...document.querySelectorAll("iframe")].map(frame => {
         const page = frame.contentDocument, root = page.documentElement, box = page.getElementById("filter");
-        page.querySelector("details").open = true;
+        page.querySelectorAll("details").forEach(part => { part.open = true; });
         box.value = "LAYERS.7. down"; box.dispatchEvent(new Event("input"));
         const rows = [...page.querySelectorAll("#ledger tbody tr")].filter(row => !row.hidden);
-        return [root.clientWidth, root.scrollWidth, rows.length, page.getElementById("count").textContent].join(" ");
+        const table = page.querySelector("#health table"), [first, second] = table.querySelectorAll("button");
+        const top = () => table.tBodies[0].rows[0].cells[0].textContent;
+        second.click();
+        const largest = top();
+        second.click();
+        return [root.clientWidth, root.scrollWidth, rows.length, page.getElementById("count").textContent, largest, top()].join(" ");
     }).join("; "); }"""
     (tmp_path / "frames.html").write_text(f"<!doctype html><body>{frames}<script>{measure}</script>", encoding="utf-8")
     written = chromium(tmp_path, "--dump-dom", (tmp_path / "frames.html").as_uri())
     found = re.search(r'data-found="([^"]*)"', written)
     assert found
-    assert found[1] == "360 360 1 1 of 212 tensors; 1280 1280 1 1 of 212 tensors"
+    sides = "model.layers.2.mlp.down_proj model.layers.0.self_attn.q_proj"
+    assert found[1] == f"360 360 1 1 of 212 tensors {sides}; 1280 1280 1 1 of 212 tensors {sides}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -59,6 +59,14 @@ def tile_scales(
     return _scales(_tiles(weight.float(), quantization), quantization, scale_dtype, clip_search, energy)[:, 0, :, 0]
 
 
+def scale_choices(
+    weight: torch.Tensor, quantization: Quantization, *, scale_dtype: torch.dtype, clip_search: Sequence[float] = ()
+) -> torch.Tensor:
+    """Every scale that :func:`quantize` may take for each tile: (1 + searched, tiles down, tiles across)."""
+    absmax = _absmax(_tiles(weight.float(), quantization))
+    return torch.stack([scale[:, 0, :, 0] for scale in _choices(absmax, quantization, scale_dtype, clip_search)])
+
+
 def _tiles(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """A view (tiles down, rows of a tile, tiles across, columns of a tile)."""
     rows, columns = values.shape
@@ -71,19 +79,30 @@ def _tiles(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
 def _scales(
     tiles: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype, clip_search: Sequence[float], energy: torch.Tensor | None
 ) -> torch.Tensor:
-    # Two reductions and no temporary: fresh memory costs more than the second pass.
-    absmax = torch.maximum(tiles.amax(dim=(1, 3), keepdim=True), tiles.amin(dim=(1, 3), keepdim=True).neg_())
-    best = _stored(absmax / quantization.grid.high, quantization, scale_dtype)
+    choices = _choices(_absmax(tiles), quantization, scale_dtype, clip_search)
+    best = next(choices)
     if not clip_search:
         return best
     importance = None if energy is None else energy.float().view(1, 1, *tiles.shape[2:])
     least = _loss(tiles, best, quantization.grid, importance)
-    for ratio in clip_search:
-        candidate = _stored(absmax * (ratio / quantization.grid.high), quantization, scale_dtype)
+    for candidate in choices:
         loss = _loss(tiles, candidate, quantization.grid, importance)
         better = loss < least
         best, least = torch.where(better, candidate, best), torch.where(better, loss, least)
     return best
+
+
+def _absmax(tiles: torch.Tensor) -> torch.Tensor:
+    # Two reductions and no temporary: fresh memory costs more than the second pass.
+    return torch.maximum(tiles.amax(dim=(1, 3), keepdim=True), tiles.amin(dim=(1, 3), keepdim=True).neg_())
+
+
+def _choices(
+    absmax: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype, clip_search: Sequence[float]
+) -> Iterator[torch.Tensor]:
+    yield _stored(absmax / quantization.grid.high, quantization, scale_dtype)
+    for ratio in clip_search:
+        yield _stored(absmax * (ratio / quantization.grid.high), quantization, scale_dtype)
 
 
 def _stored(scale: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype) -> torch.Tensor:

@@ -24,7 +24,7 @@ from convert.pipeline import convert, plan
 from convert.progress import QUIET, Lines
 from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
-from formats.errors import InputError, MachineError
+from formats.errors import InputError, MachineError, RecipeError
 from formats.manifest import read_manifest
 
 #: Whether this CPU multiplies in bfloat16.
@@ -312,19 +312,22 @@ def test_smoothing_leaves_the_function_and_the_ledger_says_it(alpha: str, make_l
     assert solved["model.layers.0.mlp.down_proj"]["alpha"] == (0.7 if alpha == "0.7" else pytest.approx(0.65, abs=0.65))
 
 
-@pytest.mark.parametrize(
-    ("family", "bare"), [("llama", ""), ("gpt_neox", "gpt_neox.layers.0.attention.dense (and 3 more) is not smoothed")]
-)
-def test_layers_that_nothing_can_smooth_are_named(
-    family: str, bare: str, recipe_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("family", "bare"), [("llama", ()), ("gpt_neox", ("attention.dense", "mlp.dense_4h_to_h"))])
+def test_layers_that_nothing_can_smooth_are_an_error_unless_the_recipe_leaves_them(
+    family: str, bare: tuple[str, ...], recipe_for: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_family(family, tmp_path)
     save_tokenizer(folder, 300)
     text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.5}}}}, rtn]")
-    convert(recipe_for(folder, text=text), tmp_path / "out", check=False, progress=Lines())
-    said = capsys.readouterr().err
-    assert bare in said
-    assert bool(bare) == ("is not smoothed" in said)
+    if bare:
+        with pytest.raises(RecipeError, match=r"^test.yaml:6:\d+: smoothquant does not reach gpt_neox.layers.0.attention.dense, gpt_neox"):
+            convert(recipe_for(folder, text=text), tmp_path / "refused", check=False)
+        assert not (tmp_path / "refused").exists(), "nothing is left of it"
+        text = text.replace("alpha: 0.5", "uncovered: leave")
+    made = convert(recipe_for(folder, text=text), tmp_path / "out", check=False, progress=Lines()).artifacts[0]
+    assert ("is not smoothed" in capsys.readouterr().err) == bool(bare)
+    noted = [entry["module"] for entry in made.manifest.ledger if "not smoothed (nothing" in entry.get("note", "")]
+    assert noted == [f"gpt_neox.layers.{i}.{name}" for i in range(2) for name in bare]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -114,6 +114,82 @@ def test_codes_and_scales_that_are_off_are_caught_by_the_numbers(make_llama: Any
     assert [layer.tensor for layer in compare(path, source, threads=2) if layer.worst > 1] == [changed]
 
 
+SOLVED = """
+model: {{model}}
+calibration: {{{{sequences: 12, length: 32}}}}
+{validation}
+targets:
+  - {{{{name: q, format: compressed-tensors, rules: [{{{{match: linear, scheme: {scheme}, algorithm: {algorithm}}}}}]}}}}
+"""
+SMOOTH = "{{smoothquant: {{alpha: 0.7}}}}"
+
+
+def next_code(tensors: dict[str, torch.Tensor]) -> str:
+    """One code of six thousand, by one step."""
+    codes = tensors["model.layers.1.mlp.up_proj.weight"]
+    codes.view(torch.uint8)[5, 3] += 1  # no tie: that would lie as near on the other side
+    return "model.layers.1.mlp.up_proj.weight"
+
+
+def swap_codes(tensors: dict[str, torch.Tensor]) -> str:
+    """What moves no sum of codes."""
+    codes = tensors["model.layers.0.self_attn.v_proj.weight"].view(torch.uint8)
+    codes[[3, 4]] = codes[[4, 3]]
+    return "model.layers.0.self_attn.v_proj.weight"
+
+
+def nudge_scale(tensors: dict[str, torch.Tensor]) -> str:
+    """By one unit in the last place of a bfloat16."""
+    tensors["model.layers.0.mlp.down_proj.weight_scale"].view(torch.int16)[0] += 1
+    return "model.layers.0.mlp.down_proj.weight"
+
+
+def nudge_norm(tensors: dict[str, torch.Tensor]) -> str:
+    tensors["model.layers.1.input_layernorm.weight"].view(torch.int16)[9] += 2
+    return "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "reference", "changes"),
+    [
+        ("int8-dynamic", f"[{SMOOTH}, gptq]", "float32", (next_code, swap_codes, nudge_scale, nudge_norm)),
+        ("int8-dynamic", f"[{SMOOTH}, rtn]", "source", (swap_codes, nudge_scale, nudge_norm)),
+        ("int8-dynamic", "{{gptq: {{clip: true}}}}", "float32", (next_code, swap_codes)),
+        ("int8-static", "{{rtn: {{clip: true}}}}", "float32", (next_code, swap_codes)),
+        ("int8-weight-only-g32", "{{gptq: {{static_groups: false, activation_order: false}}}}", "float32", ()),
+        ("fp8-static", f"[{SMOOTH}, gptq]", "source", (next_code, swap_codes, nudge_norm)),
+    ],
+)
+def test_solved_and_smoothed_layers_are_held_to_what_can_be_made_again(
+    scheme: str, algorithm: str, reference: str, changes: tuple[Any, ...], make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    text = SOLVED.format(scheme=scheme, algorithm=algorithm, validation=f"validation: {{{{reference: {reference}}}}}")
+    outcome = pipeline.convert(recipe_for(make_llama(), text=text), tmp_path / "out", check=False)
+    path, source = outcome.artifacts[0].path, outcome.plan.checkpoint
+    found = compare(path, source, threads=2)
+    assert len(found) == 14 + ("smooth" in algorithm) * 4
+    assert {layer.tensor for layer in found if layer.worst > 1} == set()
+    for change in changes:
+        tensors = load_file(path / "model.safetensors")
+        changed = change(tensors)
+        save_file(tensors, tmp_path / "changed.safetensors", metadata={"format": "pt"})
+        whole = (path / "model.safetensors").rename(tmp_path / "whole.safetensors")
+        (tmp_path / "changed.safetensors").rename(path / "model.safetensors")
+        assert [layer.tensor for layer in compare(path, source, threads=2) if layer.worst > 1] == [changed], change.__name__
+        whole.rename(path / "model.safetensors")
+
+
+def test_what_gptq_did_not_note_does_not_pass(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    text = SOLVED.format(scheme="int8-dynamic", algorithm="gptq", validation="")
+    outcome = pipeline.convert(recipe_for(make_llama(), text=text), tmp_path / "out", check=False)
+    manifest = outcome.artifacts[0].path / "octavo.json"
+    record = json.loads(manifest.read_text())
+    del record["calibration"]["solved"]["model.layers.1.mlp.up_proj"]["moved"]
+    manifest.write_text(json.dumps(record))
+    found = compare(manifest.parent, outcome.plan.checkpoint, threads=2)
+    assert [layer.tensor for layer in found if layer.worst > 1] == ["model.layers.1.mlp.up_proj.weight"]
+
+
 def test_an_artifact_that_would_load_as_floats_is_caught(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     outcome = pipeline.convert(recipe_for(make_llama()), tmp_path / "out", check=False)
     path = outcome.artifacts[0].path
