@@ -1,12 +1,13 @@
 """Loads the graph of a folder in ONNX Runtime as a user would and writes down what it computes.
 
 Run as ``python -m convert.runtimes.onnxruntime REQUEST ANSWER``, both JSON files. This module imports nothing of this package, so that any
-interpreter with onnxruntime and NumPy can run it.
+interpreter with onnxruntime, onnx and NumPy can run it.
 
 Request and answer are those of :mod:`convert.runtimes.transformers`; beside them the request has ``mode`` (``as exported``: no graph
-optimisation; ``as deployed``: the session's defaults), and the answer ``session`` (providers and options, for people), ``kernels`` (how
-often each operator that reads weights ran, for one token) and ``checks`` (name -> [value, limit]: decoding from the cache against one pass,
-and a batch of two with padding on the left against each alone: the largest difference of logits over their largest magnitude).
+optimisation, and ONNX's checker has to accept it; ``as deployed``: the session's defaults), and the answer ``session`` (providers and
+options, for people), ``kernels`` (how often each operator that reads weights ran, for one token) and ``checks`` (name -> [value, limit]:
+decoding from the cache against one pass, and a batch of two with padding on the left against each alone: the largest difference of logits
+over their largest magnitude).
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class Session:
         providers = ["CUDAExecutionProvider"] if request["device"] == "cuda" else []
         self._session = onnxruntime.InferenceSession(str(graphs[0]), options, providers=[*providers, "CPUExecutionProvider"])
         self._graph = graphs[0]
+        if request["mode"] == "as exported" and not self._graph.is_symlink():  # it refuses links, which Hub clients make
+            self._require_valid()
         self._cache = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self._outputs = [item.name for item in self._session.get_outputs()]
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
@@ -176,6 +179,12 @@ class Session:
         import onnx
 
         return onnx.load_model(self._graph, load_external_data=False)
+
+    def _require_valid(self) -> None:
+        """Raises what ONNX's own checker has to say against the graph."""
+        import onnx
+
+        onnx.checker.check_model(str(self._graph))
 
     def agreement(self, mode: str) -> float:
         """How far logits of the same tokens may be apart, as a share of the largest."""
