@@ -17,14 +17,17 @@ from families import FAMILIES
 from onnx.reference import ReferenceEvaluator
 
 from convert import pipeline
+from convert.export import export as export_plan
 from convert.numbers import compare
 from convert.onnx.families import FAMILIES as KNOWN
+from convert.progress import QUIET
 from convert.runtimes.onnxruntime import MODES
 from convert.runtimes.onnxruntime import main as run_program
 from convert.source import open_source
 from formats import FORMATS
 from formats.dtypes import numpy_dtype
 from formats.errors import RecipeError
+from formats.inspect import compatibility, inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
 from formats.safetensors import TensorSpec
@@ -436,3 +439,46 @@ def test_numbers_hold_and_so_does_the_ledger(
     data.write_bytes(raw)
     assert any(layer.worst > 1 for layer in compare(artifact.path, open_source(artifact.manifest.source["origin"]), threads=1))
     assert any("bytes have changed" in finding.what for finding in verify(artifact.path).findings)
+
+
+def test_an_interrupted_run_is_taken_up_where_it_stopped(make_llama: Any, recipe_for: Callable[..., Any], tmp_path: Path) -> None:
+    """Half of the tensors are in the journal, among them one of three that lie side by side; the others' bytes are not there yet."""
+    job = pipeline.plan(recipe_for(make_llama(), INT8, text=RECIPE))
+    whole = export_plan(job, tmp_path / "whole", QUIET)[0].path
+    partial = tmp_path / "out" / ".q.partial"
+    (partial / "onnx").mkdir(parents=True)
+    target = job.targets[0]
+    done = [entry for entry in target.entries if not entry.tensor.name.endswith(("k_proj.weight", "down_proj.weight", "norm.weight"))]
+    raw = (whole / target.shards[0].file).read_bytes()
+    places = {item.spec.name: item for item in target.shards[0].tensors}
+    data = bytearray(len(raw))
+    for spec in (spec for entry in done for spec in entry.outputs):
+        item = places[spec.name]
+        width = spec.size_bytes // spec.matrix_shape[0]
+        for i in range(spec.matrix_shape[0]):
+            start = item.start + i * (item.pitch_bytes or width)
+            data[start : start + width] = raw[start : start + width]
+    assert bytes(data) != raw
+    (partial / target.shards[0].file).write_bytes(data)
+    (partial / "journal").write_text("".join(f"{line}\n" for line in (job.digest, *(entry.tensor.name for entry in done))))
+    resumed = export_plan(job, tmp_path / "out", QUIET)[0].path
+    assert {path.name: path.read_bytes() for path in (resumed / "onnx").iterdir()} == {
+        path.name: path.read_bytes() for path in (whole / "onnx").iterdir()
+    }
+    assert (resumed / "octavo.json").read_bytes() == (whole / "octavo.json").read_bytes()
+    assert not (tmp_path / "out" / ".q.partial").exists()
+
+
+def test_inspect_shows_the_quantization_and_where_it_loads(make_llama: Any, export: Callable[..., Path]) -> None:
+    out = export(make_llama(), INT8)
+    found = inspect(out)
+    assert found["quantization"]["schemes"] == ["int8-weight-only"]
+    assert found["metadata"]["opset"] == {"ai.onnx": 23}
+    assert {(row["dtype"], row["kind"]): row["tensors"] for row in found["tensors"]} == {
+        ("I8", "codes"): 15,
+        ("F32", "matrices"): 1,
+        ("F32", "scales and shapes"): 15,
+        ("F32", "vectors"): 5,
+    }
+    (line,) = [line for line in compatibility(out)["matrix"] if line["runtime"] == "onnxruntime"]
+    assert line["kernels"]["cpu-vnni"] == "native"
