@@ -15,6 +15,7 @@ from convert.crew import Crew, crew
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
 from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
+from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     settings = _settings(plan)
     folder = scratch / "tokenizer"
     folder.mkdir()
-    for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
+    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
     selection = Selection(settings.config, settings.split, settings.column)

@@ -11,6 +11,7 @@ from convert.compatibility import parts_of_ledger, places
 from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.manifest import Manifest
+from formats.tensors import GRAPHS
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 
@@ -31,7 +32,7 @@ def render_card(report: Report, manifest: Manifest) -> str:
         license=source["licence"],
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
-        library_name="transformers",
+        library_name="transformers.js" if manifest.format in GRAPHS else "transformers",
         pipeline_tag="text-generation" if predicts else "feature-extraction",
         tags=["octavo", manifest.format, *schemes],
     )
@@ -52,11 +53,11 @@ def render_card(report: Report, manifest: Manifest) -> str:
             bounds=target["limits"],
             predicts=predicts,
             auto="AutoModelForCausalLM" if predicts else "AutoModel",
-            weight_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors")),
+            weight_bytes=manifest.weight_bytes,
             places=places(
                 manifest.format,
                 parts_of_ledger(manifest.ledger),
-                {run.name: f"{run.versions.get(run.name, '')} {run.device}" for run in report.runtimes},
+                {run.program: f"{run.versions.get(run.program, '')} {run.device}" for run in report.runtimes},
             ),
             repo=(recipe["push"] or {}).get("repo", "FOLDER"),
             recipe=_yaml(recipe),

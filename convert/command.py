@@ -411,7 +411,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
 
     console = Console(highlight=False, soft_wrap=True)
     manifest = read_manifest(path)
-    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors"))
+    weights = manifest.weight_bytes
     quantized = sum(entry["decision"] == "quantize" for entry in manifest.ledger)
     verdict = "" if report is None else "  [bold green]passed[/]" if report.passed else "  [bold red]failed[/]"
     console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))

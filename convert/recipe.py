@@ -34,6 +34,7 @@ from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
+from formats.tensors import GRAPHS
 
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
@@ -193,6 +194,12 @@ class Options(_Section):
 
     llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
+    floats: Literal["float32", "float16"] | None = None
+    """onnx: what is not quantized, keys and values too; float32 unless given."""
+    tied_embedding: Literal["float", "shared"] | None = None
+    """onnx-matmulnbits: a tied head that is quantized leaves the embedding as floats beside it, unless both share the codes."""
+    attention: Literal["standard", "gqa"] | None = None
+    """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
@@ -410,6 +417,10 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+#: Which formats have an option, where it is not all graphs.
+_OWNERS = {"llm_int8_threshold": ("bitsandbytes",), "tied_embedding": ("onnx-matmulnbits",)}
+
+
 def _cross_check(recipe: Recipe) -> None:
     seen: dict[str, int] = {}
     for i, target in enumerate(recipe.targets):
@@ -419,10 +430,11 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
-        if target.options.llm_int8_threshold is not None and target.format != "bitsandbytes":
-            raise RecipeError(
-                f"{recipe.where('targets', i, 'options', 'llm_int8_threshold')}: {target.format} has no such option; bitsandbytes has it"
-            )
+        for option in target.options.model_dump(exclude_none=True):
+            owners = _OWNERS.get(option, GRAPHS)
+            if target.format not in owners:
+                where = recipe.where("targets", i, "options", option)
+                raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
     for key, section in (("calibration", recipe.calibration), ("validation", recipe.validation)):
         if section is not None:
             _check_text(recipe, key, section)

@@ -357,11 +357,13 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 class SafetensorsReader:
-    """Reads rows out of safetensors files with ``pread``: no map, so that pages read are not counted as held."""
+    """Reads rows out of safetensors files with ``pread``: no map, so that pages read are not counted as held. Without ``headers`` the files
+    are data alone, as beside an ONNX graph."""
 
-    def __init__(self, located: Mapping[str, Located], path: Callable[[str], Path]) -> None:
+    def __init__(self, located: Mapping[str, Located], path: Callable[[str], Path], *, headers: bool = True) -> None:
         self._located = located
         self._path = path
+        self._headers = headers
         self._open: dict[str, tuple[Path, int]] = {}
         self._locks: dict[str, Lock] = {item.file: Lock() for item in located.values()}
 
@@ -371,17 +373,36 @@ class SafetensorsReader:
 
         item = self._located[name]
         rows, columns = item.spec.matrix_shape
+        if item.pitch_bytes:
+            return self.read_columns(name, 0, columns)[start:stop].clone()
         row_bytes = item.spec.size_bytes // max(rows, 1)
         raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._fill(raw, item, item.start + start * row_bytes)
+        dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
+        return raw.view(dtype).reshape(stop - start, columns)
+
+    def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns ``[start, stop)`` of all rows, wherever the rows lie."""
+        import torch
+
+        item = self._located[name]
+        rows, columns = item.spec.matrix_shape
+        pitch, width = item.pitch_bytes or item.spec.size_bytes // max(rows, 1), DTYPES[item.spec.dtype].bits // 8
+        raw = torch.empty((rows, (stop - start) * width), dtype=torch.uint8)
+        if (start, stop) == (0, columns) and not item.pitch_bytes:
+            self._fill(raw.reshape(-1), item, item.start)
+        else:
+            for i, row in enumerate(raw):
+                self._fill(row, item, item.start + i * pitch + start * width)
+        return raw.view(getattr(torch, DTYPES[item.spec.dtype].torch_name))
+
+    def _fill(self, raw: torch.Tensor, item: Located, position: int) -> None:
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
-        position = item.start + start * row_bytes
         while view:
             count = os.preadv(self._file(item.file)[1], [view], position)
             if count == 0:
-                raise SourceError(f"{item.file}: {name} ends early; the file changed while it was read")
+                raise SourceError(f"{item.file}: {item.spec.name} ends early; the file changed while it was read")
             view, position = view[count:], position + count
-        dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
-        return raw.view(dtype).reshape(stop - start, columns)
 
     def path(self, file: str) -> Path:
         return self._file(file)[0]
@@ -391,7 +412,7 @@ class SafetensorsReader:
             if file not in self._open:
                 path = self._path(file)
                 expected = {item.spec.name: item for item in self._located.values() if item.file == file}
-                if read_header(path, file)[0] != expected:
+                if self._headers and read_header(path, file)[0] != expected:
                     raise SourceError(f"{path}: its header is not the one the plan was made from; start again")
                 self._open[file] = (path, os.open(path, os.O_RDONLY))
             return self._open[file]

@@ -1010,7 +1010,61 @@ _PLAIN = (
     Row("tensorrt-llm", ("1.0",), ("sm_80", "sm_86", *_WITH_FP8), PLAIN, (PLAIN,), "plain", _TRT),
 )
 
-TABLE: tuple[Row, ...] = (*_TRANSFORMERS, *_BITSANDBYTES, *_VLLM_CPU, *_VLLM_CUDA, *_VLLM_EXPERTS, *_SGLANG_ROWS, *_TENSORRT_LLM, *_PLAIN)
+_ONNXRUNTIME = (
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx-matmulnbits",
+        _W8A16_INT8,
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "inputs of products are rounded to INT8 (accuracy_level 4), as exported too",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        _W8A16_INT8,
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "at load DequantizeLinear and MatMul become MatMulNBits, which rounds its inputs to INT8 (accuracy_level 4); "
+        "session.qdq_matmulnbits_accuracy_level=1 leaves them floats",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        ("int8-dynamic", "int8-static"),
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "an input has one scale for all its tokens",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        ("fp8-weight-only", "fp8-static"),
+        "dequantize",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-23",
+        "weights are widened at every call, ten times slower than floats",
+    ),
+)
+
+TABLE: tuple[Row, ...] = (
+    *_TRANSFORMERS,
+    *_BITSANDBYTES,
+    *_VLLM_CPU,
+    *_VLLM_CUDA,
+    *_VLLM_EXPERTS,
+    *_SGLANG_ROWS,
+    *_TENSORRT_LLM,
+    *_ONNXRUNTIME,
+    *_PLAIN,
+)
 
 #: Runtimes of the table and their versions, newest first.
 VERSIONS: Mapping[str, tuple[str, ...]] = {
@@ -1019,6 +1073,7 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("0.32", "0.24"),
     "sglang": ("0.5.23",),
     "tensorrt-llm": ("1.0",),
+    "onnxruntime": ("1.32",),
 }
 
 

@@ -55,6 +55,11 @@ class Manifest:
         origin, commit = self.source["origin"], self.source["commit"]
         return f"{origin}@{commit}" if commit else str(origin)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files, headers and graphs included."""
+        return sum(file.size_bytes for file in self.files if file.name.endswith(".safetensors") or file.name.startswith("onnx/"))
+
     def to_bytes(self) -> bytes:
         return json_bytes({"manifest_version": VERSION, **asdict(self)})
 
@@ -93,8 +98,8 @@ def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry, if it has what an entry has; see ``convert.plan.Entry.record``."""
     for key in ("tensor", "dtype", "module", "rule", *(("scheme", "algorithm") if entry["decision"] == "quantize" else ("why",))):
         _is(str, entry, key)
-    if entry["decision"] not in ("quantize", "keep", "add"):
-        raise ValueError(f"{entry['tensor']}: a decision is quantize, keep or add, not {entry['decision']!r}")
+    if entry["decision"] not in ("quantize", "keep", "add", "drop"):
+        raise ValueError(f"{entry['tensor']}: a decision is quantize, keep, add or drop, not {entry['decision']!r}")
     for name, dtype, shape in [(entry["tensor"], entry["dtype"], entry["shape"]), *_is(list, entry, "outputs")]:
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
             raise TypeError(f"{entry['tensor']}: an output is a name, a dtype and a shape")

@@ -18,7 +18,7 @@ class Runtime:
 
     ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
     can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
-    8 bit itself.
+    8 bit itself. ``modes``: it is run once in each, and every check says in which.
     """
 
     program: str
@@ -27,6 +27,7 @@ class Runtime:
     environment: bool = False
     fuses: bool = False
     merges: frozenset[str] | None = None
+    modes: tuple[str, ...] = ("",)
 
 
 #: What ``CompressedTensorsDequantize`` of transformers 5.23 (``integrations/compressed_tensors.py``) takes apart, each seen to load:
@@ -43,6 +44,12 @@ RUNTIMES = {
     ),
     "bitsandbytes": Runtime(
         "convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",), merges=frozenset()
+    ),
+    "onnxruntime": Runtime(
+        "convert.runtimes.onnxruntime",
+        formats={"onnx": (), "onnx-matmulnbits": ()},
+        needs=("onnxruntime",),
+        modes=("as exported", "as deployed"),
     ),
     "vllm": Runtime(
         "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True

@@ -389,8 +389,11 @@ DAMAGES: dict[str, Damage] = {
     "a manifest that names the folder above": Damage(
         lambda folder: point_manifest_at(folder, "..", 4096), "..", "not a file of this folder"
     ),
-    "a manifest that names a file in a folder": Damage(
-        lambda folder: point_manifest_at(folder, "sub/file", 1), "sub/file", "not a file of this folder"
+    "a manifest that names a file in a folder that is not there": Damage(
+        lambda folder: point_manifest_at(folder, "sub/file", 1), "sub/file", "missing"
+    ),
+    "a manifest that leaves the folder through one in it": Damage(
+        lambda folder: point_manifest_at(folder, "sub/../../secret", 6), "sub/../../secret", "not a file of this folder"
     ),
     "a manifest with a backslash": Damage(
         lambda folder: point_manifest_at(folder, "..\\secret", 6), "..\\secret", "not a file of this folder"
