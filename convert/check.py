@@ -39,12 +39,14 @@ QUESTION = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class _Text:
-    """Held-out tokens (sequences, length), what they were made of, and a prompt to continue."""
+    """Held-out tokens (sequences, length), what they were made of, and a prompt to continue, ``templated`` where it went through the chat
+    template, which writes special tokens itself."""
 
     tokens: np.ndarray
     record: dict[str, Any]
     prompt: str
     prompt_ids: list[int]
+    templated: bool
     tokenizer: Any
 
 
@@ -80,7 +82,13 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
         text = _held_out(recipe, artifacts[0])
         np.save(scratch / "tokens.npy", text.tokens)
         progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
-        asked = {**request(recipe, scratch, device=device), "prompt": text.prompt_ids, "new_tokens": NEW_TOKENS}
+        asked = {
+            **request(recipe, scratch, device=device),
+            "prompt": text.prompt_ids,
+            "text": text.prompt,
+            "special_tokens": not text.templated,
+            "new_tokens": NEW_TOKENS,
+        }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
         checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
@@ -122,8 +130,8 @@ def _check_one(
         name = f"{runtime} {mode}".strip()
         progress.say(f"{target.name}: running it in {name}")
         runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32"), "mode": mode}
-        python = environments.require(runtime).python if RUNTIMES[runtime].environment else None
-        answer, failure = run(RUNTIMES[runtime].program, runtime_request, scratch, python=python)
+        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+        answer, failure = run(RUNTIMES[runtime].program, runtime_request, scratch, environment=environment)
         if answer is not None and "session" in answer:
             name = f"{name} ({answer['session']})"
         checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
@@ -138,7 +146,8 @@ def _check_one(
             continue
         result = _result(name, answer, text, found_here)
         results.append(result)
-        checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
+        if "module_dtypes" in answer:
+            checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
         if target.kv_cache and "cache_dtype" in answer:
             checks.append(_check_cache(name, manifest, answer))
         if isinstance(found_here, Divergence):
@@ -262,7 +271,7 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
         messages = [{"role": "user", "content": QUESTION}]
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), tokenizer)
+    return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer)
 
 
 def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:

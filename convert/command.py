@@ -224,15 +224,22 @@ def doctor(
 
 
 @app.command()
-def runtimes(quiet: QuietOption = False) -> None:
+def runtimes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Those to build; all unless given.", show_default=False)] = None,
+    quiet: QuietOption = False,
+) -> None:
     """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
     from convert import environments
     from convert.progress import choose
+    from formats.errors import InputError
 
-    for name in environments.PINS:
+    unknown = next((name for name in names or () if name not in environments.PINS), None)
+    if unknown is not None:
+        raise InputError(f"no runtime {unknown} is built in an environment of its own; there are {', '.join(environments.PINS)}")
+    for name in names or environments.PINS:
         built = environments.build(name, choose(quiet=quiet))
         if not quiet:
-            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
+            print(f"{name}: {environments.describe(name)} in {built.folder}")
 
 
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
