@@ -28,13 +28,19 @@ def licence_of(source: Mapping[str, Any]) -> str:
 
 def require_permission(source: Mapping[str, Any], accept: Sequence[str], *, public: bool, name: str) -> None:
     """Raises :class:`InputError` naming every word that ``accept`` lacks for this source to be published."""
-    missing = [(word, why) for word, why in _obstacles(source, public=public) if word not in {item.lower() for item in accept}]
+    missing = [(word, why) for word, why in _obstacles(source, public=public) if word not in accepted(source, accept, public=public)]
     if missing:
         words = ", ".join(word for word, _ in missing)
         raise InputError(
             f"{name} is not published: {'; '.join(why for _, why in missing)}. If you may publish it, say so in the push section of the "
             f"recipe: accept: [{words}]"
         )
+
+
+def accepted(source: Mapping[str, Any], accept: Sequence[str], *, public: bool) -> list[str]:
+    """The words of ``accept`` that this source needed."""
+    given = {word.lower() for word in accept}
+    return [word for word, _ in _obstacles(source, public=public) if word in given]
 
 
 def _obstacles(source: Mapping[str, Any], *, public: bool) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.admission import Admitted, Sealed, admit, seal
 from convert.card import Published, check_card, render_card, render_index
-from convert.licence import require_permission
+from convert.licence import accepted, require_permission
 from convert.progress import QUIET, Progress
 from convert.recipe import Push
 from convert.upload import Parcel, Pushed, send
@@ -42,7 +42,13 @@ def pack(admitted: Sequence[Admitted], where: Push) -> list[Parcel]:
         )
     siblings = places if len(places) > 1 else []
     cards = [
-        render_card(item.report, item.manifest, place, siblings=siblings, accept=where.accept)
+        render_card(
+            item.report,
+            item.manifest,
+            place,
+            siblings=siblings,
+            accept=accepted(item.manifest.source, where.accept, public=where.private is False),
+        )
         for item, place in zip(admitted, places, strict=True)
     ]
     index = render_index([(item.report, item.manifest) for item in admitted], places) if where.layout == "folders" else None
