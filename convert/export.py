@@ -34,6 +34,7 @@ from convert.source import SafetensorsReader, SourceDigests
 from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
+from formats.provenance import PROVENANCE, statement
 from formats.safetensors import Shard, TensorSpec
 from formats.verify import verify
 
@@ -306,6 +307,8 @@ class _Writer:
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
                 "base_model": plan.checkpoint.base_model,
+                "gated": plan.checkpoint.gated,
+                "private": plan.checkpoint.private,
                 "dropped": list(self.target.dropped),
                 "files": [
                     {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
@@ -320,6 +323,7 @@ class _Writer:
             files=tuple(sorted(files, key=lambda file: file.name)),
         )
         (self._partial / MANIFEST).write_bytes(manifest.to_bytes())
+        (self._partial / PROVENANCE).write_bytes(statement(manifest))
         (self._partial / JOURNAL).unlink()
         (self._partial / HEALTH).unlink(missing_ok=True)
         shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)

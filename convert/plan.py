@@ -223,8 +223,8 @@ class Plan:
         return self.architecture is None or self.architecture.predicts
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default that applies to this model."""
-        return self.recipe.resolved(predicts=self.predicts)
+        """The recipe with every default that applies to this model. Without ``push``: where an artifact goes is not what it is."""
+        return {**self.recipe.resolved(predicts=self.predicts), "push": None}
 
     def warnings(self) -> list[str]:
         """What a user should know and is no error."""

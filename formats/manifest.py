@@ -14,6 +14,8 @@ from formats.safetensors import json_bytes, read_json
 MANIFEST = "octavo.json"
 #: The model card is written after the check, from the manifest and the report; people edit it. The report holds its hash.
 CARD = "README.md"
+#: What was measured, as it is published beside the artifact; on this machine it lies next to the folder.
+REPORT = "octavo.report.json"
 VERSION = 2
 CHUNK_BYTES = 1 << 20
 
@@ -31,8 +33,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``source``: origin, commit, licence, base_model (a Hub id or null), a digest of every weight file, and ``dropped``, scales of a
-    quantized source that nothing here comes from. ``note`` of a ledger's record: what became of codes that the source had.
+    """``source``: origin, commit, licence, base_model (a Hub id or null), ``gated`` and ``private`` (null where nobody told), a digest of
+    every weight file, and ``dropped``, scales of a quantized source that nothing here comes from. ``note`` of a ledger's record: what
+    became of codes that the source had.
 
     ``recipe``: the whole job, defaults spelled out. ``calibration``: which text was read, null where none was. ``ledger``: one record for
     every tensor of the source, and for every tensor that was added to them. ``files``: all but this one and the model card.

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from formats.errors import FormatError
 from formats.lint import ERROR, Finding, lint
-from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
+from formats.manifest import CARD, MANIFEST, REPORT, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
 from formats.onnx_graph import has_graph
+from formats.provenance import PROVENANCE, statement
 from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_inner_path, read_folder, read_json
 from formats.tensors import GRAPHS, read_tensors
 
@@ -55,15 +56,15 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
     if not os.path.lexists(folder / MANIFEST):
         return _verify_foreign(folder, quick=quick)
     manifest = read_manifest(folder)
-    findings = [*_check_files(folder, manifest), *_check_ledger(manifest)]
+    findings = [*_check_files(folder, manifest), *check_ledger(manifest), *_check_provenance(folder, manifest)]
     tensors: dict[str, Located] = {}
     try:
         tensors = read_tensors(folder, manifest.format)
     except FormatError as error:
         broken = [Finding(str(folder), str(error), "fetch or make the artifact again")]
     else:
-        broken = _check_promises(manifest, tensors)
-    broken += _check_config(folder, manifest)
+        broken = check_promises(manifest, tensors)
+    broken += check_config(folder, manifest)
     # Of a folder that is not what was made, everything else that is wrong follows from that.
     findings += broken or ([] if manifest.format in GRAPHS else lint(folder, tensors, quick=quick))
     hashed = 0
@@ -106,7 +107,7 @@ def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
             findings.append(
                 Finding(file.name, f"{size:,} bytes, the manifest says {file.size_bytes:,}", "fetch or make the artifact again")
             )
-    known = {MANIFEST, CARD, *IGNORED, *(file.name for file in manifest.files if is_inner_path(file.name))}
+    known = {MANIFEST, CARD, REPORT, PROVENANCE, *IGNORED, *(file.name for file in manifest.files if is_inner_path(file.name))}
     return findings + [Finding(name, "not in the manifest", "remove it: nothing vouches for it") for name in _unknown(folder, known)]
 
 
@@ -120,13 +121,22 @@ def _unknown(folder: Path, known: set[str]) -> Iterator[str]:
             yield path.name
 
 
-def _check_ledger(manifest: Manifest) -> list[Finding]:
+def check_ledger(manifest: Manifest) -> list[Finding]:
+    """Whether the ledger is the one that the manifest's digest was taken of."""
     if ledger_digest(list(manifest.ledger)) == manifest.ledger_sha256:
         return []
     return [Finding(MANIFEST, "the ledger is not the one its digest was taken of", "make the artifact again")]
 
 
-def _check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Finding]:
+def _check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
+    path, expected = folder / PROVENANCE, statement(manifest)
+    if not os.path.lexists(path) or (_size(path) == len(expected) and path.read_bytes() == expected):
+        return []
+    return [Finding(PROVENANCE, "not the statement that follows from the manifest", "fetch or make the artifact again")]
+
+
+def check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Finding]:
+    """Whether the tensors there are those of the ledger."""
     promised = {name: (dtype, tuple(shape)) for entry in manifest.ledger for name, dtype, shape in entry["outputs"]}
     found = {name: (item.spec.dtype, item.spec.shape) for name, item in tensors.items()}
     remedy = "make the artifact again"
@@ -141,7 +151,8 @@ def _check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Fin
     ]
 
 
-def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
+def check_config(folder: Path, manifest: Manifest) -> list[Finding]:
+    """Whether ``config.json`` tells readers of the quantization that the manifest names."""
     try:
         config = read_json(folder / "config.json")
     except FormatError as error:
