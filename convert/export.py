@@ -30,6 +30,7 @@ from convert.crew import in_order
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
+from convert.rotate import prove
 from convert.source import SafetensorsReader, SourceDigests
 from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
@@ -50,6 +51,8 @@ JOURNAL = "journal"
 HEALTH = "health"
 #: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: And by what it says so in the journal.
+CHANGED = {"smoothed": SMOOTHED, "corrected": "corrected: the mean of what codes lose at the output was taken out of it"}
 #: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
 UNSEEN = {
     "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
@@ -100,6 +103,7 @@ def export(
     if pending:
         sidecars = plan.checkpoint.sidecars()
         with _disk_errors(out), ExitStack() as stack:
+            prove(plan.checkpoint, trust_remote_code=plan.recipe.trust_remote_code)
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
@@ -277,7 +281,7 @@ class _Writer:
         )
         if entry.scheme is None or part is None:
             plain = reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
-            return plain.T if entry.turned else plain
+            return plain.T if entry.transposed else plain
         weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
         form = FORMATS[self.target.format]
         specs = form.layer_tensors(weight, entry.scheme)
@@ -340,7 +344,7 @@ class _Writer:
         record = entry.record()
         seen = [self._seen(name, stats) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
         notes = [record["note"]] if record.get("note") else []
-        notes += [SMOOTHED] if any(item.get("smoothed") for item in seen) else []
+        notes += [why for word, why in CHANGED.items() if any(item.get(word) for item in seen)]
         notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
         for what, words in UNSEEN.items():
             found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
@@ -358,8 +362,11 @@ class _Writer:
         folds = [seen.pop("fold") for seen in solved.values() if "fold" in seen]
         health = {module: stats.health[module] for module in modules if module in stats.health}
         health |= {module: seen.pop("health") for module, seen in solved.items() if "health" in seen}
+        static = {module: limit.record() for module, limit in stats.limits.get(self.target.name, {}).items()}
+        static |= {module: seen.pop("static") for module, seen in solved.items() if "static" in seen}
         solved = {module: seen for module, seen in solved.items() if seen}
-        return {**stats.record, **{name: found for name, found in (("health", health), ("solved", solved), ("folds", folds)) if found}}
+        told = {"health": health, "solved": solved, "folds": folds, "static": static}
+        return {**stats.record, **{name: found for name, found in told.items() if found}}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""

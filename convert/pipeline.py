@@ -22,6 +22,7 @@ from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, parse_recipe
 from convert.report import Report, report_path
+from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
 from formats.errors import InputError, MachineError
 from formats.manifest import CARD, read_manifest
@@ -164,6 +165,7 @@ def plain_bytes(target: TargetPlan) -> int:
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     recipe = _pinned(recipe)
+    checkpoint = rotate(checkpoint, recipe)
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
     return make_plan(recipe, checkpoint, architecture, machine=this_machine())
 

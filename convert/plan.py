@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert import __version__
+from convert.algorithms import ALGORITHMS
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
 from convert.compatibility import judge, parts_of
@@ -60,9 +61,9 @@ class Entry:
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
-    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
-    :class:`~convert.architecture.Parameter`. ``beside``: what is stored as it is beside the codes, the embedding of a tied head.
-    ``turned``: rows become columns on disk.
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``observer``: what chooses the scale of a static input, a
+    percentile behind it. ``experts`` and ``reading`` are those of :class:`~convert.architecture.Parameter`. ``beside``: what is stored as
+    it is beside the codes, the embedding of a tied head. ``transposed``: rows become columns on disk.
     """
 
     tensor: TensorSpec
@@ -77,16 +78,32 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    turned: str = ""
     experts: str = ""
     reading: str = ""
     steps: tuple[Step, ...] = ()
     beside: TensorSpec | None = None
-    turned: bool = False
+    transposed: bool = False
+    observer: str = ""
 
     @property
     def coder(self) -> str:
-        """What chooses the codes: the last of the algorithms."""
-        return str(self.algorithm).rpartition("+")[2]
+        """What chooses the codes: the last of the algorithms but for corrections."""
+        return self.coding.name if self.coding else str(self.algorithm)
+
+    @property
+    def coding(self) -> Step | None:
+        """The step that chooses the codes, with its options."""
+        return next((step for step in self.steps if step.name in ALGORITHMS), None)
+
+    def asks(self, *names: str) -> Step | None:
+        """The first of its steps that is called so."""
+        return next((step for step in self.steps if step.name in names), None)
+
+    @property
+    def uncovered(self) -> str:
+        """What becomes of it where nothing feeds it that could take up the factors of a transform; empty where none is asked for."""
+        return next((options.uncovered for step in self.steps if (options := step.smoothquant or step.awq)), "")
 
     @property
     def again(self) -> str:
@@ -128,6 +145,7 @@ class Entry:
                 "scheme": self.scheme.name,
                 "algorithm": self.algorithm,
                 **({"options": options} if options else {}),
+                **({"observer": self.observer} if self.observer else {}),
                 "scale_dtype": self.scale_dtype,
                 "parts": parts,
             }
@@ -139,8 +157,8 @@ class Entry:
             "decision": self.decision,
             **({"experts": self.experts} if self.experts else {}),
             **fate,
-            **({"note": self.note} if self.note else {}),
-            **({"turned": True} if self.turned else {}),
+            **({"transposed": True} if self.transposed else {}),
+            **({"note": note} if (note := "; ".join(filter(None, (self.note, self.turned)))) else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }
@@ -317,6 +335,7 @@ def _plan_target(
         for name, spec in checkpoint.tensors.items()
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
+    _require_biases(recipe, index, target, claims, checkpoint)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
@@ -580,6 +599,7 @@ def _enter(
         (rule.why or "") if rule else _KEEP_WHY[parameter.kind],
         (plain,),
         note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
+        turned=checkpoint.turned.get(spec.name, ""),
         experts=parameter.experts,
         reading=parameter.reading,
     )
@@ -616,7 +636,8 @@ def _enter(
         note=note,
         steps=steps,
         beside=beside,
-        turned=any(layer.columns for layer in layers),
+        transposed=any(layer.columns for layer in layers),
+        observer=_observer(rule),
     )
 
 
@@ -636,10 +657,16 @@ def _as_initializer(kept: Entry, dtype: str) -> Entry:
     """A tensor that is kept, as a graph has it: in its float dtype, a linear layer's weight (in, out), and nothing that no layer reads."""
     if kept.kind == "unused":
         return replace(kept, outputs=())
-    turned = kept.kind in ("linear", "head", "router") and len(kept.modules) == 1 and bool(kept.parts) and not kept.parts[0].columns
-    shape = kept.tensor.shape[::-1] if turned else kept.tensor.shape
+    transposed = kept.kind in ("linear", "head", "router") and len(kept.modules) == 1 and bool(kept.parts) and not kept.parts[0].columns
+    shape = kept.tensor.shape[::-1] if transposed else kept.tensor.shape
     plain = TensorSpec(kept.tensor.name, dtype, shape)
-    return replace(kept, plain=plain, outputs=(plain,), turned=turned)
+    return replace(kept, plain=plain, outputs=(plain,), transposed=transposed)
+
+
+def _observer(rule: Rule) -> str:
+    if not SCHEMES[str(rule.scheme)].static:
+        return ""
+    return f"percentile {rule.percentile or 99.999:g}" if rule.observer == "percentile" else rule.observer or "absmax"
 
 
 def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:
@@ -698,6 +725,16 @@ def _require_loadable(
                 f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
                 f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
             )
+
+
+def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[str, tuple[Rule, str]], checkpoint: Checkpoint) -> None:
+    """Raises :class:`RecipeError` for a rule that corrects biases of layers of which none has one."""
+    for rule in target.rules:
+        claimed = [name for name, (claimant, _) in claims.items() if claimant is rule]
+        corrects = rule.scheme and any(step.bias_correction for step in rule.algorithm)
+        if corrects and not any(f"{name.removesuffix('.weight')}.bias" in checkpoint.tensors for name in claimed):
+            label = claims[claimed[0]][1]
+            raise RecipeError(f"{_position(recipe, index, rule, label)}: bias_correction: none of the {len(claimed)} layers has a bias")
 
 
 def _fate(entry: Entry) -> str:
@@ -762,6 +799,10 @@ def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Tar
 
 def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | None) -> str | None:
     """Why no calibrated algorithm can choose its codes."""
+    if parameter.kind == "expert" and rule.observer not in (None, "absmax"):
+        return f"observer {rule.observer} does not see what goes into one expert; use absmax for experts"
+    if parameter.kind == "expert" and any(step.bias_correction for step in rule.algorithm):
+        return "an expert has no bias of its own to correct; leave bias_correction out"
     if not calibrated(rule.algorithm):
         return None
     name = next(step.name for step in rule.algorithm if calibrated([step]))
@@ -864,7 +905,8 @@ def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
         reason = entry.rule if entry.scheme else entry.why
-        row = rows.setdefault((what, f"{reason}; {entry.note}" if entry.note else reason), [0, 0, 0])
+        turned = entry.turned.partition(" (")[0]
+        row = rows.setdefault((what, "; ".join(filter(None, (reason, entry.note, turned)))), [0, 0, 0])
         row[0] += 1
         row[1] += entry.plain.size_bytes
         row[2] += entry.size_bytes

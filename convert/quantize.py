@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: Elements of a slab. On 2 cores with 1 MiB of L2 each, 0.5 to 2 million ran equally fast, 8 million 20 % slower.
 SLAB_ELEMENTS = 1 << 20
 #: Where rows become columns, each of a slab's is a write of its own to every row: longer runs are fewer writes.
-TURNED_SLAB_ELEMENTS = 1 << 22
+TRANSPOSED_SLAB_ELEMENTS = 1 << 22
 #: On a GPU a slab is a transfer and a handful of kernels: larger ones hide the launches.
 GPU_SLAB_ELEMENTS = 1 << 24
 
@@ -201,7 +201,7 @@ def is_finite(values: torch.Tensor) -> bool:
 def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTensor:
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
-    rounding = entry.steps[-1].rtn if entry.steps else None
+    rounding = entry.coding.rtn if entry.coding else None
     clip_search = CLIP_RATIOS if rounding and rounding.clip else ()
     result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
@@ -279,7 +279,7 @@ def _piece(target: str, spec: TensorSpec, start: int, rows: int, values: torch.T
 
 def plain_piece(target: str, entry: Entry, start: int, values: torch.Tensor) -> Piece:
     """Rows from ``start`` on of a tensor that is kept, in the dtype it is stored in."""
-    if entry.turned:
+    if entry.transposed:
         return _column_piece(target, entry.plain, start, values.T)
     return _piece(target, entry.plain, start, entry.tensor.matrix_shape[0], values)
 
@@ -293,7 +293,7 @@ def _column_piece(target: str, spec: TensorSpec, start: int, values: torch.Tenso
 def _slab_elements(entries: Iterable[Entry], *, gpu: bool) -> int:
     if gpu:
         return GPU_SLAB_ELEMENTS
-    return TURNED_SLAB_ELEMENTS if any(entry.turned for entry in entries) else SLAB_ELEMENTS
+    return TRANSPOSED_SLAB_ELEMENTS if any(entry.transposed for entry in entries) else SLAB_ELEMENTS
 
 
 def _row_multiple(entry: Entry) -> int | None:

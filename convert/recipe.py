@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from convert.algorithms import ALGORITHMS, TRANSFORMS
+from convert.algorithms import ALGORITHMS, CORRECTIONS, TRANSFORMS
 from convert.datasets import is_hub_id
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
@@ -104,12 +104,28 @@ class Smoothquant(_Section):
     """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
 
 
+class Awq(_Section):
+    """`awq`: input channels that carry much get finer steps of the weight: its columns are multiplied, and what makes the input
+    divided. For schemes of weights alone."""
+
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    """The exponent of each channel's mean magnitude; `search` tries several for each group."""
+    uncovered: Literal["error", "leave"] = "error"
+    """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
+
+
+class BiasCorrection(_Section):
+    """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
     rtn: Rounding | None = None
     gptq: Gptq | None = None
     smoothquant: Smoothquant | None = None
+    awq: Awq | None = None
+    bias_correction: BiasCorrection | None = None
 
     @property
     def name(self) -> str:
@@ -125,7 +141,7 @@ class Step(_Section):
 def _parse_steps(value: object) -> object:
     """`gptq`, `{gptq: {...}}` or a list of these."""
     items = value if isinstance(value, list | tuple) else [value]
-    known = (*ALGORITHMS, *TRANSFORMS)
+    known = (*ALGORITHMS, *TRANSFORMS, *CORRECTIONS)
     for item in items:
         if isinstance(item, str) and item not in known:
             raise ValueError(f"no algorithm is called {item!r}{_nearest(item, known)}; known are {', '.join(known)}")
@@ -150,6 +166,11 @@ class Rule(_Section):
     algorithm: Steps = (Step(rtn=Rounding()),)
     """How the codes are chosen: `rtn`, `gptq`, or a list of algorithms in order, each a name or with its options, for instance
     `[{smoothquant: {alpha: 0.6}}, gptq]`."""
+    observer: Literal["absmax", "percentile", "mse"] | None = None
+    """Of a static scheme: what of an input its scale holds: its largest magnitude (`absmax`, unless said otherwise), all but a share of
+    its values (`percentile`), or what leaves the smallest squared error (`mse`)."""
+    percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+    """Of `observer: percentile`: the share of values in % that the scale holds, 99.999 unless given."""
     keep: bool = False
     """Leave these tensors as they are; `why` then says why."""
     why: str | None = None
@@ -161,11 +182,20 @@ class Rule(_Section):
             raise ValueError("a rule needs either a scheme or keep: true")
         if self.keep and not self.why:
             raise ValueError("keep: true needs a why")
-        *before, last = [step.name for step in self.algorithm]
+        names = [step.name for step in self.algorithm]
+        while len(names) > 1 and names[-1] in CORRECTIONS:
+            names.pop()
+        *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
+        if sum(name in TRANSFORMS for name in before) > 1:
+            raise ValueError(f"{' and '.join(before)} scale the same channels; choose one")
         if any(name in ALGORITHMS for name in before):
             raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
+        if self.observer and not (self.scheme and SCHEMES[self.scheme].static):
+            raise ValueError(f"observer chooses the scale of a static input, and {self.scheme or 'what is kept'} has none; leave it out")
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError("percentile is for observer: percentile")
         if self.why and not self.keep:
             raise ValueError("why explains keep: true; this rule quantizes")
         return self
@@ -299,6 +329,24 @@ class Validation(_Section):
         return self
 
 
+class Rotation(_Section):
+    """Turns hidden states so that outliers spread over all channels (QuaRot), folded into the weights: no runtime needs to know. A tied
+    head becomes a tensor of its own."""
+
+    residual: bool = True
+    """R1: the residual stream; norms move into what reads it."""
+    values: bool = True
+    """R2: the values of each head."""
+    seed: int = 0
+    """Chooses the signs of the Hadamard matrices."""
+
+    @model_validator(mode="after")
+    def _turns(self) -> Rotation:
+        if not (self.residual or self.values):
+            raise ValueError("neither residual nor values are turned; leave rotation out")
+        return self
+
+
 class Push(_Section):
     """Where on the Hub the artifacts belong."""
 
@@ -343,6 +391,8 @@ class Recipe(_Section):
     """The text on which ranges are seen; the sample text where something needs them and nothing is said here."""
     validation: Validation = Validation()
     """The held-out text on which artifact and source are compared."""
+    rotation: Rotation | None = None
+    """Turn the source's hidden states before anything else, for all targets; `{}` turns all that can be."""
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
     """The artifacts to make; one reading of the weights serves all."""
     push: Push | None = None
@@ -420,7 +470,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Octavo recipe"
     definitions = schema["$defs"]
-    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS]}
+    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS, *CORRECTIONS]}
     steps = {"anyOf": [names, {"$ref": "#/$defs/Step"}]}
     algorithm = definitions["Rule"]["properties"]["algorithm"]
     definitions["Rule"]["properties"]["algorithm"] = {
@@ -485,7 +535,7 @@ def _check_text(recipe: Recipe, key: str, section: Calibration | Validation) -> 
 
 def calibrated(steps: Sequence[Step]) -> bool:
     """Whether any of the algorithms needs to see the model at work."""
-    return any(step.name in TRANSFORMS or ALGORITHMS[step.name].calibrated for step in steps)
+    return any(step.name not in ALGORITHMS or ALGORITHMS[step.name].calibrated for step in steps)
 
 
 def _reads_calibration(target: Target) -> bool:
@@ -621,11 +671,14 @@ def _fields_at(path: Path_) -> list[str]:
         "options": Options,
         "validation": Validation,
         "calibration": Calibration,
+        "rotation": Rotation,
         "push": Push,
         "algorithm": Step,
         "rtn": Rounding,
         "gptq": Gptq,
         "smoothquant": Smoothquant,
+        "awq": Awq,
+        "bias_correction": BiasCorrection,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)

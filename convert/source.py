@@ -124,7 +124,7 @@ class Checkpoint:
     and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
     ``base_model`` is a Hub id, where the model has one; ``gated`` and ``private`` say what the Hub said of it. ``coded``: the tensors that
     are quantized already, and how; what is read of them is float32. ``cache``: how it quantizes keys and values, ``cache_scales`` the
-    tensors that hold their scales.
+    tensors that hold their scales. ``turned``: what :mod:`convert.rotate` makes of tensors as they are read, for the ledger.
     """
 
     origin: str
@@ -145,6 +145,7 @@ class Checkpoint:
     coded: Mapping[str, Coded] = field(default_factory=dict)
     cache: Quantization | None = None
     cache_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    turned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
