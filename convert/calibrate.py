@@ -17,6 +17,7 @@ from convert.observe import NO_STATS, Limit, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
 from convert.static import by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
+from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,9 @@ def lane_tokens(plan: Plan) -> int:
     return int(_settings(plan).sequences * _settings(plan).length)
 
 
-def hessian_bytes(plan: Plan) -> int:
-    """What the Hessians of one block take, and one more while it is factorised, in float32."""
+def statistics_bytes(plan: Plan, workers: int) -> int:
+    """What the Hessians of one block take, three more for each that is factorised, and what the linears of a batch have read, for each of
+    the workers; in float32. Of the experts of a layer a batch is counted once."""
     assert plan.architecture is not None
     leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
     largest = 0
@@ -113,7 +115,15 @@ def hessian_bytes(plan: Plan) -> int:
                 if entry.coder == "gptq" and _within(entry, block)
                 for part in entry.parts
             }
-            largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
+            read = {
+                entry.experts or leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
+                for entry in target.quantized
+                if entry.coder == "gptq" and _within(entry, block)
+                for part in entry.parts
+            }
+            squares = sorted((n * n for n in inputs.values()), reverse=True)
+            rows = workers * int(_settings(plan).length)
+            largest = max(largest, 4 * (sum(squares) + 3 * sum(squares[:workers]) + rows * sum(read.values())))
     return largest
 
 
@@ -139,7 +149,7 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     settings = _settings(plan)
     folder = scratch / "tokenizer"
     folder.mkdir()
-    for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
+    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
     selection = Selection(settings.config, settings.split, settings.column)
@@ -173,14 +183,6 @@ def _widened(module: Any) -> dict[Any, torch.dtype]:
     for parameter in narrow:
         parameter.data = parameter.data.float()
     return narrow
-
-
-def _give_back(device: str) -> None:
-    """Between two phases that want pieces of other sizes, what torch keeps of the last one's goes back to the GPU."""
-    import torch
-
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
@@ -288,7 +290,6 @@ def _walk(
                     stand.run(keep=not quantized, observer=observer)
                 needed = [*_modules(entry for entry in entries if entry.coder == "gptq"), *of_static]
                 few += _judge_experts(plan, needed, stand, observer)
-                _give_back(device)
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
@@ -331,7 +332,6 @@ def _walk(
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
             observer.forget("hessian", "histogram", "mean", "mean_magnitude", *health.KINDS)
-            _give_back(device)
             advance(count)
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")

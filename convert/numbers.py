@@ -27,7 +27,7 @@ from convert.architecture import Part
 from convert.folds import Fold, folded, read_fold, touching
 from convert.moved import Moved, moved
 from convert.plan import RESPELL
-from convert.quantize import SLAB_ELEMENTS
+from convert.quantize import SLAB_ELEMENTS, TRANSPOSED_SLAB_ELEMENTS
 from convert.recipe import parse_recipe
 from convert.report import LayerNumbers
 from convert.rotate import rotate
@@ -37,8 +37,9 @@ from formats.dtypes import DTYPES
 from formats.format import Format
 from formats.manifest import read_manifest
 from formats.qtensor import QTensor
-from formats.safetensors import TensorSpec, read_folder
+from formats.safetensors import TensorSpec
 from formats.scheme import SCHEMES, Grid, Quantization
+from formats.tensors import GRAPHS, read_tensors
 
 #: Codes that were only spelled anew decode to what the source's do, but for float32's rounding of a scale that was multiplied by 127.
 RESPELL_ROUNDING = 2.0**-22
@@ -63,7 +64,8 @@ def main(request_path: str, answer_path: str) -> None:
 def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[LayerNumbers]:
     """The numbers of every quantized tensor, in the ledger's order; slab by slab, in bounded memory."""
     manifest = read_manifest(artifact)
-    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    located = read_tensors(artifact, manifest.format)
+    reader = SafetensorsReader(located, lambda file: artifact / file, headers=manifest.format not in GRAPHS)
     form = FORMATS[manifest.format]
     calibration = manifest.calibration or {}
     told, folds = calibration.get("solved", {}), [read_fold(record) for record in calibration.get("folds", [])]
@@ -128,7 +130,7 @@ def _compare_part(
     coder = _coder(entry)
     options, by_gptq = entry.get("options", {}).get(coder, {}), coder == "gptq" and not told.get("rounded")
     total, worst, clipped = Moved(0.0, 0.0, 0.0), 0.0, 0
-    for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows):
+    for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows, TRANSPOSED_SLAB_ELEMENTS if mine.columns else SLAB_ELEMENTS):
         if part.columns is None:
             weight = checkpoint.reader.read(source.name, part.start + start, part.start + stop).float()
         else:
@@ -136,6 +138,7 @@ def _compare_part(
         if told:
             weight = folded(weight.to(walked).float(), module, folds, start=start, stop=stop)
         stored = {spec.name: _read_rows(artifact, outputs[spec.name], start, stop, rows) for spec in mine.rows}
+        stored |= {spec.name: artifact.read_columns(spec.name, start, stop) for spec in mine.columns}
         decoded: QTensor = form.decode(TensorSpec(f"{part.module}.weight", "F32", (stop - start, columns)), stored, scheme)
         total += moved(weight, decoded)
         error = (decoded.dequantize() - weight).abs_()
@@ -167,6 +170,7 @@ def _compare_kept(
     """What is kept and was smoothed: the source's values with the factors folded in, rounded to what it is stored in."""
     spec, (name, dtype, shape) = checkpoint.tensors[entry["tensor"]], entry["outputs"][0]
     stored = artifact.read(name, 0, TensorSpec(name, dtype, tuple(shape)).matrix_shape[0]).reshape(shape)
+    stored = stored.T if entry.get("transposed") else stored
     value = checkpoint.reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape).to(walked).float()
     value = folded(value, entry["module"], folds, bias=spec.name.endswith(".bias"))
     # One unit in the last place of what is stored; and float32's, where an offset is added and taken away again.
@@ -213,8 +217,8 @@ def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:
     return float(np.maximum(worst, float(share.max()))) if share.numel() else worst
 
 
-def _slabs(part: Part, rows: int, columns: int, multiple: int | None) -> Iterator[tuple[int, int]]:
-    step = rows if part.columns is not None or multiple is None else max(1, SLAB_ELEMENTS // columns // multiple) * multiple
+def _slabs(part: Part, rows: int, columns: int, multiple: int | None, elements: int) -> Iterator[tuple[int, int]]:
+    step = rows if part.columns is not None or multiple is None else max(1, elements // columns // multiple) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

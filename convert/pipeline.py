@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
-from convert.calibrate import hessian_bytes, lane_tokens
+from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
-from convert.hardware import this_machine
+from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
@@ -74,9 +74,10 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
-        memory = max(
-            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
-        )
+        sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
+        # A block is smoothed in float32, whatever it is watched in.
+        walked = sizes.peak_bytes + 2 * sizes.block_bytes
+        memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
@@ -119,6 +120,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
     :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
     """
+    if device != "cpu":
+        let_segments_grow()
     out = out or Path("artifacts") / recipe.name
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:

@@ -34,6 +34,7 @@ from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
+from formats.tensors import GRAPHS
 
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
@@ -223,6 +224,12 @@ class Options(_Section):
 
     llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
+    floats: Literal["float32", "float16"] | None = None
+    """onnx: what is not quantized, keys and values too; float32 unless given."""
+    tied_embedding: Literal["float", "shared"] | None = None
+    """onnx-matmulnbits: a tied head that is quantized leaves the embedding as floats beside it, unless both share the codes."""
+    attention: Literal["standard", "gqa"] | None = None
+    """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
@@ -341,11 +348,34 @@ class Rotation(_Section):
 
 
 class Push(_Section):
-    """Where on the Hub the artifact belongs."""
+    """Where on the Hub the artifacts belong."""
 
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    """`organisation/name`."""
-    private: bool = True
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/(?:[\w.-]|\{target\}|\{model\})+$")]
+    """`organisation/name`; `{target}` in the name stands for the target's, `{model}` for the last part of the model's."""
+    layout: Literal["repos", "branches", "folders"] = "repos"
+    """Where several targets go: each to a repo of its own (`{target}` tells them apart), or all to one repo, each on a branch of its
+    name (the first on `main`), or each in a folder of its name."""
+    private: bool | None = None
+    """Whether a repo that is created is private, which it is unless this says `false`."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """The branch to commit to, created where it is not there; `main` unless given."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to the branch."""
+    tag: Annotated[str, Field(min_length=1)] | None = None
+    """A tag to put on the commit."""
+    accept: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    """What would stop the push, and shall not: the source's licence by its name (`other`, `unknown`, ...), `gated` for a gated source,
+    `private` for a public repo made of a private source. Say it when you know that you may publish."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Push:
+        if self.layout == "branches" and (self.revision or self.create_pr or self.tag):
+            raise ValueError("with layout: branches every target has a branch of its own; leave out revision, create_pr and tag")
+        if self.layout != "repos" and "{target}" in self.repo:
+            raise ValueError(f"layout: {self.layout} is one repo for all targets; leave out {{target}}, or the layout")
+        if self.create_pr and self.tag:
+            raise ValueError("a pull request is not merged yet; leave out tag or create_pr")
+        return self
 
 
 class Recipe(_Section):
@@ -366,7 +396,7 @@ class Recipe(_Section):
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
     """The artifacts to make; one reading of the weights serves all."""
     push: Push | None = None
-    """Where on the Hub the artifact belongs."""
+    """Where on the Hub the artifacts belong."""
 
     _where: dict[Path_, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="recipe")
@@ -460,6 +490,10 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+#: Which formats have an option, where it is not all graphs.
+_OWNERS = {"llm_int8_threshold": ("bitsandbytes",), "tied_embedding": ("onnx-matmulnbits",)}
+
+
 def _cross_check(recipe: Recipe) -> None:
     seen: dict[str, int] = {}
     for i, target in enumerate(recipe.targets):
@@ -469,10 +503,16 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
-        if target.options.llm_int8_threshold is not None and target.format != "bitsandbytes":
-            raise RecipeError(
-                f"{recipe.where('targets', i, 'options', 'llm_int8_threshold')}: {target.format} has no such option; bitsandbytes has it"
-            )
+        for option in target.options.model_dump(exclude_none=True):
+            owners = _OWNERS.get(option, GRAPHS)
+            if target.format not in owners:
+                where = recipe.where("targets", i, "options", option)
+                raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
+    if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
+        raise RecipeError(
+            f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "
+            "or choose layout: branches or folders"
+        )
     for key, section in (("calibration", recipe.calibration), ("validation", recipe.validation)):
         if section is not None:
             _check_text(recipe, key, section)

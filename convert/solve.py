@@ -153,9 +153,8 @@ def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skel
     if not quantize.is_finite(cast):
         raise NumericsError(f"{entry.tensor.name}: smoothing makes values that {entry.plain.dtype} cannot hold; lower alpha")
     value.copy_(cast)
-    data = cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    health = {entry.tensor.name: dict.fromkeys(why, 1.0)}
-    return Solved(target.name, entry.tensor.name, (Piece(target.name, entry.plain.name, 0, data),), health)
+    piece = quantize.plain_piece(target.name, entry, 0, cast.reshape(entry.tensor.matrix_shape))
+    return Solved(target.name, entry.tensor.name, (piece,), {entry.tensor.name: dict.fromkeys(why, 1.0)})
 
 
 def solve_block(

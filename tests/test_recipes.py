@@ -36,7 +36,7 @@ def test_a_model_whose_width_is_no_multiple_of_a_block_is_refused_with_the_recip
 
 def test_all_is_every_format_that_a_runtime_here_loads_but_for_blocks() -> None:
     path = next(path for path in RECIPES if path.stem == "llama-all")
-    assert {target.format for target in read_recipe(path).targets} == set(FORMATS) - {"fp8", "modelopt"}
+    assert {target.format for target in read_recipe(path).targets} == set(FORMATS) - {"fp8", "modelopt", "onnx", "onnx-matmulnbits"}
 
 
 @pytest.mark.slow
