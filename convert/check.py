@@ -39,12 +39,14 @@ QUESTION = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class _Text:
-    """Held-out tokens (sequences, length), what they were made of, and a prompt to continue."""
+    """Held-out tokens (sequences, length), what they were made of, and a prompt to continue, ``templated`` where it went through the chat
+    template, which writes special tokens itself."""
 
     tokens: np.ndarray
     record: dict[str, Any]
     prompt: str
     prompt_ids: list[int]
+    templated: bool
     tokenizer: Any
 
 
@@ -80,7 +82,13 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
         text = _held_out(recipe, artifacts[0])
         np.save(scratch / "tokens.npy", text.tokens)
         progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
-        asked = {**request(recipe, scratch, device=device), "prompt": text.prompt_ids, "new_tokens": NEW_TOKENS}
+        asked = {
+            **request(recipe, scratch, device=device),
+            "prompt": text.prompt_ids,
+            "text": text.prompt,
+            "special_tokens": not text.templated,
+            "new_tokens": NEW_TOKENS,
+        }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
         checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
@@ -118,14 +126,18 @@ def _check_one(
     layers, found = _check_numbers(path, model, asked, scratch)
     checks += found
     results = []
-    for name in target.runtimes:
+    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
+        name = f"{runtime} {mode}".strip()
         progress.say(f"{target.name}: running it in {name}")
-        runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32")}
-        python = environments.require(name).python if RUNTIMES[name].environment else None
-        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch, python=python)
+        runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32"), "mode": mode}
+        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+        answer, failure = run(RUNTIMES[runtime].program, runtime_request, scratch, environment=environment)
+        if answer is not None and "session" in answer:
+            name = f"{name} ({answer['session']})"
         checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
         if answer is None:
             continue
+        checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
         try:
             files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
             found_here = compare_logits(*files, text.tokens, width) if source["predicts"] else compare_states(*files, width)
@@ -134,7 +146,8 @@ def _check_one(
             continue
         result = _result(name, answer, text, found_here)
         results.append(result)
-        checks.append(_check_modules(name, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
+        if "module_dtypes" in answer:
+            checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
         if target.kv_cache and "cache_dtype" in answer:
             checks.append(_check_cache(name, manifest, answer))
         if isinstance(found_here, Divergence):
@@ -180,7 +193,7 @@ def _check_numbers(path: Path, model: str, asked: dict[str, Any], scratch: Path)
     return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
+def _check_modules(name: str, runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
     """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float; or, where the
     runtime says that it dequantizes at load, that every one is there and none of them as codes that it would take for weights. A runtime
     that merges experts has no module for each of them, and is said to make floats of them."""
@@ -200,10 +213,10 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, 
         floats = {DTYPES[name].torch_name for name in FLOATS}
         left = [f"{module} is {dtypes.get(module, 'absent')}" for module in promised if dtypes.get(module) not in floats]
         detail = "; ".join(left[:3]) or "it decodes them while it loads: nothing is held or multiplied in 8 bit here"
-        return at_least(f"{runtime}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
+        return at_least(f"{name}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
     said = [*wrong[:3], *([f"{merged} layers of experts are floats there"] if merged else [])]
-    return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))
+    return at_least(f"{name}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))
 
 
 def _check_cache(runtime: str, manifest: Manifest, answer: dict[str, Any]) -> Check:
@@ -258,7 +271,7 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
         messages = [{"role": "user", "content": QUESTION}]
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), tokenizer)
+    return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer)
 
 
 def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:

@@ -16,7 +16,8 @@ import typer
 if TYPE_CHECKING:
     from convert.pipeline import Needs
     from convert.plan import Plan
-    from convert.recipe import Recipe
+    from convert.recipe import Push, Recipe
+    from convert.remote import Remote
 
 app = typer.Typer(
     help="Press a model checkpoint into eight bits, prove that it still works, and publish it.",
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 passed; 1 made, but a limit was not met; 2 the input is wrong, nothing written; "
+    epilog="Exit codes: 0 passed; 1 made, but a limit was not met, or not published; 2 the input is wrong, nothing written; "
     "3 this machine lacks something; 130 interrupted, run the same command again to resume.",
 )
 
@@ -71,6 +72,7 @@ def convert(
     out: OutOption = None,
     device: DeviceOption = "auto",
     check: Annotated[bool, typer.Option(help="Prove the artifacts after making them.")] = True,
+    push: Annotated[bool, typer.Option("--push", help="Publish them where the recipe says, if all passed.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a recipe's artifacts and prove them. Run it again after an interruption: it resumes."""
@@ -78,6 +80,10 @@ def convert(
     from convert.progress import choose
 
     parsed = _recipe(recipe, model, overrides)
+    if push and not check:
+        raise typer.BadParameter("what is not proven is not published; leave out --no-check", param_hint="--push")
+    if push and parsed.push is None:
+        raise typer.BadParameter("the recipe has no push section that says where", param_hint="--push")
     outcome = pipeline.convert(parsed, out, device=_device(device), check=check, progress=choose(quiet=quiet))
     if not quiet:
         for i, artifact in enumerate(outcome.artifacts):
@@ -85,6 +91,10 @@ def convert(
             _show_artifact(
                 artifact.path, pipeline.plain_bytes(target), outcome.reports[i] if outcome.reports else None, reused=artifact.reused
             )
+    if push and outcome.passed and parsed.push:
+        _publish([artifact.path for artifact in outcome.artifacts], parsed.push, quiet=quiet)
+    elif push:
+        print("not published: a limit was not met", file=sys.stderr)
     raise typer.Exit(0 if outcome.passed else 1)
 
 
@@ -125,6 +135,50 @@ def sensitivity(
 
 
 @app.command()
+def push(
+    artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe, each with its report beside it.")],
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", help="organisation/name; {target} and {model} in the name stand for theirs.", show_default="the recipe's"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="The recipe whose push section says where and on what terms.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch to commit to.", show_default="main")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[str | None, typer.Option("--tag", help="A tag to put on the commit.", show_default=False)] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="What a repo that is created will be.", show_default="private")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; create nothing.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish proven artifacts on the Hub. Run it again after an interruption: what is there is not sent again."""
+    given = {"repo": repo, "revision": revision, "create_pr": create_pr or None, "tag": tag, "private": private}
+    _publish(artifacts, _where(recipe, {key: value for key, value in given.items() if value is not None}), quiet=quiet, dry_run=dry_run)
+
+
+@app.command()
+def reproduce(
+    artifact: Annotated[str, typer.Argument(help="The folder of an artifact, or its name on the Hub: org/name[@revision].")],
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Make an artifact again from the recipe and the source that its manifest names, and compare every byte."""
+    from convert.progress import choose
+    from convert.reproduce import reproduce as make_again
+
+    found = make_again(artifact, device=_device(device), progress=choose(quiet=quiet))
+    for difference in found.differences:
+        print(f"differs: {difference}")
+    for version in found.versions if found.differences or not quiet else ():
+        print(f"version: {version}")
+    if not found.differences and not quiet:
+        print(f"{artifact}: the same to the byte ({found.files} files, {_size(found.size_bytes)})")
+    raise typer.Exit(1 if found.differences else 0)
+
+
+@app.command()
 def check(
     artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe.")],
     device: DeviceOption = "auto",
@@ -143,17 +197,27 @@ def check(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="The folder of an artifact, or of a checkpoint that anybody made.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of an artifact, or of a checkpoint that anybody made; or org/name[@revision] on the Hub.")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Everything but what needs every byte: under a second.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is wrong with a checkpoint, offline: headers, config, scales; of an artifact also its manifest's promises."""
+    """Say what is wrong with a checkpoint, offline: headers, config, scales; of an artifact also its manifest's promises. Of an artifact on
+    the Hub only headers and small files are fetched."""
     from dataclasses import asdict
 
     from formats.manifest import MANIFEST
     from formats.verify import verify as verify_folder
 
-    verdict = verify_folder(folder, quick=quick)
+    fetched = ""
+    if not folder.exists() and (remote := _remote(str(folder))):
+        from convert.remote import verify_remote
+
+        verdict, commit, fetched_bytes = verify_remote(remote)
+        fetched = f"{_size(fetched_bytes)} fetched, commit {commit[:12]}"
+    else:
+        verdict = verify_folder(folder, quick=quick)
     if as_json:
         _print_json({"passed": verdict.passed, **asdict(verdict)})
         raise typer.Exit(0 if verdict.passed else 1)
@@ -162,7 +226,9 @@ def verify(
         print(f"{finding.severity}: {finding.where}: {finding.what}{trips}; {finding.remedy}")
     if verdict.passed:
         looked = f"{verdict.hashed_bytes / 1e9:.2f} GB hashed" if not quick else "hashes not looked at; leave out --quick for them"
-        if not (folder / MANIFEST).exists():
+        if fetched:
+            looked = f"{_size(verdict.hashed_bytes)} by their hashes, {fetched}"
+        elif not (folder / MANIFEST).exists():
             looked = "no manifest, so nothing vouches for its bytes" + (
                 "; codes not looked at, leave out --quick for them" if quick else ""
             )
@@ -261,15 +327,22 @@ def doctor(
 
 
 @app.command()
-def runtimes(quiet: QuietOption = False) -> None:
+def runtimes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Those to build; all unless given.", show_default=False)] = None,
+    quiet: QuietOption = False,
+) -> None:
     """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
     from convert import environments
     from convert.progress import choose
+    from formats.errors import InputError
 
-    for name in environments.PINS:
+    unknown = next((name for name in names or () if name not in environments.PINS), None)
+    if unknown is not None:
+        raise InputError(f"no runtime {unknown} is built in an environment of its own; there are {', '.join(environments.PINS)}")
+    for name in names or environments.PINS:
         built = environments.build(name, choose(quiet=quiet))
         if not quiet:
-            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
+            print(f"{name}: {environments.describe(name)} in {built.folder}")
 
 
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
@@ -321,6 +394,51 @@ def main() -> None:
 def _interrupted() -> int:
     print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
     return 130
+
+
+def _remote(name: str) -> Remote | None:
+    if name.startswith((".", "/", "~")):
+        return None
+    from convert.remote import parse_remote
+
+    return parse_remote(name)
+
+
+def _where(recipe: str | None, given: dict[str, Any]) -> Push:
+    """The push section of a recipe, if there is one, with what the command line says instead."""
+    from pydantic import ValidationError
+
+    from convert.recipe import Push
+
+    said = _recipe(recipe, None, None).push if recipe else None
+    if said is None and "repo" not in given:
+        raise typer.BadParameter("say where: --repo organisation/name, or --recipe with a push section", param_hint="--repo")
+    try:
+        return Push.model_validate({**(said.model_dump(exclude_unset=True) if said else {}), **given})
+    except ValidationError as error:
+        raise typer.BadParameter(str(error.errors()[0]["msg"]).removeprefix("Value error, "), param_hint="--repo") from None
+
+
+def _publish(artifacts: list[Path], where: Push, *, quiet: bool, dry_run: bool = False) -> None:
+    from convert.progress import choose
+    from convert.push import push
+
+    for done in push(artifacts, where, progress=choose(quiet=quiet), dry_run=dry_run):
+        if quiet:
+            continue
+        size = _size(sum(size_bytes for _, size_bytes in done.sent))
+        if dry_run:
+            print(
+                f"{done.repo}{' (would be created)' if done.created else ''}, {done.revision}: {len(done.sent)} files, {size} would be sent"
+            )
+            for path, size_bytes in done.sent:
+                print(f"  {path}  {_size(size_bytes)}")
+            for path in done.deleted:
+                print(f"  {path}  would be deleted: it is of the artifact that lies there now")
+        elif done.changed:
+            print(f"{done.url}: {len(done.sent)} files, {size}, in commit {str(done.commit)[:12]}; {done.unchanged} were there")
+        else:
+            print(f"{done.url}: nothing to send, all {done.unchanged} files are there in commit {str(done.commit)[:12]}")
 
 
 def _recipe(name: str, model: str | None, overrides: list[str] | None) -> Recipe:
@@ -474,7 +592,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
 
     console = Console(highlight=False, soft_wrap=True)
     manifest = read_manifest(path)
-    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors"))
+    weights = manifest.weight_bytes
     quantized = sum(entry["decision"] == "quantize" for entry in manifest.ledger)
     verdict = "" if report is None else "  [bold green]passed[/]" if report.passed else "  [bold red]failed[/]"
     console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))

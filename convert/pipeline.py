@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.architecture import describe
-from convert.calibrate import hessian_bytes, lane_tokens
+from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
-from convert.hardware import this_machine
+from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render
 from convert.ladder import Make, climb, settle
@@ -23,6 +23,7 @@ from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, Target, parse_recipe
 from convert.report import Report, manifest_digest, read_report, report_path
+from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
 from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
@@ -75,9 +76,10 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
-        memory = max(
-            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
-        )
+        sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
+        # A block is smoothed in float32, whatever it is watched in.
+        walked = sizes.peak_bytes + 2 * sizes.block_bytes
+        memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
@@ -121,6 +123,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`. Targets
     with a budget come last, each made again until it is met (:mod:`convert.ladder`).
     """
+    if device != "cpu":
+        let_segments_grow()
     out = out or Path("artifacts") / recipe.name
     budgeted = [target for target in recipe.targets if target.budget is not None]
     if budgeted and not check:
@@ -130,7 +134,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
         if budgeted:
-            return _climb_all(job, out, digests, progress, device=device)
+            return _climb_all(job, checkpoint, out, digests, progress, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
     for artifact in artifacts:
         if said := remark((artifact.manifest.calibration or {}).get("health", {})):
@@ -139,8 +143,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
-def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
-    """Targets without a budget together, then each that has one."""
+def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one. ``checkpoint``: the source as it was opened."""
     found: dict[str, tuple[Artifact, Report]] = {}
     plain = tuple(target for target in job.recipe.targets if target.budget is None)
     if plain:
@@ -148,7 +152,7 @@ def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress,
         found |= {target.name: pair for target, pair in zip(plain, zip(made.artifacts, made.reports, strict=True), strict=True)}
 
     def make(recipe: Recipe, folder: Path) -> tuple[Plan, Artifact, Report]:
-        rung = _plan(recipe, job.checkpoint)
+        rung = _plan(recipe, checkpoint)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device)[0]
         known = _known_report(artifact)
@@ -226,6 +230,7 @@ def plain_bytes(target: TargetPlan) -> int:
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     recipe = _pinned(recipe)
+    checkpoint = rotate(checkpoint, recipe)
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
     return make_plan(recipe, checkpoint, architecture, machine=this_machine())
 

@@ -104,6 +104,11 @@ class RuntimeResult:
     drift: Drift | None = None
     kernels: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def program(self) -> str:
+        """The runtime, without the mode in which it was run."""
+        return self.name.partition(" ")[0]
+
 
 @dataclass(frozen=True)
 class Report:
