@@ -581,7 +581,8 @@ def _show_losses(losses: Any) -> None:
         table.add_row(spelled(modules), f"{next(iter(of.values())).parameters:,}", *shown)
     sums = [sum(loss.kl_nats for loss in losses if loss.scheme == name) for name in schemes]
     table.add_row("sum", "", *(f"{value:.3g}" for value in sums), style="bold")
-    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(table)
+    # Where there is no terminal a name stays on one line, for whoever searches the lines.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:
