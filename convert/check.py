@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,11 +71,14 @@ def require_runtimes(target: Target) -> None:
                 ) from None
 
 
-def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu") -> list[Report]:
+def check(
+    artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu", reference: Path | None = None
+) -> list[Report]:
     """Proves artifacts that were made by ``recipe``, in the order given.
 
-    The source runs once for all of them. Raises :class:`InputError` when the text is too short or the model has no
-    tokenizer, :class:`MachineError` when the source does not fit in memory; a runtime that fails is a failed check, not an error.
+    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. Raises
+    :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
+    memory; a runtime that fails is a failed check, not an error.
     """
     manifests = [read_manifest(path) for path in artifacts]
     model = manifests[0].pinned
@@ -97,15 +102,35 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
             progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
         source_logits = str(scratch / "source.f32")
         request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
-        answer, failure = run("convert.runtimes.source", request_source, scratch)
+        answer, failure = _run_source(request_source, scratch, reference)
         if answer is None:
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
-        reference = _result("source", answer, text, None)
+        of_source = _result("source", answer, text, None)
         reports = []
         for path, manifest in zip(artifacts, manifests, strict=True):
             target = next(item for item in recipe.targets if item.name == manifest.target)
-            reports.append(_check_one(path, manifest, recipe, target, model, asked, text, reference, answer, scratch, progress))
+            reports.append(_check_one(path, manifest, recipe, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
+
+
+def _run_source(asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
+    """The source's answer, with its logits in ``scratch``: those in ``kept`` where the same was asked before of the same tokens."""
+    if kept is None:
+        return run("convert.runtimes.source", asked, scratch)
+    # What differs from check to check: where things lie, and whose tokenizer was used.
+    facts = {key: value for key, value in asked.items() if key not in ("artifact", "tokens", "logits")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + Path(asked["tokens"]).read_bytes()).hexdigest()
+    told, logits = kept / f"{digest}.json", kept / f"{digest}.f32"
+    if told.exists():
+        os.link(logits, asked["logits"])
+        return json.loads(told.read_text()), ""
+    answer, failure = run("convert.runtimes.source", asked, scratch)
+    if answer is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        logits.unlink(missing_ok=True)
+        os.link(asked["logits"], logits)
+        told.write_text(json.dumps(answer))
+    return answer, failure
 
 
 def _check_one(

@@ -144,6 +144,9 @@ def kept_share(plan: Plan) -> float:
 def _mix(recipe: Recipe, target: Target, out: Path, make: Make, progress: Progress, rungs: list[Rung], best: Rung, device: str) -> Climb:
     budget = target.budget
     assert budget is not None
+    if not math.isfinite(best.kl_nats) or not math.isfinite(best.perplexity_ratio):
+        progress.say(f"{target.name}: no rung ran everywhere with finite logits, so there is nothing to mix")
+        return Climb(tuple(rungs), _taken(rungs, budget))
     progress.say(f"{target.name}: measuring what each group of {best.name} loses alone, on {budget.tokens:,} tokens")
     trials = artifact_trials(best.plan, best.artifact.path)
     # Of rounding the recipe names no text, but the ladder's does.

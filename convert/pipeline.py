@@ -32,6 +32,8 @@ from formats.verify import verify
 
 #: Resident memory of Python with torch and transformers loaded, before any tensor: 430 MB were seen with torch 2.13 on CPU.
 BASE_BYTES = 600_000_000
+#: Where the rungs of a ladder keep what the source computed.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDige
         rung = _plan(recipe, checkpoint)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device)[0]
-        known = _known_report(artifact)
-        return rung, artifact, known or prove([artifact.path], rung.recipe, progress=progress, device=device)[0]
+        known, reference = _known_report(artifact), folder.parent / REFERENCE
+        return rung, artifact, known or prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference)[0]
 
     for target in job.recipe.targets:
         if target.budget is not None:
@@ -200,13 +202,23 @@ def _known_report(artifact: Artifact) -> Report | None:
     return report if report.manifest_sha256 == manifest_digest(artifact.path) else None
 
 
-def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress = QUIET, device: str = "cpu") -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes reports and model card of each."""
+def prove(
+    artifacts: Sequence[Path],
+    recipe: Recipe | None = None,
+    *,
+    progress: Progress = QUIET,
+    device: str = "cpu",
+    reference: Path | None = None,
+) -> list[Report]:
+    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes reports and model card of each.
+
+    ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check.
+    """
     from convert.check import check
 
     recipe = recipe or recipe_of(artifacts[0])
     reports = []
-    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device), strict=True):
+    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference), strict=True):
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
         report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())

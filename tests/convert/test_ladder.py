@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from convert.child import run
 from convert.pipeline import convert, plan
 from convert.recipe import parse_recipe
 from convert.report import read_report
@@ -46,17 +47,22 @@ def plan_model(outcome: Any) -> str:
     return str(outcome.plan.recipe.model)
 
 
-def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[str] = []
+    monkeypatch.setattr("convert.check.run", lambda program, *args, **more: (programs.append(program), run(program, *args, **more))[1])
     folder = make_llama(num_hidden_layers=3, dtype="float32")
     rounded = convert(recipe_for(folder, text=_text(1e-9, "[rtn]").replace("calibration", "# ")), tmp_path / "rtn")
     assert not rounded.passed
     kl = rounded.reports[0].ladder["rungs"][0]["kl_nats"]
     outcome = convert(recipe_for(folder, text=_text(kl * 0.6, "[rtn, mixed]")), tmp_path / "mixed")
     assert outcome.passed
+    assert programs.count("convert.runtimes.transformers") >= 3
+    assert programs.count("convert.runtimes.source") == 2, "once for each of two climbs, whatever the rungs"
     ladder = read_report(tmp_path / "mixed" / "q.report.json").ladder
     taken = next(rung for rung in ladder["rungs"] if rung["name"] == ladder["taken"])
     assert taken["kl_nats"] <= kl * 0.6
     assert 0 < taken["kept_groups"] < 12
+    assert taken["kept_share"] < 0.6
     kept = {module for group in ladder["groups"] if group["kept"] for module in group["modules"]}
     ledger = {entry["module"]: entry for entry in outcome.artifacts[0].manifest.ledger if entry["module"].endswith("_proj")}
     assert {module for module, entry in ledger.items() if entry["decision"] == "keep"} == kept
