@@ -699,6 +699,20 @@ _VLLM_CUDA = (
 )
 
 _VLLM_EXPERTS = (
+    *(
+        Row("vllm", ("0.24",), ("sm_90",), form, schemes, kernel, f"seen: {_H100}, a small Mixtral: {seen}", note)
+        for form, schemes, kernel, seen, note in (
+            ("compressed-tensors", ("int8-dynamic-experts", "fp8-dynamic-experts", "fp8-block-experts"), "native", "FusedMoEKernel", ""),
+            ("fp8", ("fp8-block-experts",), "native", "FusedMoEKernel", ""),
+            (
+                "compressed-tensors",
+                ("int8-weight-only-experts", "int8-weight-only-g128-experts"),
+                "none",
+                "compressed_tensors_moe_wna16_marlin.py: assert self.group_size == -1",
+                "it wants a group size that neither scheme has; choose int8-dynamic or fp8-dynamic",
+            ),
+        )
+    ),
     Row(
         "vllm",
         ("0.32",),
