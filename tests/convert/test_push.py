@@ -629,5 +629,5 @@ def test_the_token_of_a_reader_cannot_write(octo: Hub, artifacts: Path, monkeypa
 
 
 def test_a_line_to_xet_that_fails_is_one_sentence() -> None:
-    with pytest.raises(HubError, match="org/name: the line to Xet's storage failed .*HF_HUB_DISABLE_XET=1"), _errors("org/name"):
+    with pytest.raises(HubError, match=r"org/name: the line to Xet's storage failed .*HF_HUB_DISABLE_XET=1"), _errors("org/name"):
         raise ConnectionError("Network error: 404 Not Found")
