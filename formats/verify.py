@@ -129,7 +129,11 @@ def check_ledger(manifest: Manifest) -> list[Finding]:
 
 
 def _check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
-    path, expected = folder / PROVENANCE, statement(manifest)
+    path = folder / PROVENANCE
+    try:
+        expected = statement(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return [Finding(MANIFEST, "what it says of the source cannot be read", "fetch or make the artifact again")]
     if not os.path.lexists(path) or (_size(path) == len(expected) and path.read_bytes() == expected):
         return []
     return [Finding(PROVENANCE, "not the statement that follows from the manifest", "fetch or make the artifact again")]

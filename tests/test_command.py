@@ -155,7 +155,7 @@ def test_the_plan_is_a_table_for_people_and_json_for_programs(make_llama: Any, t
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(make_llama: Any, tmp_path: Path, kind: signal.Signals) -> None:
-    job = recipe(tmp_path, make_llama(vocab_size=100_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6))
+    job = recipe(tmp_path, make_llama(vocab_size=100_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12))
     process = subprocess.Popen(
         [sys.executable, "-m", "convert", "convert", str(job), "--no-check"],
         cwd=tmp_path,

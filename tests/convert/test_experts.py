@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from convert import pipeline
 from convert.architecture import describe
-from convert.calibrate import hessian_bytes
+from convert.calibrate import statistics_bytes
 from convert.compatibility import parts_of_ledger
 from convert.loading import Skeleton
 from convert.progress import Lines
@@ -205,13 +205,14 @@ def test_experts_in_one_tensor_are_solved_as_separate_ones_are(tmp_path: Path) -
 
 
 def test_experts_may_be_rounded_beside_layers_that_are_solved(tmp_path: Path) -> None:
-    """And the plan counts their Hessians where they have any: one for gate and up, one for down, of each expert."""
+    """And the plan counts their Hessians where they have any: one for gate and up, one for down, of each expert; and what a batch hands them."""
     source = saved("qwen3_moe", tmp_path)
     text = RECIPE.format(model=source, scheme="int8-weight-only", algorithm="gptq", runtime="transformers", hardware="", more="")
     every = parse_recipe(text, "test.yaml", name="test")
     rules = "[{match: '*.self_attn.?_proj', scheme: int8-weight-only, algorithm: gptq}, {match: linear, scheme: int8-weight-only}]"
     some = parse_recipe(text, "test.yaml", name="test", overrides=[f"targets.0.rules={rules}"])
-    assert hessian_bytes(pipeline.plan(every)) - hessian_bytes(pipeline.plan(some)) == 4 * 4 * (64**2 + 40**2)
+    hessians, read = 4 * (64**2 + 40**2), every.calibration.length * 40
+    assert statistics_bytes(pipeline.plan(every), 1) - statistics_bytes(pipeline.plan(some), 1) == 4 * (hessians + read)
     rounded = load_file(converted(plainly(source), tmp_path / "rtn").path / "model.safetensors")
     solved = load_file(converted(some, tmp_path / "some").path / "model.safetensors")
     codes = [name for name in rounded if name.endswith(".weight_packed")]

@@ -243,10 +243,10 @@ def test_experts_that_a_runtime_merges_are_said_to_be_floats_there(tmp_path: Pat
     path, _ = converted(recipe(source, quantize("int8-weight-only")), tmp_path / "out")
     model = transformers.Qwen3MoeForCausalLM.from_pretrained(path, dtype="auto")
     dtypes = {name: str(module.weight_packed.dtype)[6:] for name, module in model.named_modules() if hasattr(module, "weight_packed")}
-    found = _check_modules("transformers", read_manifest(path), dtypes, dequantized=False)
+    found = _check_modules("transformers", "transformers", read_manifest(path), dtypes, dequantized=False)
     assert (found.passed, found.value, found.detail) == (True, 8, "24 layers of experts are floats there")
     del dtypes["model.layers.0.self_attn.q_proj"]
-    assert not _check_modules("transformers", read_manifest(path), dtypes, dequantized=False).passed
+    assert not _check_modules("transformers", "transformers", read_manifest(path), dtypes, dequantized=False).passed
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", "kl_nats"), ("llama", "relative_error")])

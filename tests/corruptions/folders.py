@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from formats.manifest import MANIFEST, FileRecord, read_manifest
+from formats.provenance import PROVENANCE, statement
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -67,7 +68,9 @@ def vouch(folder: Path) -> None:
     for file in manifest.files:
         content = (folder / file.name).read_bytes()
         files.append(FileRecord(file.name, len(content), hashlib.sha256(content).hexdigest()))
-    (folder / MANIFEST).write_bytes(replace(manifest, files=tuple(files)).to_bytes())
+    promising = replace(manifest, files=tuple(files))
+    (folder / MANIFEST).write_bytes(promising.to_bytes())
+    (folder / PROVENANCE).write_bytes(statement(promising))
 
 
 def rename(tensors: Tensors, old: str, new: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:
