@@ -424,9 +424,15 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         console.print(f"  unproven   prove it with: octavo check {path}")
         return
     for item in report.checks:
-        value = ("yes" if item.value else "no") if item.bound == "holds" else f"{item.value:.4g} ({item.bound} {item.limit:g} {item.unit})"
+        interval = f" [{item.interval.low:.4g}, {item.interval.high:.4g}] at 95 %" if item.interval else ""
+        value = (
+            ("yes" if item.value else "no")
+            if item.bound == "holds"
+            else f"{item.value:.4g}{interval} ({item.bound} {item.limit:g} {item.unit})"
+        )
         mark = "[green]ok  [/]" if item.passed else "[red]FAIL[/]"
-        console.print(f"  {mark}  {item.name:<40} {value}", end="")
+        console.print(f"  {mark}  {item.name:<40} ", end="")
+        console.print(value, end="", markup=False)
         console.print(f"  {item.detail}" if item.detail else "", markup=False, style="dim")
     for run in (report.source, *report.runtimes):
         console.print(
@@ -435,6 +441,9 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
             end="",
         )
         console.print(repr(run.continuation[:80]), markup=False)
+        if run.answers:
+            within = f"[{run.answers.interval.low:.3f}, {run.answers.interval.high:.3f}] at 95 %"
+            console.print(f"  {'':<12} {sum(run.answers.right)} of {len(run.answers.right)} prompts answered, {within}", markup=False)
     console.print(f"  report     {path}.report.html, {path}.report.json", markup=False)
 
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from convert.health import is_ruined, off, remark
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
-from convert.report import Check, Report
+from convert.report import Check, Interval, Report
 from formats.errors import FormatError
 from formats.manifest import Manifest
 from formats.safetensors import json_bytes
@@ -37,6 +37,7 @@ class _CheckRow:
     value: str
     limit: str
     unit: str
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def render(report: Report, manifest: Manifest) -> str:
         "percent": _percent,
         "size": _size,
         "share": _share,
+        "interval": _interval,
         "decibels": _decibels,
         "csp_hash": _csp_hash,
     }
@@ -188,10 +190,17 @@ def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     limit = next((check.limit for check in report.checks if check.name == f"{name}: kl_nats"), None)
     allowed = f"; the limit is {_number(limit)}" if limit is not None else ""
     distance = f"{_number(far.kl_nats, limit)}{' nats a token' if math.isfinite(far.kl_nats) else ''}"
+    if far.kl_interval:
+        distance += f" {_interval(far.kl_interval, limit)}"
     return f"{sizes}. On {far.tokens:,} held-out tokens the KL divergence from the source, in {name}, is {distance}{allowed}."
 
 
 def _check_row(check: Check) -> _CheckRow:
     if check.bound == "holds":
         return _CheckRow(check, "yes" if check.value else "no", "yes", "")
-    return _CheckRow(check, _number(check.value, check.limit), f"{SIGNS[check.bound]} {_number(check.limit)}", check.unit)
+    interval = _interval(check.interval, check.limit)
+    return _CheckRow(check, _number(check.value, check.limit), f"{SIGNS[check.bound]} {_number(check.limit)}", check.unit, interval)
+
+
+def _interval(interval: Interval | None, limit: float | None = None) -> str:
+    return f"[{_number(interval.low, limit)}, {_number(interval.high, limit)}] at 95 %" if interval else ""

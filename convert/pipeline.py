@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.answers import read_questions
 from convert.architecture import describe
 from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
@@ -185,6 +186,12 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
+        if job.recipe.validation.prompts is not None:
+            if not job.predicts:
+                raise InputError(
+                    f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
+                )
+            read_questions(Path(job.recipe.validation.prompts))
         for target in job.recipe.targets:
             require_runtimes(target)
     require(needs(job, out, check=check, device=device), out)
