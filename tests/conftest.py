@@ -27,6 +27,26 @@ targets:
 """
 
 
+#: A conversion of argv: a recipe, a folder, and after how many tensors it kills itself.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from convert import export
+from convert.pipeline import convert
+from convert.recipe import parse_recipe
+left = int(sys.argv[3])
+finished = export._Writer.finished
+def counted(self, tensor):
+    global left
+    finished(self, tensor)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+export._Writer.finished = counted
+convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), Path(sys.argv[2]), check=False)
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 

@@ -86,3 +86,20 @@ def save_family(name: str, folder: Path) -> Path:
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).to(torch.bfloat16)
     model.save_pretrained(folder / name)
     return folder / name
+
+
+def join_experts(folder: Path, *, turned: bool) -> None:
+    """Rewrites a checkpoint of separate experts as transformers 5 has it in memory, or with (experts, in, out)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    separate = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    for layer in {name.partition(".experts.")[0] for name in separate}:
+        of = {
+            projection: torch.stack([separate[f"{layer}.experts.{i}.{projection}.weight"] for i in range(4)])
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        }
+        joined = {"gate_up_proj": torch.cat([of["gate_proj"], of["up_proj"]], 1), "down_proj": of["down_proj"]}
+        tensors |= {f"{layer}.experts.{name}": (w.mT if turned else w).contiguous() for name, w in joined.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

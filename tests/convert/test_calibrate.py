@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tokenizer
+from conftest import KILLED, save_tokenizer
 from families import save_family
 
 from convert.calibrate import _batches
@@ -133,25 +133,6 @@ def _digest(folder: Path) -> list[tuple[str, str]]:
     return [(file.name, file.digest) for file in read_manifest(folder).files]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from convert import export
-from convert.pipeline import convert
-from convert.recipe import parse_recipe
-left = int(sys.argv[3])
-finished = export._Writer.finished
-def counted(self, tensor):
-    global left
-    finished(self, tensor)
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-export._Writer.finished = counted
-convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), Path(sys.argv[2]), check=False)
-"""
-
-
 @pytest.mark.parametrize(
     ("propagate", "algorithm", "dtype", "count"),
     [("quantized", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", "source", 12), ("float", "gptq", "float32", 3)],
@@ -251,7 +232,7 @@ def test_an_observer_takes_batches_in_their_order_or_not_at_all(kind: str) -> No
     for batch in batches:
         expected.update(batch[0])
     for count in (1, 2, 3):
-        with Observer(SimpleNamespace(model=model), None) as observer, crew(count) as hands, torch.no_grad():
+        with Observer(SimpleNamespace(model=model, experts={}), None) as observer, crew(count) as hands, torch.no_grad():
             observer.want(["a"], kind)
 
             def show(batch: torch.Tensor, observer: Observer = observer) -> Any:
@@ -263,7 +244,7 @@ def test_an_observer_takes_batches_in_their_order_or_not_at_all(kind: str) -> No
                 observer.take(list(hands.map(show, batches[start : start + count])), hands)
             model["a"](100 * batches[0])
             assert torch.equal(observer.get("a", kind).value, expected.value)
-    with Observer(SimpleNamespace(model=model), None) as observer, torch.no_grad():
+    with Observer(SimpleNamespace(model=model, experts={}), None) as observer, torch.no_grad():
         observer.want(["b"], kind)
         with observer.watching() as seen:
             model["b"](batches[0].clone())

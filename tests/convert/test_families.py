@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import save_tokenizer
-from families import FAMILIES, save_family
-from safetensors.torch import load_file, save_file
+from families import FAMILIES, join_experts, save_family
+from safetensors.torch import load_file
 
 from convert import pipeline
 from convert.check import _check_modules
@@ -102,7 +102,7 @@ def test_a_family_is_reloaded_in_bitsandbytes(family: str, tmp_path: Path) -> No
         ("falcon", "int8-weight-only", "transformers", "arithmetic of its own, which does not find packed codes"),
         ("gpt_oss", "fp8-dynamic", "transformers", "no reader of 8-bit experts is known that takes them in the layout"),
         ("mixtral", "int8-dynamic", "transformers", "holds experts as floats, and reads them from fp8-dynamic"),
-        ("mixtral", "fp8-static", "transformers", "calibration does not see what goes into one expert"),
+        ("mixtral", "fp8-static", "transformers", "holds experts as floats, and reads them from fp8-dynamic"),
         ("qwen2_moe", "llm-int8", "bitsandbytes", "holds the experts of this model as floats only"),
     ],
 )
@@ -140,20 +140,6 @@ def test_experts_are_quantized_one_by_one_and_routers_are_kept(family: str, sche
     assert all(entry.scheme for entry in entries if entry.kind in ("linear", "expert"))
     assert all("shared_expert" not in entry.tensor.name for entry in entries if entry.kind == "expert")
     assert cosine(outputs(source, family, dtype=torch.float32), outputs(path, family, dtype="auto")) > 0.998
-
-
-def join_experts(folder: Path, *, turned: bool) -> None:
-    """Rewrites a checkpoint of separate experts as transformers 5 has it in memory, or with (experts, in, out)."""
-    tensors = load_file(folder / "model.safetensors")
-    separate = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
-    for layer in {name.partition(".experts.")[0] for name in separate}:
-        of = {
-            projection: torch.stack([separate[f"{layer}.experts.{i}.{projection}.weight"] for i in range(4)])
-            for projection in ("gate_proj", "up_proj", "down_proj")
-        }
-        joined = {"gate_up_proj": torch.cat([of["gate_proj"], of["up_proj"]], 1), "down_proj": of["down_proj"]}
-        tensors |= {f"{layer}.experts.{name}": (w.mT if turned else w).contiguous() for name, w in joined.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-weight-only"])
@@ -224,11 +210,11 @@ def test_what_a_runtime_fuses_must_have_one_scheme(keep: str, fine: bool, tmp_pa
     fusing = RUNTIMES["transformers"].__class__("x", ("compressed-tensors",), (), fuses=True)
     monkeypatch.setitem(RUNTIMES, "transformers", fusing)
     source = save_family("deepseek_v2" if keep == "up_proj" else "qwen3_moe", tmp_path)
-    job = recipe(source, f"{{match: '{keep}', keep: true, why: because}}", quantize("int8-dynamic"))
+    job = recipe(source, f"{{match: '{keep}', keep: true, why: because}}", quantize("fp8-dynamic"))
     if fine:
         pipeline.plan(job)
     else:
-        with pytest.raises(RecipeError, match=r"test.yaml:9:9: .* is kept where .* is int8-dynamic, and transformers makes them one layer"):
+        with pytest.raises(RecipeError, match=r"test.yaml:9:9: .* is kept where .* is fp8-dynamic, and transformers makes them one layer"):
             pipeline.plan(job)
 
 

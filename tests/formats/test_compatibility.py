@@ -76,6 +76,16 @@ def test_no_row_stands_wholly_in_the_shade_of_those_before_it() -> None:
         ("bitsandbytes", None, "cpu", "bitsandbytes", "llm-int8", "emulated"),
         ("tensorrt-llm", None, "sm_80", "modelopt", "fp8-static", "none"),
         ("onnxruntime", None, "cpu", "compressed-tensors", "int8-dynamic", "not known"),
+        ("vllm", "0.32", "cpu-vnni", "compressed-tensors", "int8-dynamic-experts", "none"),
+        ("vllm", "0.32", "cpu-amx", "compressed-tensors", "int8-dynamic-experts", "native"),
+        ("vllm", "0.24", "cpu-amx", "compressed-tensors", "int8-dynamic-experts", "none"),
+        ("vllm", None, "cpu-vnni", "compressed-tensors", "fp8-dynamic-experts", "none"),
+        ("vllm", None, "sm_120", "compressed-tensors", "int8-dynamic-experts", "native"),
+        ("vllm", None, "sm_80", "compressed-tensors", "fp8-static-experts", "fused"),
+        ("vllm", None, "sm_90", "compressed-tensors", "int8-static-experts", "none"),
+        ("vllm", None, "sm_90", "fp8", "fp8-block-experts", "native"),
+        ("transformers", None, "cpu-vnni", "compressed-tensors", "fp8-dynamic-experts", "dequantize"),
+        ("transformers", None, "sm_90", "compressed-tensors", "int8-dynamic-experts", "none"),
     ],
 )
 def test_answers_that_are_known(runtime: str, version: str | None, hardware: str, name: str, scheme: str, kernel: str) -> None:
