@@ -71,12 +71,14 @@ def require_runtimes(target: Target) -> None:
                 ) from None
 
 
-def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu") -> list[Report]:
-    """Proves artifacts that were made by ``recipe``, in the order given.
+def check(artifacts: Sequence[Path], recipes: Recipe | Sequence[Recipe], progress: Progress, *, device: str = "cpu") -> list[Report]:
+    """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
+    ``validation``.
 
     The source runs once for all of them. Raises :class:`InputError` when the text is too short or the model has no
     tokenizer, :class:`MachineError` when the source does not fit in memory; a runtime that fails is a failed check, not an error.
     """
+    recipe, *_ = recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
     model = manifests[0].pinned
     with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
@@ -109,9 +111,9 @@ def check(artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, devi
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         reference = _result("source", answer, text, None)
         reports = []
-        for path, manifest in zip(artifacts, manifests, strict=True):
-            target = next(item for item in recipe.targets if item.name == manifest.target)
-            reports.append(_check_one(path, manifest, recipe, target, model, asked, text, reference, answer, scratch, progress))
+        for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
+            target = next(item for item in own.targets if item.name == manifest.target)
+            reports.append(_check_one(path, manifest, own, target, model, asked, text, reference, answer, scratch, progress))
         return reports
 
 

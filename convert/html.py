@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from convert.comparison import WEIGHT_FILES, Comparison, explain
 from convert.health import is_ruined, off, remark
-from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
+from convert.panels import EXACT_DB, MAX_PANELS, draw_frontier, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
 from convert.report import Check, Interval, Report
 from formats.errors import FormatError
@@ -28,7 +29,6 @@ SIGNS = {"at most": "\u2264", "at least": "\u2265"}
 SHADES = 8
 #: Rows of the table of layers; of a mixture with thousands of experts those with the largest error at the output.
 MAX_LAYERS = 1000
-WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,9 @@ def render(report: Report, manifest: Manifest) -> str:
         raise FormatError(
             f"the report of {report.target} is about another manifest ({report.manifest_sha256}, not {digest}); check the artifact again"
         )
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": _number,
-        "percent": _percent,
-        "size": _size,
-        "share": _share,
-        "interval": _interval,
-        "decibels": _decibels,
-        "csp_hash": _csp_hash,
-    }
     drawn = [layer for layer in report.layers if is_drawable(layer)]
     weights = [file for file in manifest.files if file.name.endswith(WEIGHT_FILES)]
-    page = environment.get_template("report.html.jinja")
-    return page.render(
+    return _page("report.html.jinja").render(
         report=report,
         runs=[report.source, *report.runtimes],
         manifest=manifest,
@@ -104,6 +91,33 @@ def render(report: Report, manifest: Manifest) -> str:
         remark=remark(report.health),
         shades=range(1, SHADES + 1),
     )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """One self-contained HTML page of several artifacts side by side."""
+    return _page("compare.html.jinja").render(
+        comparison=comparison,
+        loss_name="Relative error" if any(row.run.drift for row in comparison.rows) else "KL divergence",
+        plot=draw_frontier(comparison.rows),
+        sentences=explain(comparison.layers),
+        shades=range(1, SHADES + 1),
+    )
+
+
+def _page(template: str) -> Template:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "size": _size,
+        "share": _share,
+        "interval": _interval,
+        "decibels": _decibels,
+        "csp_hash": _csp_hash,
+    }
+    return environment.get_template(template)
 
 
 def _fate(entry: Mapping[str, Any]) -> str:

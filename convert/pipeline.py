@@ -12,17 +12,19 @@ from convert.answers import read_questions
 from convert.architecture import describe
 from convert.calibrate import hessian_bytes, lane_tokens
 from convert.card import render_card
+from convert.comparison import Comparison
+from convert.comparison import compare as side_by_side
 from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import this_machine
 from convert.health import remark
-from convert.html import render
+from convert.html import render, render_comparison
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, parse_recipe
-from convert.report import Report, report_path
+from convert.report import Report, plain_json, report_path
 from convert.source import Checkpoint, SourceDigests, open_source
 from formats.errors import InputError, MachineError
 from formats.manifest import CARD, read_manifest
@@ -132,8 +134,38 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
-def prove(artifacts: Sequence[Path], recipe: Recipe | None = None, *, progress: Progress = QUIET, device: str = "cpu") -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes reports and model card of each."""
+def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str = "cpu", progress: Progress = QUIET) -> Comparison:
+    """Converts what is not yet made of each recipe, to ``out/<recipe>/<target>`` (default ``artifacts``), proves all on the same text with
+    one run of the source, and writes ``out/compare.html`` and ``.json``.
+
+    Raises :class:`InputError` when the recipes are about other models or texts, or share a name, and what :func:`convert` raises.
+    """
+    out = out or Path("artifacts")
+    names = [recipe.name for recipe in recipes]
+    for recipe in recipes:
+        if names.count(recipe.name) > 1:
+            raise InputError(f"{names.count(recipe.name)} recipes are called {recipe.name}; rename all but one")
+        for what in ("model", "validation", "trust_remote_code"):
+            if getattr(recipe, what) != getattr(recipes[0], what):
+                where = recipe.where(what)
+                raise InputError(f"{where}: {recipe.name} has another {what} than {names[0]}; --model and --set hold for all recipes")
+    for recipe in recipes:  # what cannot be carried to its end stops all, before any work
+        job = plan(recipe)
+        _require_all(job, out / recipe.name, QUIET, check=True, device=device)
+    made = [convert(recipe, out / recipe.name, device=device, check=False, progress=progress) for recipe in recipes]
+    paths = [artifact.path for outcome in made for artifact in outcome.artifacts]
+    by_artifact = [outcome.plan.recipe for outcome in made for _ in outcome.artifacts]
+    reports = prove(paths, by_artifact, progress=progress, device=device)
+    found = side_by_side([(read_manifest(path), report) for path, report in zip(paths, reports, strict=True)])
+    (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
+    (out / "compare.json").write_bytes(plain_json(found.record()))
+    return found
+
+
+def prove(
+    artifacts: Sequence[Path], recipe: Recipe | Sequence[Recipe] | None = None, *, progress: Progress = QUIET, device: str = "cpu"
+) -> list[Report]:
+    """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards."""
     from convert.check import check
 
     recipe = recipe or recipe_of(artifacts[0])

@@ -170,8 +170,13 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_bytes(self) -> bytes:
-        """JSON, in which a number that is not finite is null."""
-        return json_bytes(_finite({"report_version": VERSION, "passed": self.passed, **asdict(self)}))
+        """As :func:`plain_json` spells it."""
+        return plain_json({"report_version": VERSION, "passed": self.passed, **asdict(self)})
+
+
+def plain_json(record: dict[str, Any]) -> bytes:
+    """JSON, in which a number that is not finite is null."""
+    return json_bytes(_finite(record))
 
 
 def manifest_digest(artifact: Path) -> str:

@@ -39,7 +39,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["", "plan", "convert", "check", "verify", "inspect", "schema", "doctor", "runtimes"])
+@pytest.mark.parametrize("command", ["", "plan", "convert", "check", "compare", "verify", "inspect", "schema", "doctor", "runtimes"])
 def test_the_docs_show_the_help_there_is(command: str) -> None:
     shown = octavo(*command.split(), "--help", COLUMNS="100").stdout.replace("python -m convert", "octavo").strip()
     assert shown in (ROOT / "docs" / "command.md").read_text(), "docs/command.md is out of date; run: make docs"
