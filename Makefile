@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= llama-int8
+RUNTIMES ?=
 MODEL ?=
 OUT ?=
 SET ?=
@@ -14,7 +15,7 @@ WORKERS ?= 2
 help:
 	@echo "make convert RECIPE=llama-int8 [MODEL=org/name|folder] [OUT=folder] [SET=key=value]   make and prove an artifact"
 	@echo "make plan RECIPE=llama-int8 [MODEL=...]                                                say what that would do"
-	@echo "make runtimes                                                                          build what runs elsewhere: vLLM"
+	@echo "make runtimes [RUNTIMES='vllm openvino']                                               build what runs elsewhere: all of it or these"
 	@echo "make test | lint | format | schema | docs | clean"
 
 setup: $(VENV)/.ready
@@ -32,7 +33,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # What does not go with the main environment, each in its own under .runtimes/. Does nothing where they are whole.
 runtimes: setup
-	$(BIN)/octavo runtimes
+	$(BIN)/octavo runtimes $(RUNTIMES)
 
 convert: setup
 	$(BIN)/octavo convert $(RECIPE) $(if $(MODEL),--model '$(MODEL)') $(if $(OUT),--out '$(OUT)') $(foreach value,$(SET),--set '$(value)')
@@ -59,7 +60,7 @@ schema: setup
 # docs/command.md shows what --help prints, docs/compatibility.md the table in formats/compatibility.py; tests hold both.
 docs: setup
 	@{ echo '# The command'; echo; echo 'What `--help` prints, written by `make docs`.'; \
-	for command in '' plan convert check compare verify inspect schema doctor runtimes; do \
+	for command in '' plan convert sensitivity push reproduce check compare verify inspect schema doctor runtimes; do \
 	echo; echo "## octavo $$command"; echo; echo '```'; COLUMNS=100 $(BIN)/octavo $$command --help; echo '```'; done; } > docs/command.md
 	$(BIN)/python -c 'from formats.compatibility import markdown; print(markdown(), end="")' > docs/compatibility.md
 

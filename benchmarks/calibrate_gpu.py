@@ -34,6 +34,8 @@ sys.path.append(str(HERE))
 from measure import ROOT, machine, versions  # noqa: E402
 from workload import add_shape_options, make_workload  # noqa: E402
 
+from convert.hardware import let_segments_grow  # noqa: E402
+
 RECIPE = """\
 model: {model}
 calibration: {{text: {text}, sequences: {sequences}, length: {length}, dtype: {dtype}}}
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--no-floor", action="store_true")
     parser.add_argument("--no-phases", action="store_true")
     args = parser.parse_args()
+    let_segments_grow()
     workdir = args.workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     model = make_workload(workdir, args, args.layers).model
@@ -76,6 +79,9 @@ def main() -> None:
         phases: dict[str, Phase] = {}
         with watched(phases, args.device):
             result["waited"] = run(model, text, workdir / "out", args)
+        # Looked at from phase to phase, so that these say little.
+        for name in ("peak_gpu_allocated_gb", "peak_gpu_reserved_gb"):
+            result["waited"].pop(name)
         result["phases"] = {name: [phase.seconds / args.layers, phase.peak_gb] for name, phase in phases.items()}
         print("with the device waited for around each phase:", json.dumps(result["waited"]))
         print("s a block and GB at most, by phase; what is inside another is counted in both:")

@@ -11,6 +11,8 @@ from measure import run_measured
 from formats.safetensors import read_folder, read_header
 
 RECIPES = {"int8": "recipes/llama-int8.yaml", "fp8": "recipes/llama-fp8.yaml"}
+#: Those that calibrate, which :mod:`memory` measures too.
+CALIBRATED = {"int8-gptq": "recipes/llama-int8-gptq.yaml"}
 EIGHT_BIT = ("I8", "F8_E4M3")
 LINEARS_PER_LAYER = 7
 #: What the tools under test would otherwise try to reach, and wait for.
@@ -54,7 +56,19 @@ def make_workload(workdir: Path, args: argparse.Namespace, layers: int) -> Workl
 
 def octavo_command(python: str, scheme: str, model: Path, out: Path, device: str | None) -> list[str]:
     """The command line that is measured: the conversion alone, since no peer proves what it made."""
-    command = [python, "-m", "convert", "convert", RECIPES[scheme], "--model", str(model), "--out", str(out), "--no-check", "--quiet"]
+    command = [
+        python,
+        "-m",
+        "convert",
+        "convert",
+        (RECIPES | CALIBRATED)[scheme],
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        "--no-check",
+        "--quiet",
+    ]
     return command + (["--device", device] if device else [])
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.ailments import explain
+from convert.algorithms import TRANSFORMS
 from convert.crew import Crew, crew
-from convert.observe import NO_STATS, Observer, Stats
+from convert.observe import NO_STATS, Limit, Observer, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
+from convert.static import by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
+from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +66,7 @@ def calibrate(
     if not wanted:
         return found
     folder = scratch()
-    tokens, record = _tokens(plan, folder)
+    tokens, record = calibration_tokens(plan, folder)
     record = {**record, "dtype": walk_dtype(plan, device)}
     quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
@@ -75,7 +78,10 @@ def calibrate(
             stats, looked = yield from _walk(
                 plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device, hands=hands
             )
-            found |= {target.name: replace(stats, record=record, health=looked[target.name]) for target in walked}
+            for target in walked:
+                held = stats.limits[target.name]
+                inputs = {**stats.inputs, **{module: limit.limit for module, limit in held.items()}}
+                found[target.name] = replace(stats, inputs=inputs, record=record, limits={target.name: held}, health=looked[target.name])
     return found
 
 
@@ -95,8 +101,9 @@ def lane_tokens(plan: Plan) -> int:
     return int(_settings(plan).sequences * _settings(plan).length)
 
 
-def hessian_bytes(plan: Plan) -> int:
-    """What the Hessians of one block take, and one more while it is factorised, in float32."""
+def statistics_bytes(plan: Plan, workers: int) -> int:
+    """What the Hessians of one block take, three more for each that is factorised, and what the linears of a batch have read, for each of
+    the workers; in float32. Of the experts of a layer a batch is counted once."""
     assert plan.architecture is not None
     leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
     largest = 0
@@ -108,7 +115,15 @@ def hessian_bytes(plan: Plan) -> int:
                 if entry.coder == "gptq" and _within(entry, block)
                 for part in entry.parts
             }
-            largest = max(largest, 4 * (sum(n * n for n in inputs.values()) + 3 * max(inputs.values(), default=0) ** 2))
+            read = {
+                entry.experts or leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
+                for entry in target.quantized
+                if entry.coder == "gptq" and _within(entry, block)
+                for part in entry.parts
+            }
+            squares = sorted((n * n for n in inputs.values()), reverse=True)
+            rows = workers * int(_settings(plan).length)
+            largest = max(largest, 4 * (sum(squares) + 3 * sum(squares[:workers]) + rows * sum(read.values())))
     return largest
 
 
@@ -124,7 +139,7 @@ def _settings(plan: Plan) -> Any:
     return plan.recipe.calibration or Calibration()
 
 
-def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
@@ -134,7 +149,7 @@ def _tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, An
     settings = _settings(plan)
     folder = scratch / "tokenizer"
     folder.mkdir()
-    for name, content in {**plan.checkpoint.sidecars(), **plan.targets[0].texts()}.items():
+    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).write_bytes(content)
     tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
     selection = Selection(settings.config, settings.split, settings.column)
@@ -168,14 +183,6 @@ def _widened(module: Any) -> dict[Any, torch.dtype]:
     for parameter in narrow:
         parameter.data = parameter.data.float()
     return narrow
-
-
-def _give_back(device: str) -> None:
-    """Between two phases that want pieces of other sizes, what torch keeps of the last one's goes back to the GPU."""
-    import torch
-
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def _lacks_cache(plan: Plan, target: TargetPlan) -> bool:
@@ -241,6 +248,7 @@ def _walk(
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
     groups: tuple[Group, ...] = ()
+    limits: dict[str, dict[str, Limit]] = {target.name: {} for target in targets}
     looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
     bare: list[str] = []  # layers that smoothing was asked for and did not reach
     few: list[str] = []
@@ -261,10 +269,16 @@ def _walk(
             # A block of which anything is missing is done again whole: the same inputs give the same bytes.
             again = {name: entries for name, entries in todo.items() if left[name]}
             entries = [entry for entries in again.values() for entry in entries]
-            smoothing = [entry for entry in entries if any(step.smoothquant for step in entry.steps)]
+            smoothing = [entry for entry in entries if entry.asks(*TRANSFORMS)]
             observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
             observer.want(_modules(smoothing), "channels")
-            observer.want(_modules(e for e in smoothing if any(s.smoothquant and s.smoothquant.alpha == "search" for s in e.steps)), "rows")
+            observer.want(_modules(entry for entry in smoothing if _searches(entry)), "rows")
+            observer.want(_modules(entry for entry in smoothing if entry.asks("awq")), "mean_magnitude")
+            observer.want(_modules(entry for entry in entries if entry.asks("bias_correction")), "mean")
+            # What smoothing changes is seen once more behind it.
+            statics = {target.name: [entry for entry in by_histogram(target.quantized) if _within(entry, stand.name)] for target in targets}
+            plain = {name: [entry for entry in entries if not entry.asks(*TRANSFORMS)] for name, entries in statics.items()}
+            observer.want(_modules(entry for entries in plain.values() for entry in entries), "histogram")
             to_look = {
                 target.name: again.get(target.name, []) if target.solved else _static_within(target, stand.name) for target in targets
             }
@@ -276,25 +290,36 @@ def _walk(
                     stand.run(keep=not quantized, observer=observer)
                 needed = [*_modules(entry for entry in entries if entry.coder == "gptq"), *of_static]
                 few += _judge_experts(plan, needed, stand, observer)
-                _give_back(device)
                 was_dtype = _widened(stand.module) if smoothing else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
-                inputs = {**known, **observer.absmax()}
+                held = find_limits(target, plain[target.name], observer)
+                limits[target.name] |= {} if target.solved else held
+                inputs = {**known, **observer.absmax(), **{module: found.limit for module, found in held.items()}}
                 items = [(entry, module) for entry in to_look[target.name] for module in _modules([entry])]
                 look = partial(_look, skeleton=skeleton, observer=observer, inputs=inputs)
                 looked[target.name] |= {module: found for (_, module), found in zip(items, hands.map(look, items), strict=True) if found}
                 if target.name in again:
                     were = None if quantized else [(p, p.clone()) for p in stand.module.parameters()]
                     smoothed, changed = (
-                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, [])
+                        smooth_block(target, again[target.name], stand, groups, skeleton, observer) if smoothing else ({}, {})
                     )
                     reached = {module for module, leader in observer.leader.items() if leader in smoothed} | smoothed.keys()
                     bare += _uncovered(plan, target, again[target.name], reached)
-                    # What is kept but changed comes first: a block is finished when its codes are.
-                    yield from (solved for solved in changed if solved.tensor not in done[target.name])
+                    with _explained(plan), _narrow(was_dtype):
+                        behind = [entry for entry in statics[target.name] if entry.asks(*TRANSFORMS)]
+                        held |= _see_again(target, behind, stand, skeleton, plan.architecture.groups)
                     for solved, codes in solve_block(
-                        target, again[target.name], skeleton, observer, inputs, smoothed, looked[target.name], crew=hands
+                        target,
+                        again[target.name],
+                        skeleton,
+                        observer,
+                        inputs,
+                        smoothed,
+                        held,
+                        looked[target.name],
+                        changed=changed,
+                        crew=hands,
                     ):
                         for module, code in codes.items() if quantized else ():
                             skeleton.weight(module).copy_(code.dequantize())
@@ -306,8 +331,7 @@ def _walk(
                     _recall(target, stand.name, done[target.name], skeleton, recall)
             for parameter, narrow in was_dtype.items():
                 parameter.data = parameter.data.to(narrow)
-            observer.forget("hessian", *health.KINDS)
-            _give_back(device)
+            observer.forget("hessian", "histogram", "mean", "mean_magnitude", *health.KINDS)
             advance(count)
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
@@ -327,6 +351,7 @@ def _walk(
     attentions = next((target.contents.attentions for target in targets if _lacks_cache(plan, target)), ())
     stats = Stats(
         inputs={**known, **inputs},
+        limits=limits,
         keys={attention.module: tuple(ranges.keys[attention.layer].tolist()) for attention in attentions},
         values={attention.module: tuple(ranges.values[attention.layer].tolist()) for attention in attentions},
         experts=observer.experts(),
@@ -427,6 +452,35 @@ def _lies_in(module: str, block: str, skeleton: Skeleton) -> bool:
     return (skeleton.experts[module].parameter if module in skeleton.experts else module).startswith(f"{block}.")
 
 
+def _searches(entry: Entry) -> bool:
+    return any((s.smoothquant and s.smoothquant.alpha == "search") or (s.awq and s.awq.ratio == "search") for s in entry.steps)
+
+
+def _see_again(
+    target: TargetPlan, entries: Sequence[Entry], stand: Stand, skeleton: Skeleton, groups: Sequence[Sequence[str]] | None
+) -> dict[str, Limit]:
+    """The limits of inputs that smoothing has changed: all batches run once more, for a histogram does not tell channels apart."""
+    if not entries:
+        return {}
+    with Observer(skeleton, groups) as behind:
+        behind.want(_modules(entries), "histogram")
+        stand.run(keep=False, observer=behind)
+        return find_limits(target, entries, behind)
+
+
+@contextmanager
+def _narrow(was: Mapping[Any, torch.dtype]) -> Iterator[None]:
+    """Parameters that were widened have the dtype of the lane for a while."""
+    wide = {parameter: parameter.data for parameter in was}
+    for parameter, dtype in was.items():
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in wide.items():
+            parameter.data = data
+
+
 def _static_within(target: TargetPlan, block: str) -> list[Entry]:
     static = [entry for entry in target.quantized if entry.scheme and entry.scheme.static and entry.algorithm != RESPELL]
     return [entry for entry in static if _within(entry, block)]
@@ -445,14 +499,15 @@ def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, in
 
 def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
     """Layers that smoothing was asked for and did not reach. Raises :class:`RecipeError` unless their rule says to leave them."""
-    asked = [(module, entry) for entry in entries if any(step.smoothquant for step in entry.steps) for module in _modules([entry])]
+    asked = [(module, entry) for entry in entries if entry.asks(*TRANSFORMS) for module in _modules([entry])]
     bare = [(module, entry) for module, entry in asked if module not in reached]
-    refused = [(module, entry) for module, entry in bare if any(s.smoothquant and s.smoothquant.uncovered == "error" for s in entry.steps)]
+    refused = [(module, entry) for module, entry in bare if entry.uncovered == "error"]
     if refused:
         named = ", ".join(module for module, _ in refused)
+        name = next(step.name for step in refused[0][1].steps if step.name in TRANSFORMS)
         raise RecipeError(
-            f"{_position(plan, target, refused[0][1])}: smoothquant does not reach {named}: {NOTHING_FEEDS_IT}. Give it a rule without "
-            "smoothquant, or write smoothquant: {uncovered: leave} to have it quantized as it is; so for the like in later blocks"
+            f"{_position(plan, target, refused[0][1])}: {name} does not reach {named}: {NOTHING_FEEDS_IT}. Give it a rule without "
+            f"{name}, or write {name}: {{uncovered: leave}} to have it quantized as it is; so for the like in later blocks"
         )
     return [f"{target.name}: {module}" for module, _ in bare]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,12 +43,14 @@ QUESTION = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class _Text:
-    """Held-out tokens (sequences, length), what they were made of, a prompt to continue, and the user's own questions with theirs."""
+    """Held-out tokens (sequences, length), what they were made of, a prompt to continue, ``templated`` where it went through the chat
+    template, which writes special tokens itself, and the user's own questions with theirs."""
 
     tokens: np.ndarray
     record: dict[str, Any]
     prompt: str
     prompt_ids: list[int]
+    templated: bool
     tokenizer: Any
     questions: Sequence[Question]
     question_ids: list[list[int]]
@@ -71,12 +75,20 @@ def require_runtimes(target: Target) -> None:
                 ) from None
 
 
-def check(artifacts: Sequence[Path], recipes: Recipe | Sequence[Recipe], progress: Progress, *, device: str = "cpu") -> list[Report]:
+def check(
+    artifacts: Sequence[Path],
+    recipes: Recipe | Sequence[Recipe],
+    progress: Progress,
+    *,
+    device: str = "cpu",
+    reference: Path | None = None,
+) -> list[Report]:
     """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
     ``validation``.
 
-    The source runs once for all of them. Raises :class:`InputError` when the text is too short or the model has no
-    tokenizer, :class:`MachineError` when the source does not fit in memory; a runtime that fails is a failed check, not an error.
+    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. Raises
+    :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
+    memory; a runtime that fails is a failed check, not an error.
     """
     recipe, *_ = recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
@@ -89,6 +101,8 @@ def check(artifacts: Sequence[Path], recipes: Recipe | Sequence[Recipe], progres
         asked = {
             **request(recipe, scratch, device=device),
             "prompt": text.prompt_ids,
+            "text": text.prompt,
+            "special_tokens": not text.templated,
             "new_tokens": NEW_TOKENS,
             "prompts": text.question_ids,
             "answer_tokens": recipe.validation.answer_tokens,
@@ -106,15 +120,35 @@ def check(artifacts: Sequence[Path], recipes: Recipe | Sequence[Recipe], progres
             progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
         source_logits = str(scratch / "source.f32")
         request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
-        answer, failure = run("convert.runtimes.source", request_source, scratch)
+        answer, failure = _run_source(request_source, scratch, reference)
         if answer is None:
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
-        reference = _result("source", answer, text, None)
+        of_source = _result("source", answer, text, None)
         reports = []
         for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
             target = next(item for item in own.targets if item.name == manifest.target)
-            reports.append(_check_one(path, manifest, own, target, model, asked, text, reference, answer, scratch, progress))
+            reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
+
+
+def _run_source(asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
+    """The source's answer, with its logits in ``scratch``: those in ``kept`` where the same was asked before of the same tokens."""
+    if kept is None:
+        return run("convert.runtimes.source", asked, scratch)
+    # What differs from check to check: where things lie, and whose tokenizer was used.
+    facts = {key: value for key, value in asked.items() if key not in ("artifact", "tokens", "logits")}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + Path(asked["tokens"]).read_bytes()).hexdigest()
+    told, logits = kept / f"{digest}.json", kept / f"{digest}.f32"
+    if told.exists():
+        os.link(logits, asked["logits"])
+        return json.loads(told.read_text()), ""
+    answer, failure = run("convert.runtimes.source", asked, scratch)
+    if answer is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        logits.unlink(missing_ok=True)
+        os.link(asked["logits"], logits)
+        told.write_text(json.dumps(answer))
+    return answer, failure
 
 
 def _check_one(
@@ -135,14 +169,18 @@ def _check_one(
     layers, found = _check_numbers(path, model, asked, scratch)
     checks += found
     results = []
-    for name in target.runtimes:
+    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
+        name = f"{runtime} {mode}".strip()
         progress.say(f"{target.name}: running it in {name}")
-        runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32")}
-        python = environments.require(name).python if RUNTIMES[name].environment else None
-        answer, failure = run(RUNTIMES[name].program, runtime_request, scratch, python=python)
+        runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32"), "mode": mode}
+        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+        answer, failure = run(RUNTIMES[runtime].program, runtime_request, scratch, environment=environment)
+        if answer is not None and "session" in answer:
+            name = f"{name} ({answer['session']})"
         checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
         if answer is None:
             continue
+        checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
         try:
             files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
             found_here = compare_logits(*files, text.tokens, width) if source["predicts"] else compare_states(*files, width)
@@ -151,7 +189,8 @@ def _check_one(
             continue
         result = _result(name, answer, text, found_here)
         results.append(result)
-        checks.append(_check_modules(name, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
+        if "module_dtypes" in answer:
+            checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
         if target.kv_cache and "cache_dtype" in answer:
             checks.append(_check_cache(name, manifest, answer))
         if isinstance(found_here, Divergence):
@@ -199,7 +238,7 @@ def _check_numbers(path: Path, model: str, asked: dict[str, Any], scratch: Path)
     return layers, [at_most(name, by_error[0].worst, 1, "ratio", detail)]
 
 
-def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
+def _check_modules(name: str, runtime: str, manifest: Manifest, dtypes: dict[str, str], *, dequantized: bool) -> Check:
     """That every module the ledger quantized is held in the codes it was written in after loading, and not as a float; or, where the
     runtime says that it dequantizes at load, that every one is there and none of them as codes that it would take for weights. A runtime
     that merges experts has no module for each of them, and is said to make floats of them."""
@@ -219,10 +258,10 @@ def _check_modules(runtime: str, manifest: Manifest, dtypes: dict[str, str], *, 
         floats = {DTYPES[name].torch_name for name in FLOATS}
         left = [f"{module} is {dtypes.get(module, 'absent')}" for module in promised if dtypes.get(module) not in floats]
         detail = "; ".join(left[:3]) or "it decodes them while it loads: nothing is held or multiplied in 8 bit here"
-        return at_least(f"{runtime}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
+        return at_least(f"{name}: modules dequantized at load", len(promised) - len(left), len(promised), "modules", detail)
     wrong = [f"{module} is {dtypes.get(module, 'absent')}" for module, dtype in promised.items() if dtypes.get(module) != dtype]
     said = [*wrong[:3], *([f"{merged} layers of experts are floats there"] if merged else [])]
-    return at_least(f"{runtime}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))
+    return at_least(f"{name}: modules in 8 bit", len(promised) - len(wrong), len(promised), "modules", "; ".join(said))
 
 
 def _check_cache(runtime: str, manifest: Manifest, answer: dict[str, Any]) -> Check:
@@ -307,7 +346,9 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     path = Path(validation.prompts) if validation.prompts is not None else None
     questions = read_questions(path) if path else []
     record |= {"reference": validation.reference, **(describe(path, questions) if path else {})}
-    return _Text(tokens, record, prompt, list(prompt_ids), tokenizer, questions, encode(questions, tokenizer))
+    return _Text(
+        tokens, record, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer, questions, encode(questions, tokenizer)
+    )
 
 
 def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from convert.comparison import Comparison
     from convert.pipeline import Needs
     from convert.plan import Plan
-    from convert.recipe import Recipe
+    from convert.recipe import Push, Recipe
+    from convert.remote import Remote
     from convert.report import Interval
 
 app = typer.Typer(
@@ -25,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Exit codes: 0 passed; 1 made, but a limit was not met; 2 the input is wrong, nothing written; "
+    epilog="Exit codes: 0 passed; 1 made, but a limit was not met, or not published; 2 the input is wrong, nothing written; "
     "3 this machine lacks something; 130 interrupted, run the same command again to resume.",
 )
 
@@ -72,6 +74,7 @@ def convert(
     out: OutOption = None,
     device: DeviceOption = "auto",
     check: Annotated[bool, typer.Option(help="Prove the artifacts after making them.")] = True,
+    push: Annotated[bool, typer.Option("--push", help="Publish them where the recipe says, if all passed.")] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Make a recipe's artifacts and prove them. Run it again after an interruption: it resumes."""
@@ -79,6 +82,10 @@ def convert(
     from convert.progress import choose
 
     parsed = _recipe(recipe, model, overrides)
+    if push and not check:
+        raise typer.BadParameter("what is not proven is not published; leave out --no-check", param_hint="--push")
+    if push and parsed.push is None:
+        raise typer.BadParameter("the recipe has no push section that says where", param_hint="--push")
     outcome = pipeline.convert(parsed, out, device=_device(device), check=check, progress=choose(quiet=quiet))
     if not quiet:
         for i, artifact in enumerate(outcome.artifacts):
@@ -86,7 +93,91 @@ def convert(
             _show_artifact(
                 artifact.path, pipeline.plain_bytes(target), outcome.reports[i] if outcome.reports else None, reused=artifact.reused
             )
+    if push and outcome.passed and parsed.push:
+        _publish([artifact.path for artifact in outcome.artifacts], parsed.push, quiet=quiet)
+    elif push:
+        print("not published: a limit was not met", file=sys.stderr)
     raise typer.Exit(0 if outcome.passed else 1)
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", help="A scheme to try; may be given again.", show_default="int8-dynamic, fp8-dynamic")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=16, help="Tokens of calibration text.")] = 1024,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0, help="Measure no longer, the worst first; the others are estimated.")
+    ] = None,
+    out: OutOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go.", show_default="<out>/sensitivity.json")] = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how much each group of layers loses alone: KL of the model's output, with a drawing."""
+    from convert import pipeline
+    from convert.curves import draw_losses
+    from convert.progress import choose
+    from convert.sensitivity import records, sensitivity_of
+    from formats.safetensors import json_bytes
+
+    job = pipeline.plan(_recipe(recipe, model, overrides))
+    losses, record = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
+    folder = out or Path("artifacts") / job.recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = json_file or folder / "sensitivity.json"
+    numbers.write_bytes(json_bytes({"model": job.checkpoint.pinned, "text": record, "groups": records(losses)}))
+    (folder / "sensitivity.svg").write_text(draw_losses(losses), encoding="utf-8")
+    if not quiet:
+        _show_losses(losses)
+        print(f"numbers {numbers}, drawing {folder / 'sensitivity.svg'}")
+
+
+@app.command()
+def push(
+    artifacts: Annotated[list[Path], typer.Argument(help="Folders made by one recipe, each with its report beside it.")],
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", help="organisation/name; {target} and {model} in the name stand for theirs.", show_default="the recipe's"),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="The recipe whose push section says where and on what terms.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="The branch to commit to.", show_default="main")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[str | None, typer.Option("--tag", help="A tag to put on the commit.", show_default=False)] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="What a repo that is created will be.", show_default="private")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; create nothing.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish proven artifacts on the Hub. Run it again after an interruption: what is there is not sent again."""
+    given = {"repo": repo, "revision": revision, "create_pr": create_pr or None, "tag": tag, "private": private}
+    _publish(artifacts, _where(recipe, {key: value for key, value in given.items() if value is not None}), quiet=quiet, dry_run=dry_run)
+
+
+@app.command()
+def reproduce(
+    artifact: Annotated[str, typer.Argument(help="The folder of an artifact, or its name on the Hub: org/name[@revision].")],
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Make an artifact again from the recipe and the source that its manifest names, and compare every byte."""
+    from convert.progress import choose
+    from convert.reproduce import reproduce as make_again
+
+    found = make_again(artifact, device=_device(device), progress=choose(quiet=quiet))
+    for difference in found.differences:
+        print(f"differs: {difference}")
+    for version in found.versions if found.differences or not quiet else ():
+        print(f"version: {version}")
+    if not found.differences and not quiet:
+        print(f"{artifact}: the same to the byte ({found.files} files, {_size(found.size_bytes)})")
+    raise typer.Exit(1 if found.differences else 0)
 
 
 @app.command()
@@ -132,17 +223,27 @@ def compare(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="The folder of an artifact, or of a checkpoint that anybody made.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of an artifact, or of a checkpoint that anybody made; or org/name[@revision] on the Hub.")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Everything but what needs every byte: under a second.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is wrong with a checkpoint, offline: headers, config, scales; of an artifact also its manifest's promises."""
+    """Say what is wrong with a checkpoint, offline: headers, config, scales; of an artifact also its manifest's promises. Of an artifact on
+    the Hub only headers and small files are fetched."""
     from dataclasses import asdict
 
     from formats.manifest import MANIFEST
     from formats.verify import verify as verify_folder
 
-    verdict = verify_folder(folder, quick=quick)
+    fetched = ""
+    if not folder.exists() and (remote := _remote(str(folder))):
+        from convert.remote import verify_remote
+
+        verdict, commit, fetched_bytes = verify_remote(remote)
+        fetched = f"{_size(fetched_bytes)} fetched, commit {commit[:12]}"
+    else:
+        verdict = verify_folder(folder, quick=quick)
     if as_json:
         _print_json({"passed": verdict.passed, **asdict(verdict)})
         raise typer.Exit(0 if verdict.passed else 1)
@@ -151,7 +252,9 @@ def verify(
         print(f"{finding.severity}: {finding.where}: {finding.what}{trips}; {finding.remedy}")
     if verdict.passed:
         looked = f"{verdict.hashed_bytes / 1e9:.2f} GB hashed" if not quick else "hashes not looked at; leave out --quick for them"
-        if not (folder / MANIFEST).exists():
+        if fetched:
+            looked = f"{_size(verdict.hashed_bytes)} by their hashes, {fetched}"
+        elif not (folder / MANIFEST).exists():
             looked = "no manifest, so nothing vouches for its bytes" + (
                 "; codes not looked at, leave out --quick for them" if quick else ""
             )
@@ -250,15 +353,22 @@ def doctor(
 
 
 @app.command()
-def runtimes(quiet: QuietOption = False) -> None:
+def runtimes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Those to build; all unless given.", show_default=False)] = None,
+    quiet: QuietOption = False,
+) -> None:
     """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
     from convert import environments
     from convert.progress import choose
+    from formats.errors import InputError
 
-    for name in environments.PINS:
+    unknown = next((name for name in names or () if name not in environments.PINS), None)
+    if unknown is not None:
+        raise InputError(f"no runtime {unknown} is built in an environment of its own; there are {', '.join(environments.PINS)}")
+    for name in names or environments.PINS:
         built = environments.build(name, choose(quiet=quiet))
         if not quiet:
-            print(f"{name}: {environments.describe(name)} in {built.python.parents[1]}")
+            print(f"{name}: {environments.describe(name)} in {built.folder}")
 
 
 def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
@@ -310,6 +420,51 @@ def main() -> None:
 def _interrupted() -> int:
     print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
     return 130
+
+
+def _remote(name: str) -> Remote | None:
+    if name.startswith((".", "/", "~")):
+        return None
+    from convert.remote import parse_remote
+
+    return parse_remote(name)
+
+
+def _where(recipe: str | None, given: dict[str, Any]) -> Push:
+    """The push section of a recipe, if there is one, with what the command line says instead."""
+    from pydantic import ValidationError
+
+    from convert.recipe import Push
+
+    said = _recipe(recipe, None, None).push if recipe else None
+    if said is None and "repo" not in given:
+        raise typer.BadParameter("say where: --repo organisation/name, or --recipe with a push section", param_hint="--repo")
+    try:
+        return Push.model_validate({**(said.model_dump(exclude_unset=True) if said else {}), **given})
+    except ValidationError as error:
+        raise typer.BadParameter(str(error.errors()[0]["msg"]).removeprefix("Value error, "), param_hint="--repo") from None
+
+
+def _publish(artifacts: list[Path], where: Push, *, quiet: bool, dry_run: bool = False) -> None:
+    from convert.progress import choose
+    from convert.push import push
+
+    for done in push(artifacts, where, progress=choose(quiet=quiet), dry_run=dry_run):
+        if quiet:
+            continue
+        size = _size(sum(size_bytes for _, size_bytes in done.sent))
+        if dry_run:
+            print(
+                f"{done.repo}{' (would be created)' if done.created else ''}, {done.revision}: {len(done.sent)} files, {size} would be sent"
+            )
+            for path, size_bytes in done.sent:
+                print(f"  {path}  {_size(size_bytes)}")
+            for path in done.deleted:
+                print(f"  {path}  would be deleted: it is of the artifact that lies there now")
+        elif done.changed:
+            print(f"{done.url}: {len(done.sent)} files, {size}, in commit {str(done.commit)[:12]}; {done.unchanged} were there")
+        else:
+            print(f"{done.url}: nothing to send, all {done.unchanged} files are there in commit {str(done.commit)[:12]}")
 
 
 def _recipe(name: str, model: str | None, overrides: list[str] | None) -> Recipe:
@@ -473,6 +628,33 @@ def _show_comparison(found: Comparison, out: Path) -> None:
     console.print(f"page       {out / 'compare.html'}, {out / 'compare.json'}", markup=False)
 
 
+def _show_losses(losses: Any) -> None:
+    """A line a group, the worst first, a column a scheme."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from convert.sensitivity import spelled
+
+    schemes = list(dict.fromkeys(loss.scheme for loss in losses))
+    by_group: dict[tuple[str, ...], dict[str, Any]] = {}
+    for loss in losses:
+        by_group.setdefault(loss.modules, {})[loss.scheme] = loss
+    table = Table(
+        "group", _right("parameters"), *(_right(f"{name}, nats") for name in schemes), box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
+    for modules, of in sorted(by_group.items(), key=lambda item: -max(loss.kl_nats for loss in item[1].values())):
+        shown = [
+            "" if name not in of else f"{of[name].kl_nats:.3g} ± {of[name].standard_error:.1g}" if of[name].measured
+            else f"about {of[name].kl_nats:.1g}"
+            for name in schemes
+        ]  # fmt: skip
+        table.add_row(spelled(modules), f"{next(iter(of.values())).parameters:,}", *shown)
+    sums = [sum(loss.kl_nats for loss in losses if loss.scheme == name) for name in schemes]
+    table.add_row("sum", "", *(f"{value:.3g}" for value in sums), style="bold")
+    # Where there is no terminal a name stays on one line, for whoever searches the lines.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
 def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:
     from rich.console import Console
 
@@ -481,7 +663,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
 
     console = Console(highlight=False, soft_wrap=True)
     manifest = read_manifest(path)
-    weights = sum(file.size_bytes for file in manifest.files if file.name.endswith(".safetensors"))
+    weights = manifest.weight_bytes
     quantized = sum(entry["decision"] == "quantize" for entry in manifest.ledger)
     verdict = "" if report is None else "  [bold green]passed[/]" if report.passed else "  [bold red]failed[/]"
     console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))
@@ -493,6 +675,15 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
     if report is None:
         console.print(f"  unproven   prove it with: octavo check {path}")
         return
+    for rung in report.ladder.get("rungs", []):
+        taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""
+        kl = math.nan if rung["kl_nats"] is None else rung["kl_nats"]
+        missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
+        console.print(
+            f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats, {_size(rung['weight_bytes'])}, "
+            f"{rung['kept_share']:.1%} of the linear bytes in 16 bit; {missed}",
+            markup=False,
+        )
     for item in report.checks:
         interval = f" [{item.interval.low:.4g}, {item.interval.high:.4g}] at 95 %" if item.interval else ""
         value = (

@@ -15,8 +15,6 @@ from formats.errors import InputError
 from formats.manifest import Manifest
 from formats.scheme import SCHEMES
 
-WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -131,7 +129,7 @@ def _row(manifest: Manifest, report: Report, run: RuntimeResult) -> Row:
         name=f"{report.recipe}/{report.target}",
         format=manifest.format,
         schemes=tuple(dict.fromkeys(entry["scheme"] for entry in manifest.ledger if entry["decision"] == "quantize")),
-        size_bytes=sum(file.size_bytes for file in manifest.files if file.name.endswith(WEIGHT_FILES)),
+        size_bytes=manifest.weight_bytes,
         passed=report.passed,
         run=run,
         loss=loss,

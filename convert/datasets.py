@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from convert.source import hub_errors, retried
+from convert.hub import hub_errors, retried
 from formats.errors import InputError
 
 if TYPE_CHECKING:

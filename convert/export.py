@@ -30,11 +30,12 @@ from convert.crew import in_order
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
+from convert.rotate import prove
 from convert.source import SafetensorsReader, SourceDigests
-from formats import FORMATS
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
-from formats.safetensors import Shard, TensorSpec
+from formats.provenance import PROVENANCE, statement
+from formats.safetensors import Shard
 from formats.verify import verify
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ JOURNAL = "journal"
 HEALTH = "health"
 #: What the ledger says of a tensor that is kept, and changed so that layers behind it are easier to quantize.
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
+#: And by what it says so in the journal.
+CHANGED = {"smoothed": SMOOTHED, "corrected": "corrected: the mean of what codes lose at the output was taken out of it"}
 #: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
 UNSEEN = {
     "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
@@ -99,11 +102,12 @@ def export(
     if pending:
         sidecars = plan.checkpoint.sidecars()
         with _disk_errors(out), ExitStack() as stack:
+            prove(plan.checkpoint, trust_remote_code=plan.recipe.trust_remote_code)
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
             # A slab or a batch is one core's work, and the cores share them; with more, calibration's sums would come out otherwise.
-            stack.enter_context(_one_thread())
+            stack.enter_context(one_thread())
             _keep_freed_memory()
             stats = _calibrate(plan, writers, progress, device=device, workers=workers or cores())
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
@@ -175,7 +179,7 @@ def _stream(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """torch computes with one thread, whatever the machine has: how a product is shared out decides its last bits."""
     import torch
 
@@ -199,6 +203,7 @@ class _Writer:
         self._digest = digest
         self._places = {item.spec.name: (shard.file, item) for shard in target.shards for item in shard.tensors}
         self._entries = {entry.tensor.name: entry for entry in target.entries}
+        self._regions = {name: region for shard in target.shards for region in _regions(shard) for name in region.unwritten}
         self._written: Counter[str] = Counter()
         self._counting = Lock()
         self._descriptors: dict[str, int] = {}
@@ -209,6 +214,7 @@ class _Writer:
             stack.enter_context(_locked(self._partial, self._final))
             self._resume()
             for shard in self.target.shards:
+                (self._partial / shard.file).parent.mkdir(exist_ok=True)
                 self._descriptors[shard.file] = stack.enter_context(_descriptor(self._partial / shard.file, os.O_RDWR | os.O_CREAT))
                 self._allocate(shard)
             self._journal = stack.enter_context(_descriptor(self._rewrite_journal(), os.O_WRONLY | os.O_APPEND))
@@ -229,13 +235,15 @@ class _Writer:
     def write(self, piece: quantize.Piece) -> None:
         """Puts a piece where the plan said; thread-safe, pieces may come in any order."""
         file, item = self._places[piece.name]
+        rows = piece.data[None] if piece.data.ndim == 1 else piece.data
+        pitch = (item.pitch_bytes or item.spec.size_bytes // item.spec.matrix_shape[0]) if len(rows) > 1 else 0
+        if rows.shape[1] == pitch:
+            rows, pitch = rows.reshape(1, -1), 0
         position = item.start + piece.offset_bytes
-        if position + piece.data.nbytes > item.stop:
+        if position + (len(rows) - 1) * pitch + rows.shape[1] > item.stop:
             raise OctavoError(f"{piece.name}: more bytes than the plan promised; this is a defect of octavo, please report it")
-        view = memoryview(piece.data)  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
-        while view:
-            count = os.pwrite(self._descriptors[file], view, position)
-            view, position = view[count:], position + count
+        for i, row in enumerate(rows):
+            _write_all(self._descriptors[file], memoryview(row), position + i * pitch)
         with self._counting:
             self._written[piece.name] += piece.data.nbytes
 
@@ -265,14 +273,15 @@ class _Writer:
 
     def recall(self, entry: Entry, part: Part | None) -> torch.Tensor:
         """What an earlier run has written: the values that the codes of a part stand for, or those of a tensor that is kept."""
-        reader = SafetensorsReader({name: item for name, (_, item) in self._places.items()}, lambda file: self._partial / file)
+        reader = SafetensorsReader(
+            {name: item for name, (_, item) in self._places.items()},
+            lambda file: self._partial / file,
+            headers=self.target.shards[0].header != b"",
+        )
         if entry.scheme is None or part is None:
-            return reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
-        weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
-        form = FORMATS[self.target.format]
-        specs = form.layer_tensors(weight, entry.scheme).rows
-        stored = {spec.name: reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape) for spec in specs}
-        return form.decode(weight, stored, entry.scheme).dequantize()
+            plain = reader.read(entry.plain.name, 0, entry.plain.matrix_shape[0]).reshape(entry.plain.shape)
+            return plain.T if entry.transposed else plain
+        return quantize.decoded_part(reader, self.target.format, entry, part)
 
     def wait_for_hashes(self) -> None:
         for follower in self._followers.values():
@@ -284,7 +293,8 @@ class _Writer:
         if missing:
             raise OctavoError(f"{missing[0]} was promised and not written; this is a defect of octavo, please report it")
         files = [FileRecord(shard.file, shard.size_bytes, self._followers[shard.file].hexdigest()) for shard in self.target.shards]
-        for name, content in {**sidecars, **self.target.texts()}.items():
+        for name, content in self.target.texts(sidecars).items():
+            (self._partial / name).parent.mkdir(exist_ok=True)
             (self._partial / name).write_bytes(content)
             files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
         ledger = [self._noted(entry, stats) for entry in self.target.entries]
@@ -296,6 +306,8 @@ class _Writer:
                 "commit": plan.checkpoint.commit,
                 "licence": plan.checkpoint.licence,
                 "base_model": plan.checkpoint.base_model,
+                "gated": plan.checkpoint.gated,
+                "private": plan.checkpoint.private,
                 "dropped": list(self.target.dropped),
                 "files": [
                     {"name": file.name, "size_bytes": file.size_bytes, "digest": digests[file.name]} for file in plan.checkpoint.files
@@ -310,6 +322,7 @@ class _Writer:
             files=tuple(sorted(files, key=lambda file: file.name)),
         )
         (self._partial / MANIFEST).write_bytes(manifest.to_bytes())
+        (self._partial / PROVENANCE).write_bytes(statement(manifest))
         (self._partial / JOURNAL).unlink()
         (self._partial / HEALTH).unlink(missing_ok=True)
         shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)
@@ -326,7 +339,7 @@ class _Writer:
         record = entry.record()
         seen = [self._seen(name, stats) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
         notes = [record["note"]] if record.get("note") else []
-        notes += [SMOOTHED] if any(item.get("smoothed") for item in seen) else []
+        notes += [why for word, why in CHANGED.items() if any(item.get(word) for item in seen)]
         notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
         for what, words in UNSEEN.items():
             found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
@@ -344,8 +357,11 @@ class _Writer:
         folds = [seen.pop("fold") for seen in solved.values() if "fold" in seen]
         health = {module: stats.health[module] for module in modules if module in stats.health}
         health |= {module: seen.pop("health") for module, seen in solved.items() if "health" in seen}
+        static = {module: limit.record() for module, limit in stats.limits.get(self.target.name, {}).items()}
+        static |= {module: seen.pop("static") for module, seen in solved.items() if "static" in seen}
         solved = {module: seen for module, seen in solved.items() if seen}
-        return {**stats.record, **{name: found for name, found in (("health", health), ("solved", solved), ("folds", folds)) if found}}
+        told = {"health": health, "solved": solved, "folds": folds, "static": static}
+        return {**stats.record, **{name: found for name, found in told.items() if found}}
 
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""
@@ -357,9 +373,8 @@ class _Writer:
             self.done = set(lines[1:-1]) & set(self._entries)
             self._resume_health()
             return
-        shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)
         for path in self._partial.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _resume_health(self) -> None:
         """What was noted of tensors that are finished; a line cut short by a kill belongs to one that is not."""
@@ -388,8 +403,31 @@ class _Writer:
 
     def _release(self, tensor: str) -> None:
         for spec in self._entries[tensor].outputs:
-            file, item = self._places[spec.name]
-            self._followers[file].release(item.start, item.stop)
+            region = self._regions[spec.name]
+            region.unwritten.discard(spec.name)
+            if not region.unwritten:
+                self._followers[self._places[spec.name][0]].release(region.start, region.stop)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Bytes of a file that are final when all of some tensors are written, which take turns in them."""
+
+    start: int
+    stop: int
+    unwritten: set[str]
+
+
+def _regions(shard: Shard) -> list[_Region]:
+    """A file without its header, cut between tensors; what is left free before a tensor goes with it."""
+    found: list[_Region] = []
+    for item in sorted(shard.tensors, key=lambda item: (item.start, item.stop)):
+        before = found[-1].stop if found else len(shard.header)
+        if item.start < before:
+            found[-1] = _Region(found[-1].start, max(before, item.stop), found[-1].unwritten | {item.spec.name})
+        else:
+            found.append(_Region(before, item.stop, {item.spec.name}))
+    return found
 
 
 class _Follower(Thread):
@@ -445,7 +483,7 @@ class _Follower(Thread):
 def partial_bytes(out: Path, name: str) -> int:
     """Disk space that an interrupted run of a target already holds."""
     folder = out / f".{name}.partial"
-    return sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors")) if folder.exists() else 0
+    return sum(path.stat().st_blocks * 512 for path in [*folder.glob("*.safetensors"), *folder.glob("*/*_data*")]) if folder.exists() else 0
 
 
 def _already_made(folder: Path, digest: str) -> Artifact | None:
@@ -483,6 +521,12 @@ def _locked(folder: Path, final: Path) -> Iterator[None]:
         if not held:
             raise BusyError(f"{final}: another run is writing it; wait for it, or choose another --out")
         yield
+
+
+def _write_all(descriptor: int, view: memoryview, position: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
 
 
 @contextmanager

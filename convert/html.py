@@ -14,9 +14,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from convert.comparison import WEIGHT_FILES, Comparison, explain
+from convert.comparison import Comparison, explain
+from convert.curves import draw_comparison, draw_frontier
 from convert.health import is_ruined, off, remark
-from convert.panels import EXACT_DB, MAX_PANELS, draw_frontier, draw_panels, is_drawable, place
+from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
 from convert.report import Check, Interval, Report
 from formats.errors import FormatError
@@ -29,6 +30,7 @@ SIGNS = {"at most": "\u2264", "at least": "\u2265"}
 SHADES = 8
 #: Rows of the table of layers; of a mixture with thousands of experts those with the largest error at the output.
 MAX_LAYERS = 1000
+WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ def render(report: Report, manifest: Manifest) -> str:
         health=_layer_rows(report.health),
         remark=remark(report.health),
         shades=range(1, SHADES + 1),
+        rungs=[_rung_row(rung) for rung in report.ladder.get("rungs", [])],
+        frontier=draw_frontier(report.ladder) if report.ladder else "",
+        groups=sorted(report.ladder.get("groups", []), key=lambda group: -group["alone_nats"]),
     )
 
 
@@ -98,7 +103,7 @@ def render_comparison(comparison: Comparison) -> str:
     return _page("compare.html.jinja").render(
         comparison=comparison,
         loss_name="Relative error" if any(row.run.drift for row in comparison.rows) else "KL divergence",
-        plot=draw_frontier(comparison.rows),
+        plot=draw_comparison(comparison.rows),
         sentences=explain(comparison.layers),
         shades=range(1, SHADES + 1),
     )
@@ -118,6 +123,15 @@ def _page(template: str) -> Template:
         "csp_hash": _csp_hash,
     }
     return environment.get_template(template)
+
+
+def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:
+    """A rung as the page shows it; what is not finite is null in a report that was read."""
+
+    def shown(value: float | None) -> str:
+        return "not measured" if value is None or not math.isfinite(value) else _number(value)
+
+    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"])}
 
 
 def _fate(entry: Mapping[str, Any]) -> str:

@@ -74,6 +74,11 @@ class Stand:
         """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept."""
         return self._run(i, dtype)
 
+    def hand_on(self, outputs: Sequence[Any]) -> None:
+        """What each batch's block call returns, as the caller made it with :meth:`output`; batches that are alike may share one."""
+        kept = {id(output): self._keep(output) for output in outputs}
+        self._outputs[:] = [kept[id(output)] for output in outputs]
+
     @property
     def kept(self) -> bool:
         return bool(self._outputs)

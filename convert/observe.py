@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import local
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,32 @@ ROWS = 8
 
 
 @dataclass(frozen=True)
+class Limit:
+    """``limit``: the magnitude that the largest code of an input stands for. Of the input that calibration saw: the share ``clipped``
+    at it, and ``lost``, the error of its codes as a share of its length."""
+
+    limit: float
+    clipped: float
+    lost: float
+
+    def record(self) -> dict[str, float]:
+        """To four digits, for people."""
+        return {name: float(f"{value:.4g}") for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
 class Stats:
     """Largest magnitudes: of the input of each linear module, and of each head's keys (after the rotary embedding) and values, by
     attention module. ``record`` says on which text they were seen; ``health`` what :mod:`convert.health` found of layers that were not
-    solved; ``experts``, by module, how many tokens came to an expert, and what was done where those were too few
+    solved. ``limits``: by target and module, what static scales hold where something else than the largest magnitude chose them;
+    ``inputs`` has it too. ``experts``, by module, how many tokens came to an expert, and what was done where those were too few
     (:meth:`Observer.noted`)."""
 
     inputs: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, Mapping[str, Limit]] = field(default_factory=dict)
     health: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     experts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -83,7 +99,8 @@ class Observer:
 
     def want(self, modules: Sequence[str], kind: str) -> None:
         """Begins to accumulate the inputs of modules, where that was not begun: ``absmax``, ``channels`` (absmax of each), ``maxima``
-        (absmax of each batch), ``hessian``, or ``rows`` (some of them as they are)."""
+        (absmax of each batch), ``mean`` and ``mean_magnitude`` (of each channel), ``histogram`` (of magnitudes), ``hessian``, or ``rows``
+        (some of them as they are)."""
         for module in modules:
             leader = self.leader.get(module, module)
             if leader not in self._seen:
@@ -211,13 +228,19 @@ class Observer:
 
 def _begun(kind: str, x: torch.Tensor) -> Any:
     """An accumulator of nothing yet, for inputs like ``x``."""
-    from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Maxima, Rows
+    from convert.statistics import AbsMax, ChannelAbsMax, ChannelMean, Hessian, Histogram, Maxima, Rows
 
     match kind:
         case "absmax":
             return AbsMax(x.device)
         case "channels":
             return ChannelAbsMax(x.shape[-1], x.device)
+        case "histogram":
+            return Histogram(x.device)
+        case "mean":
+            return ChannelMean(x.shape[-1], x.device)
+        case "mean_magnitude":
+            return ChannelMean(x.shape[-1], x.device, magnitude=True)
         case "rows":
             return Rows(ROWS)
         case "maxima":

@@ -1,4 +1,4 @@
-"""Small drawings, of the error of every layer and of loss against size, as SVG that takes the colours of its page."""
+"""Small drawings of the error of every layer, one for each kind of projection, as SVG that takes the colours of its page."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from convert.comparison import Row
 from convert.report import LayerNumbers
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 #: From here on, decibels stand for "no error at all": the measure ends at 999.
 EXACT_DB = 999.0
@@ -65,8 +60,7 @@ def draw_panels(layers: Sequence[LayerNumbers]) -> list[Panel]:
     for i, (name, points) in enumerate(groups.items()):
         outside = name == "outside the layers"
         svg = _draw(points, bounds, statistics.median(values), max(points) if outside else last, "tensor, by name" if outside else "layer")
-        # Every drawing numbers its parts from one; on one page their names must differ.
-        svg = Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>panel{i}-", svg))
+        svg = inline(svg, f"panel{i}")
         low = min(points, key=lambda index: min(points[index]))
         flat = [value for group in points.values() for value in group]
         found.append(Panel(name, len(flat), min(flat), max(flat), None if outside else low, svg))
@@ -82,13 +76,18 @@ def place(tensor: str) -> tuple[str, int | None]:
 
 
 def _draw(points: dict[int, list[float]], bounds: tuple[float, float], median_db: float, last: int, label: str) -> str:
-    """An SVG element: the lowest decibels of each layer as a line, a band up to the highest where a layer has several tensors."""
+    """An SVG file: the lowest decibels of each layer as a line, a band up to the highest where a layer has several tensors."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     x = sorted(points)
     low, high = [min(points[i]) for i in x], [max(points[i]) for i in x]
-
-    def fill(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the bytes
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = Figure(figsize=(3.5, 2.0), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
         axes.axhline(median_db, color=FAINT_INK, linewidth=0.8, linestyle=(0, (4, 3)))
         if low != high:
             axes.fill_between(x, low, high, color=LINE_INK, alpha=0.25, linewidth=0)
@@ -98,47 +97,18 @@ def _draw(points: dict[int, list[float]], bounds: tuple[float, float], median_db
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(label, color=TEXT_INK)
         axes.set_ylabel("signal to noise (dB)", color=TEXT_INK)
-
-    return _drawing(fill, (3.5, 2.0))
-
-
-def draw_frontier(rows: Sequence[Row]) -> Markup:
-    """One SVG element: loss against size, an interval as a bar, and a line through the rows that nothing beats."""
-    shown = [row for row in rows if math.isfinite(row.loss)]
-
-    def fill(axes: Axes) -> None:
-        best = sorted((row.size_bytes / 1e6, row.loss) for row in shown if row.frontier)
-        axes.plot([x for x, _ in best], [y for _, y in best], color=FAINT_INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        for row in shown:
-            x, low, high = row.size_bytes / 1e6, *((row.interval.low, row.interval.high) if row.interval else (row.loss, row.loss))
-            axes.plot([x, x], [low, high], color=LINE_INK, linewidth=1.3)
-            axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
-            axes.annotate(f"{row.name}, {row.run.name}", (x, row.loss), (5, 3), textcoords="offset points", color=TEXT_INK, fontsize=7)
-        axes.margins(x=0.25, y=0.15)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("weights on disk (MB)", color=TEXT_INK)
-        axes.set_ylabel("relative error" if any(row.run.drift for row in rows) else "KL divergence (nats a token)", color=TEXT_INK)
-
-    return Markup(_drawing(fill, (6.5, 3.6)))
-
-
-def _drawing(fill: Callable[[Axes], None], size: tuple[float, float]) -> str:
-    """An SVG element of one pair of axes, ``size`` in inches, that is the same bytes for the same numbers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the bytes
-        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = Figure(figsize=size, layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        fill(axes)
         axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT_INK)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def inline(svg: str, name: str) -> Markup:
+    """A drawing as an element of a page: in the page's colours, with names of its own, and without what would reach the whole page."""
     # A style element inside an inline drawing would reach the whole page; the page's own sheet has these rules.
     svg = re.sub(r"<style\b.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return re.sub("|".join(INKS), lambda found: INKS[found[0]], svg).replace("<svg ", '<svg aria-hidden="true" ', 1)
+    svg = re.sub("|".join(INKS), lambda found: INKS[found[0]], svg).replace("<svg ", '<svg aria-hidden="true" ', 1)
+    # Every drawing numbers its parts from one; on one page their names must differ.
+    return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg))

@@ -10,28 +10,33 @@ from pathlib import Path
 
 from convert.answers import read_questions
 from convert.architecture import describe
-from convert.calibrate import hessian_bytes, lane_tokens
+from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
 from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
-from convert.hardware import this_machine
+from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
+from convert.ladder import Make, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
-from convert.recipe import Recipe, parse_recipe
-from convert.report import Report, plain_json, report_path
+from convert.recipe import Recipe, Target, parse_recipe
+from convert.report import Report, manifest_digest, plain_json, read_report, report_path
+from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
-from formats.errors import InputError, MachineError
+from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
+from formats.verify import verify
 
 #: Resident memory of Python with torch and transformers loaded, before any tensor: 430 MB were seen with torch 2.13 on CPU.
 BASE_BYTES = 600_000_000
+#: Where the rungs of a ladder keep what the source computed.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,10 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
-        memory = max(
-            memory, BASE_BYTES + walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=wide).peak_bytes + hessian_bytes(plan)
-        )
+        sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
+        # A block is smoothed in float32, whatever it is watched in.
+        walked = sizes.peak_bytes + 2 * sizes.block_bytes
+        memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
@@ -119,13 +125,21 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     """Plans, quantizes, exports and proves; artifacts go to ``out/<target>`` (default ``artifacts/<recipe>``), reports beside them.
 
     Raises what :func:`plan` raises, :class:`MachineError` before any work when disk, memory or a runtime is missing, and
-    :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`.
+    :class:`~formats.errors.NumericsError` on NaN or Inf. An artifact that misses a limit is no error: see :attr:`Outcome.passed`. Targets
+    with a budget come last, each made again until it is met (:mod:`convert.ladder`).
     """
+    if device != "cpu":
+        let_segments_grow()
     out = out or Path("artifacts") / recipe.name
+    budgeted = [target for target in recipe.targets if target.budget is not None]
+    if budgeted and not check:
+        raise InputError(f"{budgeted[0].name}: whether a budget is met is seen by the check; leave --no-check out, or the budget")
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
+        if budgeted:
+            return _climb_all(job, checkpoint, out, digests, progress, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
     for artifact in artifacts:
         if said := remark((artifact.manifest.calibration or {}).get("health", {})):
@@ -152,7 +166,11 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     for recipe in recipes:  # what cannot be carried to its end stops all, before any work
         job = plan(recipe)
         _require_all(job, out / recipe.name, QUIET, check=True, device=device)
-    made = [convert(recipe, out / recipe.name, device=device, check=False, progress=progress) for recipe in recipes]
+    climbs = [any(target.budget is not None for target in recipe.targets) for recipe in recipes]
+    made = [
+        convert(recipe, out / recipe.name, device=device, check=climb_it, progress=progress)
+        for recipe, climb_it in zip(recipes, climbs, strict=True)
+    ]
     paths = [artifact.path for outcome in made for artifact in outcome.artifacts]
     by_artifact = [outcome.plan.recipe for outcome in made for _ in outcome.artifacts]
     reports = prove(paths, by_artifact, progress=progress, device=device)
@@ -162,18 +180,85 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     return found
 
 
+def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one. ``checkpoint``: the source as it was opened."""
+    found: dict[str, tuple[Artifact, Report]] = {}
+    plain = tuple(target for target in job.recipe.targets if target.budget is None)
+    if plain:
+        made = convert(job.recipe.only(plain), out, device=device, progress=progress)
+        found |= {target.name: pair for target, pair in zip(plain, zip(made.artifacts, made.reports, strict=True), strict=True)}
+
+    def make(recipe: Recipe, folder: Path) -> tuple[Plan, Artifact, Report]:
+        rung = _plan(recipe, checkpoint)
+        require(needs(rung, folder, check=True, device=device), folder)
+        artifact = export(rung, folder, progress, digests=digests, device=device)[0]
+        known, reference = _known_report(artifact), folder.parent / REFERENCE
+        return rung, artifact, known or prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference)[0]
+
+    for target in job.recipe.targets:
+        if target.budget is not None:
+            found[target.name] = _climb_one(job, target, out, make, progress, device=device)
+    pairs = [found[target.name] for target in job.recipe.targets]
+    return Outcome(job, tuple(artifact for artifact, _ in pairs), tuple(report for _, report in pairs))
+
+
+def _climb_one(job: Plan, target: Target, out: Path, make: Make, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
+    """Climbs, or finds that it was climbed: ``<target>.ladder`` beside the artifact says for which job."""
+    assert target.budget is not None
+    final, note = out / target.name, out / f"{target.name}.ladder"
+    asked = hashlib.sha256(f"{job.digest} {target.name}".encode()).hexdigest()
+    if note.exists() and note.read_text().strip() == asked and (artifact := _whole(final)) and (report := _known_report(artifact)):
+        return artifact, report
+    note.unlink(missing_ok=True)
+    scratch = out / f".{target.name}.rungs"
+    found = climb(job.recipe, target, scratch, make, progress, device=device)
+    artifact = settle(found, target, out, scratch)
+    report = replace(found.taken.report, ladder=found.record(target.budget))
+    report_path(final).write_bytes(report.to_bytes())
+    report_path(final).with_suffix(".html").write_text(render(report, artifact.manifest), encoding="utf-8")
+    note.write_text(f"{asked}\n")
+    return artifact, report
+
+
+def _whole(folder: Path) -> Artifact | None:
+    """The artifact in a folder, if every byte of it is there."""
+    try:
+        return Artifact(folder, read_manifest(folder), reused=True) if verify(folder).passed else None
+    except FormatError:
+        return None
+
+
+def _known_report(artifact: Artifact) -> Report | None:
+    """The report beside an artifact, if it is about these bytes."""
+    try:
+        report = read_report(report_path(artifact.path))
+    except FormatError:
+        return None
+    return report if report.manifest_sha256 == manifest_digest(artifact.path) else None
+
+
 def prove(
-    artifacts: Sequence[Path], recipe: Recipe | Sequence[Recipe] | None = None, *, progress: Progress = QUIET, device: str = "cpu"
+    artifacts: Sequence[Path],
+    recipe: Recipe | Sequence[Recipe] | None = None,
+    *,
+    progress: Progress = QUIET,
+    device: str = "cpu",
+    reference: Path | None = None,
 ) -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards."""
+    """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards.
+
+    ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check.
+    """
     from convert.check import check
 
     recipe = recipe or recipe_of(artifacts[0])
     reports = []
-    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device), strict=True):
+    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference), strict=True):
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
-        report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())
+        # How a budget was met is no measurement of this check's: it stays with the bytes.
+        known = _known_report(Artifact(path, manifest, reused=True))
+        report = replace(report, card_sha256=hashlib.sha256(card).hexdigest(), ladder=known.ladder if known else {})
         (path / CARD).write_bytes(card)
         report_path(path).write_bytes(report.to_bytes())
         report_path(path).with_suffix(".html").write_text(render(report, manifest), encoding="utf-8")
@@ -194,6 +279,7 @@ def plain_bytes(target: TargetPlan) -> int:
 
 def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     recipe = _pinned(recipe)
+    checkpoint = rotate(checkpoint, recipe)
     architecture = describe(checkpoint.config, checkpoint.tensors, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
     return make_plan(recipe, checkpoint, architecture, machine=this_machine())
 

@@ -15,19 +15,24 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from convert import __version__
+from convert.algorithms import ALGORITHMS
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
 from convert.compatibility import judge, parts_of
+from convert.onnx.artifact import Files, inline_template, plan_files
+from convert.onnx.decoder import Stored
 from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
 from formats.dtypes import DTYPES, FLOATS, from_torch_name
 from formats.errors import FormatError, RecipeError, SourceError
-from formats.layer import Attention, Contents, QuantizedLayer
+from formats.layer import Attention, Contents, LayerNames, QuantizedLayer
 from formats.model_config import spell
+from formats.onnx_matmulnbits import block_size
 from formats.safetensors import Shard, TensorSpec, index_json, json_bytes, lay_out
 from formats.scheme import CACHES, SCHEMES, Quality, Quantization, Scheme
+from formats.tensors import GRAPHS
 
 #: The algorithm that chooses nothing: the source's own codes.
 RESPELL = "respell"
@@ -56,8 +61,10 @@ class Entry:
     ``plain`` is the tensor as it is stored when kept, ``parts`` are the linear layers it holds, ``outputs`` the tensors it becomes on
     disk; ``rule`` is what decided, as ``recipe.yaml:line:column match``. ``scale_dtype`` is the dtype of the model, or that of the
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
-    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``experts`` and ``reading`` are those of
-    :class:`~convert.architecture.Parameter`.
+    is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``observer``: what chooses the scale of a static input, a
+    percentile behind it. ``experts`` and ``reading`` are those of :class:`~convert.architecture.Parameter`. ``beside``: what is stored as
+    it is beside the codes, the embedding of a tied head. ``transposed``: rows become columns on disk.
+    ``alone_nats``: what its group loses alone, where the recipe says.
     """
 
     tensor: TensorSpec
@@ -72,14 +79,33 @@ class Entry:
     outputs: tuple[TensorSpec, ...]
     scale_dtype: str = ""
     note: str = ""
+    turned: str = ""
     experts: str = ""
     reading: str = ""
     steps: tuple[Step, ...] = ()
+    alone_nats: float | None = None
+    beside: TensorSpec | None = None
+    transposed: bool = False
+    observer: str = ""
 
     @property
     def coder(self) -> str:
-        """What chooses the codes: the last of the algorithms."""
-        return str(self.algorithm).rpartition("+")[2]
+        """What chooses the codes: the last of the algorithms but for corrections."""
+        return self.coding.name if self.coding else str(self.algorithm)
+
+    @property
+    def coding(self) -> Step | None:
+        """The step that chooses the codes, with its options."""
+        return next((step for step in self.steps if step.name in ALGORITHMS), None)
+
+    def asks(self, *names: str) -> Step | None:
+        """The first of its steps that is called so."""
+        return next((step for step in self.steps if step.name in names), None)
+
+    @property
+    def uncovered(self) -> str:
+        """What becomes of it where nothing feeds it that could take up the factors of a transform; empty where none is asked for."""
+        return next((options.uncovered for step in self.steps if (options := step.smoothquant or step.awq)), "")
 
     @property
     def again(self) -> str:
@@ -88,7 +114,9 @@ class Entry:
 
     @property
     def decision(self) -> str:
-        return "quantize" if self.scheme else "add" if self.kind == "cache" else "keep"
+        if self.scheme:
+            return "quantize"
+        return "add" if self.kind == "cache" else "keep" if self.outputs else "drop"
 
     def layers(self) -> list[QuantizedLayer]:
         """The linear layers it is quantized as."""
@@ -119,6 +147,7 @@ class Entry:
                 "scheme": self.scheme.name,
                 "algorithm": self.algorithm,
                 **({"options": options} if options else {}),
+                **({"observer": self.observer} if self.observer else {}),
                 "scale_dtype": self.scale_dtype,
                 "parts": parts,
             }
@@ -130,7 +159,9 @@ class Entry:
             "decision": self.decision,
             **({"experts": self.experts} if self.experts else {}),
             **fate,
-            **({"note": self.note} if self.note else {}),
+            **({"transposed": True} if self.transposed else {}),
+            **({"note": note} if (note := "; ".join(filter(None, (self.note, self.turned)))) else {}),
+            **({"alone_nats": self.alone_nats} if self.alone_nats is not None else {}),
             "rule": self.rule,
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in self.outputs],
         }
@@ -140,6 +171,7 @@ class Entry:
 class TargetPlan:
     """One artifact before it exists: every tensor's fate, every file's header, the finished ``config.json``.
 
+    ``files``: what the format wants beside weights and ``config.json``.
     ``dropped``: scales of keys, values and inputs that the source has and no tensor here comes from. ``cautions``: where a runtime it is
     for loads it without an 8-bit kernel.
     """
@@ -153,6 +185,7 @@ class TargetPlan:
     runtimes: tuple[str, ...]
     bounds: Quality
     contents: Contents
+    files: Mapping[str, bytes]
     dropped: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
 
@@ -179,13 +212,12 @@ class TargetPlan:
     def calibrated(self) -> bool:
         return self.solved or bool(self.static) or self.contents.cache is not None
 
-    def texts(self) -> dict[str, bytes]:
-        """The files that the plan alone decides: ``config.json``, what the format puts beside it and, for several shards, the index."""
-        index = index_json(self.shards)
+    def texts(self, sidecars: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The files that are no weights: those of the source's tokenizer, ``config.json``, and what the format puts beside it."""
         return {
+            **(inline_template(sidecars) if self.format in GRAPHS else sidecars),
             "config.json": json_bytes(dict(self.config)),
-            **FORMATS[self.format].side_files(self.contents),
-            **({"model.safetensors.index.json": index} if index else {}),
+            **self.files,
         }
 
     def ledger(self) -> list[dict[str, Any]]:
@@ -212,8 +244,8 @@ class Plan:
         return self.architecture is None or self.architecture.predicts
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default that applies to this model."""
-        return self.recipe.resolved(predicts=self.predicts)
+        """The recipe with every default that applies to this model. Without ``push``: where an artifact goes is not what it is."""
+        return {**self.recipe.resolved(predicts=self.predicts), "push": None}
 
     def warnings(self) -> list[str]:
         """What a user should know and is no error."""
@@ -296,14 +328,17 @@ def _plan_target(
             f"{recipe.where('targets', index, 'limits', limit)}: {checkpoint.origin} predicts {'tokens' if predicts else 'no tokens'}, "
             f"so it has no {limit}; its limits are {', '.join(applicable(predicts=predicts))}"
         )
-    dtype = _model_dtype(recipe, checkpoint)
+    dtype = _model_dtype(recipe, checkpoint) if target.format not in GRAPHS else from_torch_name(target.options.floats or "float32")
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
+    if target.format in GRAPHS:
+        parameters = {name: _untied(parameter, checkpoint.tensors[name], architecture) for name, parameter in parameters.items()}
     claims = _claim(recipe, index, target, checkpoint, parameters)
     entries = tuple(
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
+    _require_biases(recipe, index, target, claims, checkpoint)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
@@ -323,17 +358,17 @@ def _plan_target(
         options=target.options.model_dump(exclude_none=True),
         kept_experts=tuple(dict.fromkeys(entry.experts for entry in entries if entry.experts and not entry.scheme) if layers else ()),
     )
-    form = FORMATS[target.format]
     try:
-        quantization = form.config(contents) if layers or target.kv_cache else None
+        files = _plan_files(recipe, target, checkpoint, entries, specs, contents)
     except FormatError as error:
         raise RecipeError(f"{recipe.where('targets', index)}: {error}") from None
     return TargetPlan(
         name=target.name,
         format=target.format,
         entries=entries,
-        shards=lay_out(specs, form.metadata(specs, contents), target.max_shard_size),
-        config=spell(checkpoint.config, dtype, quantization),
+        shards=files.shards,
+        config=files.config,
+        files=files.texts,
         dtype=dtype,
         runtimes=target.runtimes,
         bounds=target.bounds(),
@@ -341,6 +376,61 @@ def _plan_target(
         dropped=_dropped(checkpoint, entries, contents),
         cautions=_cautions(recipe, index, target, layers, {entry.experts for entry in entries if entry.reading == "linear"}, machine),
     )
+
+
+def _plan_files(
+    recipe: Recipe, target: Target, checkpoint: Checkpoint, entries: Sequence[Entry], specs: Sequence[TensorSpec], contents: Contents
+) -> Files:
+    """Weight files, ``config.json`` and what lies beside it. Raises :class:`FormatError` where the format cannot say it."""
+    form, config = FORMATS[target.format], checkpoint.config
+    if target.options.tied_embedding == "shared" and not any(_is_tied(entry) and entry.scheme for entry in entries):
+        raise FormatError("tied_embedding: shared, but no head that is tied is quantized; leave it out, or name lm_head in a rule")
+    if target.format in GRAPHS:
+        digest = hashlib.sha256(json.dumps(recipe.resolved(), sort_keys=True).encode()).hexdigest()
+        provenance = {
+            "format": target.format,
+            "recipe_sha256": digest,
+            "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
+        }
+        files = plan_files(
+            config,
+            _stored(entries, blocks=target.format == "onnx-matmulnbits"),
+            specs,
+            dtype=contents.dtype,
+            attention=target.options.attention or "standard",
+            max_file_bytes=target.max_shard_size,
+            provenance=provenance,
+        )
+        return replace(files, config={**spell(config, contents.dtype, None), **files.config})
+    quantization = form.config(contents) if contents.layers or contents.cache else None
+    shards = lay_out(specs, form.metadata(specs, contents), target.max_shard_size)
+    index = index_json(shards)
+    texts = {**form.side_files(contents), **({"model.safetensors.index.json": index} if index else {})}
+    return Files(shards, texts, spell(config, contents.dtype, quantization))
+
+
+def _stored(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Stored]:
+    """By every name that the model has for a parameter, what is stored of it; ``blocks``: codes lie as MatMulNBits reads them."""
+    found: dict[str, Stored] = {}
+    for entry in entries:
+        last = entry.tensor.name.rpartition(".")[2]
+        if entry.scheme is None:
+            found |= {f"{module}.{last}": Stored(entry.plain.name) for module in entry.modules if entry.outputs}
+            continue
+        for module, part in zip(entry.modules, entry.parts, strict=False):
+            names = LayerNames.of(f"{part.module}.weight")
+            found[f"{module}.weight"] = Stored(
+                f"{part.module}.weight",
+                entry.scheme,
+                names.scale,
+                f"{part.module}.input_scale",
+                block_size(entry.scheme) if blocks else 0,
+                part.shape(entry.tensor)[1],
+            )
+        if _is_tied(entry):
+            own = Stored(entry.beside.name) if entry.beside else found[f"{entry.modules[0]}.weight"]
+            found |= {f"{module}.weight": own for module in entry.modules[1:]}
+    return found
 
 
 def _cautions(
@@ -512,15 +602,23 @@ def _enter(
         (rule.why or "") if rule else _KEEP_WHY[parameter.kind],
         (plain,),
         note=f"{DEQUANTIZED} ({coded.description})" if coded else "",
+        turned=checkpoint.turned.get(spec.name, ""),
         experts=parameter.experts,
         reading=parameter.reading,
+        alone_nats=next((target.alone[module] for module in parameter.modules if module in target.alone), None) if target.alone else None,
     )
+    if target.format in GRAPHS:
+        kept = _as_initializer(kept, dtype)
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
     refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
+    beside = kept.plain if _is_tied(parameter) and target.options.tied_embedding != "shared" else None
+    # Scales are rounded to the dtype of the source's floats whatever the target, so that all targets have the same codes.
+    if target.format in GRAPHS and dtype != "F16":
+        dtype = _model_dtype(recipe, checkpoint)
     steps, algorithm, scale_dtype, note = rule.algorithm, "+".join(step.name for step in rule.algorithm), dtype, ""
     if coded is not None:
         note = f"{REQUANTIZED} ({coded.description})"
@@ -528,12 +626,51 @@ def _enter(
             steps, algorithm, note = (), RESPELL, f"{RESPELLED} ({coded.description})"
             # A power of two is exact in every float but float16, whose exponents are too few.
             scale_dtype = coded.scale_dtype if coded.scale_dtype in FLOATS else "F32" if dtype == "F16" else dtype
-    outputs = tuple(
-        output
+    layers = [
+        FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
         for part in parameter.parts
-        for output in FORMATS[target.format].layer_tensors(TensorSpec(f"{part.module}.weight", scale_dtype, part.shape(spec)), scheme)
+    ]
+    return replace(
+        kept,
+        scheme=scheme,
+        algorithm=algorithm,
+        why="",
+        outputs=(*(output for layer in layers for output in layer), *([beside] if beside else [])),
+        scale_dtype=scale_dtype,
+        note=note,
+        steps=steps,
+        beside=beside,
+        transposed=any(layer.columns for layer in layers),
+        observer=_observer(rule),
     )
-    return replace(kept, scheme=scheme, algorithm=algorithm, why="", outputs=outputs, scale_dtype=scale_dtype, note=note, steps=steps)
+
+
+def _untied(parameter: Parameter, spec: TensorSpec, architecture: Architecture | None) -> Parameter:
+    """A tied head first and under its own name, because its codes and the embedding's rows are two tensors in a graph."""
+    if not _is_tied(parameter) or architecture is None or architecture.head is None:
+        return parameter
+    others = [module for module in parameter.modules if module != architecture.head]
+    return replace(parameter, modules=(architecture.head, *others), parts=whole(spec, architecture.head))
+
+
+def _is_tied(parameter: Parameter | Entry) -> bool:
+    return parameter.kind == "head" and len(parameter.modules) > 1
+
+
+def _as_initializer(kept: Entry, dtype: str) -> Entry:
+    """A tensor that is kept, as a graph has it: in its float dtype, a linear layer's weight (in, out), and nothing that no layer reads."""
+    if kept.kind == "unused":
+        return replace(kept, outputs=())
+    transposed = kept.kind in ("linear", "head", "router") and len(kept.modules) == 1 and bool(kept.parts) and not kept.parts[0].columns
+    shape = kept.tensor.shape[::-1] if transposed else kept.tensor.shape
+    plain = TensorSpec(kept.tensor.name, dtype, shape)
+    return replace(kept, plain=plain, outputs=(plain,), transposed=transposed)
+
+
+def _observer(rule: Rule) -> str:
+    if not SCHEMES[str(rule.scheme)].static:
+        return ""
+    return f"percentile {rule.percentile or 99.999:g}" if rule.observer == "percentile" else rule.observer or "absmax"
 
 
 def _position(recipe: Recipe, index: int, rule: Rule, label: str) -> str:
@@ -561,7 +698,7 @@ def _require_loadable(
     for name in target.runtimes if quantized else ():
         runtime = RUNTIMES[name]
         together = [(merged, "reads all experts of a model in one way")] if runtime.merges else []
-        together += [(group, "makes them one layer") for group in _fused(architecture, fates)] if runtime.fuses else []
+        together += [(group, "makes them one layer") for group in fused(architecture, fates)] if runtime.fuses else []
         for modules, why in together:
             schemes = Counter(_fate(fates[module]) for module in modules)
             if len(schemes) > 1:
@@ -594,11 +731,21 @@ def _require_loadable(
             )
 
 
+def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[str, tuple[Rule, str]], checkpoint: Checkpoint) -> None:
+    """Raises :class:`RecipeError` for a rule that corrects biases of layers of which none has one."""
+    for rule in target.rules:
+        claimed = [name for name, (claimant, _) in claims.items() if claimant is rule]
+        corrects = rule.scheme and any(step.bias_correction for step in rule.algorithm)
+        if corrects and not any(f"{name.removesuffix('.weight')}.bias" in checkpoint.tensors for name in claimed):
+            label = claims[claimed[0]][1]
+            raise RecipeError(f"{_position(recipe, index, rule, label)}: bias_correction: none of the {len(claimed)} layers has a bias")
+
+
 def _fate(entry: Entry) -> str:
     return entry.scheme.name if entry.scheme else "kept"
 
 
-def _fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
+def fused(architecture: Architecture | None, fates: Mapping[str, Entry]) -> list[list[str]]:
     """Layers that a runtime may make into one: all experts of a layer; and of one parent those that were seen to read the same input (q, k
     and v, or gate and up, but no MLP beside an attention)."""
     experts: dict[str, list[str]] = {}
@@ -635,7 +782,7 @@ def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Pa
 
 
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
-    if parameter.kind == "head" and len(parameter.modules) > 1:
+    if _is_tied(parameter) and target.format not in GRAPHS:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
     if parameter.kind not in ("linear", "head", "expert", "unknown") and not (parameter.kind == "router" and parameter.parts):
         return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"
@@ -656,6 +803,10 @@ def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Tar
 
 def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | None) -> str | None:
     """Why no calibrated algorithm can choose its codes."""
+    if parameter.kind == "expert" and rule.observer not in (None, "absmax"):
+        return f"observer {rule.observer} does not see what goes into one expert; use absmax for experts"
+    if parameter.kind == "expert" and any(step.bias_correction for step in rule.algorithm):
+        return "an expert has no bias of its own to correct; leave bias_correction out"
     if not calibrated(rule.algorithm):
         return None
     name = next(step.name for step in rule.algorithm if calibrated([step]))
@@ -758,7 +909,8 @@ def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
         reason = entry.rule if entry.scheme else entry.why
-        row = rows.setdefault((what, f"{reason}; {entry.note}" if entry.note else reason), [0, 0, 0])
+        turned = entry.turned.partition(" (")[0]
+        row = rows.setdefault((what, "; ".join(filter(None, (reason, entry.note, turned)))), [0, 0, 0])
         row[0] += 1
         row[1] += entry.plain.size_bytes
         row[2] += entry.size_bytes

@@ -7,7 +7,7 @@ rows alone, which is every per-channel and per-group scheme, a tensor of any siz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from convert.architecture import Part
     from convert.observe import Stats
     from convert.plan import Entry, TargetPlan
-    from convert.source import Checkpoint
+    from convert.source import Checkpoint, SafetensorsReader
 
 #: Elements of a slab. On 2 cores with 1 MiB of L2 each, 0.5 to 2 million ran equally fast, 8 million 20 % slower.
 SLAB_ELEMENTS = 1 << 20
+#: Where rows become columns, each of a slab's is a write of its own to every row: longer runs are fewer writes.
+TRANSPOSED_SLAB_ELEMENTS = 1 << 22
 #: On a GPU a slab is a transfer and a handful of kernels: larger ones hide the launches.
 GPU_SLAB_ELEMENTS = 1 << 24
 
@@ -58,7 +60,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes for a target: ``data`` goes ``offset_bytes`` into the tensor ``name``."""
+    """Bytes for a target: ``data`` goes ``offset_bytes`` into the tensor ``name``. Of two axes, its rows go each into one of the tensor's,
+    so many bytes behind the row's beginning."""
 
     target: str
     name: str
@@ -83,7 +86,7 @@ def plan_work(
         step = rows
         if None not in multiples:
             multiple = math.lcm(*(m for m in multiples if m))
-            step = max(1, (GPU_SLAB_ELEMENTS if gpu else SLAB_ELEMENTS) // max(columns, 1) // multiple) * multiple
+            step = max(1, _slab_elements(wanted.values(), gpu=gpu) // max(columns, 1) // multiple) * multiple
         edges = sorted({0, rows, *(edge for entry in wanted.values() if entry.scheme for p in entry.parts for edge in (p.start, p.stop))})
         for low, high in pairwise(edges) if rows else [(0, 0)]:
             for start in range(low, high, step) if rows else (0,):
@@ -105,8 +108,11 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
     codes: dict[tuple[str, Quantization, str, str], QTensor] = {}
     for name, entry in work.entries.items():
         if entry.scheme is None:
-            pieces.append(_piece(name, entry.plain, work.start, work.spec.matrix_shape[0], _cast(values, entry.plain, work)))
+            if entry.outputs:  # a graph has constants of its own instead of some
+                pieces.append(plain_piece(name, entry, work.start, _cast(values, entry.plain, work)))
             continue
+        if entry.beside is not None:
+            pieces.append(_piece(name, entry.beside, work.start, work.spec.matrix_shape[0], _cast(values, entry.beside, work)))
         dtype = entry.scale_dtype
         for part in entry.parts:
             if not part.start <= work.start < part.stop:
@@ -132,10 +138,21 @@ def encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, wor
     specs = form.layer_tensors(weight, entry.scheme)
     for spec in specs.rows:
         yield _piece(target.name, spec, work.start - part.start, weight.shape[0], tensors[spec.name])
+    for spec in specs.columns:
+        yield _column_piece(target.name, spec, work.start - part.start, tensors[spec.name])
     if work.start == part.start:
         once = form.constants(weight, entry.scheme, stats.inputs.get(entry.module(part)))
         for spec in specs.once:
             yield _piece(target.name, spec, 0, 1, once[spec.name])
+
+
+def decoded_part(reader: SafetensorsReader, form: str, entry: Entry, part: Part) -> torch.Tensor:
+    """What the codes of a part stand for, (out, in) float32, as they lie in files of a format."""
+    assert entry.scheme is not None
+    weight = TensorSpec(f"{part.module}.weight", entry.scale_dtype, part.shape(entry.tensor))
+    specs = FORMATS[form].layer_tensors(weight, entry.scheme)
+    stored = {spec.name: reader.read(spec.name, 0, spec.matrix_shape[0]).reshape(spec.shape) for spec in (*specs.columns, *specs.rows)}
+    return FORMATS[form].decode(weight, stored, entry.scheme).dequantize()
 
 
 def cache_pieces(target: TargetPlan, stats: Stats, checkpoint: Checkpoint) -> Iterator[tuple[Entry, Piece]]:
@@ -169,7 +186,7 @@ def cache_pieces(target: TargetPlan, stats: Stats, checkpoint: Checkpoint) -> It
 
 def working_bytes(targets: Sequence[TargetPlan], workers: int, *, gpu: bool) -> int:
     """Host memory held while tensors stream: for each worker a slab as it was read, in float32, and as it is written."""
-    slab = GPU_SLAB_ELEMENTS if gpu else SLAB_ELEMENTS
+    slab = _slab_elements((entry for target in targets for entry in target.entries), gpu=gpu)
     whole = [
         part.shape(entry.tensor)[0] * part.shape(entry.tensor)[1]
         for target in targets
@@ -193,7 +210,7 @@ def is_finite(values: torch.Tensor) -> bool:
 def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTensor:
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
-    rounding = entry.steps[-1].rtn if entry.steps else None
+    rounding = entry.coding.rtn if entry.coding else None
     clip_search = CLIP_RATIOS if rounding and rounding.clip else ()
     result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
@@ -267,6 +284,25 @@ def _piece(target: str, spec: TensorSpec, start: int, rows: int, values: torch.T
     own = spec.matrix_shape[0]
     data = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return Piece(target, spec.name, spec.size_bytes // max(own, 1) * (own * start // max(rows, 1)), data)
+
+
+def plain_piece(target: str, entry: Entry, start: int, values: torch.Tensor) -> Piece:
+    """Rows from ``start`` on of a tensor that is kept, in the dtype it is stored in."""
+    if entry.transposed:
+        return _column_piece(target, entry.plain, start, values.T)
+    return _piece(target, entry.plain, start, entry.tensor.matrix_shape[0], values)
+
+
+def _column_piece(target: str, spec: TensorSpec, start: int, values: torch.Tensor) -> Piece:
+    """Columns of ``spec`` from ``start`` on: of each of its rows, some bytes."""
+    data = values.cpu().contiguous()
+    return Piece(target, spec.name, start * data.element_size(), data.view(torch.uint8).numpy())
+
+
+def _slab_elements(entries: Iterable[Entry], *, gpu: bool) -> int:
+    if gpu:
+        return GPU_SLAB_ELEMENTS
+    return TRANSPOSED_SLAB_ELEMENTS if any(entry.transposed for entry in entries) else SLAB_ELEMENTS
 
 
 def _row_multiple(entry: Entry) -> int | None:

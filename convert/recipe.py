@@ -27,13 +27,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from convert.algorithms import ALGORITHMS, TRANSFORMS
+from convert.algorithms import ALGORITHMS, CORRECTIONS, TRANSFORMS
 from convert.datasets import is_hub_id
 from convert.runtimes import RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
 from formats.scheme import CACHES, SCHEMES, Quality
+from formats.tensors import GRAPHS
 
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
@@ -103,12 +104,28 @@ class Smoothquant(_Section):
     """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
 
 
+class Awq(_Section):
+    """`awq`: input channels that carry much get finer steps of the weight: its columns are multiplied, and what makes the input
+    divided. For schemes of weights alone."""
+
+    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    """The exponent of each channel's mean magnitude; `search` tries several for each group."""
+    uncovered: Literal["error", "leave"] = "error"
+    """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
+
+
+class BiasCorrection(_Section):
+    """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
     rtn: Rounding | None = None
     gptq: Gptq | None = None
     smoothquant: Smoothquant | None = None
+    awq: Awq | None = None
+    bias_correction: BiasCorrection | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +141,7 @@ class Step(_Section):
 def _parse_steps(value: object) -> object:
     """`gptq`, `{gptq: {...}}` or a list of these."""
     items = value if isinstance(value, list | tuple) else [value]
-    known = (*ALGORITHMS, *TRANSFORMS)
+    known = (*ALGORITHMS, *TRANSFORMS, *CORRECTIONS)
     for item in items:
         if isinstance(item, str) and item not in known:
             raise ValueError(f"no algorithm is called {item!r}{_nearest(item, known)}; known are {', '.join(known)}")
@@ -149,6 +166,11 @@ class Rule(_Section):
     algorithm: Steps = (Step(rtn=Rounding()),)
     """How the codes are chosen: `rtn`, `gptq`, or a list of algorithms in order, each a name or with its options, for instance
     `[{smoothquant: {alpha: 0.6}}, gptq]`."""
+    observer: Literal["absmax", "percentile", "mse"] | None = None
+    """Of a static scheme: what of an input its scale holds: its largest magnitude (`absmax`, unless said otherwise), all but a share of
+    its values (`percentile`), or what leaves the smallest squared error (`mse`)."""
+    percentile: Annotated[float, Field(gt=50, le=100)] | None = None
+    """Of `observer: percentile`: the share of values in % that the scale holds, 99.999 unless given."""
     keep: bool = False
     """Leave these tensors as they are; `why` then says why."""
     why: str | None = None
@@ -160,11 +182,20 @@ class Rule(_Section):
             raise ValueError("a rule needs either a scheme or keep: true")
         if self.keep and not self.why:
             raise ValueError("keep: true needs a why")
-        *before, last = [step.name for step in self.algorithm]
+        names = [step.name for step in self.algorithm]
+        while len(names) > 1 and names[-1] in CORRECTIONS:
+            names.pop()
+        *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
+        if sum(name in TRANSFORMS for name in before) > 1:
+            raise ValueError(f"{' and '.join(before)} scale the same channels; choose one")
         if any(name in ALGORITHMS for name in before):
             raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
+        if self.observer and not (self.scheme and SCHEMES[self.scheme].static):
+            raise ValueError(f"observer chooses the scale of a static input, and {self.scheme or 'what is kept'} has none; leave it out")
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError("percentile is for observer: percentile")
         if self.why and not self.keep:
             raise ValueError("why explains keep: true; this rule quantizes")
         return self
@@ -195,6 +226,61 @@ class Options(_Section):
 
     llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
     """bitsandbytes: activations of at least this magnitude are multiplied in 16 bit; 0 for none. 6.0 unless given."""
+    floats: Literal["float32", "float16"] | None = None
+    """onnx: what is not quantized, keys and values too; float32 unless given."""
+    tied_embedding: Literal["float", "shared"] | None = None
+    """onnx-matmulnbits: a tied head that is quantized leaves the embedding as floats beside it, unless both share the codes."""
+    attention: Literal["standard", "gqa"] | None = None
+    """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
+
+
+#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, or ``mixed``.
+LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed")
+#: What a rung asks of algorithms beyond their defaults: the user wants what is cheapest, not to be asked which layers cannot be smoothed.
+_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}}
+
+
+class Budget(_Section):
+    """The loss that is acceptable, measured as the limits are: on held-out text, reloaded in every runtime that the target names."""
+
+    kl_nats: Annotated[float, Field(gt=0)] | None = None
+    """Mean KL divergence from the source, nats a token, at most."""
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Perplexity over the source's, at most."""
+    tokens: Annotated[int, Field(ge=16)] = 1024
+    """Tokens of calibration text on which `mixed` measures what each group of layers loses alone."""
+    tries: Positive = 3
+    """How many choices `mixed` makes, converts and measures at most."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.kl_nats is None and self.perplexity_ratio is None:
+            raise ValueError("a budget needs kl_nats, perplexity_ratio or both")
+        return self
+
+
+def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
+    for i, rung in enumerate(rungs):
+        if rung == "recover":
+            raise ValueError("recover (training with quantization) is not in this version; leave it out")
+        if rung == "mixed" and i != len(rungs) - 1:
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last")
+        if rung == "mixed" and i == 0:
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit; name one before it")
+        for name in rung.split("+") if rung != "mixed" else ():
+            known = (*ALGORITHMS, *TRANSFORMS, "mixed")
+            if name not in known:
+                raise ValueError(f"no rung is called {rung!r}{_nearest(name, known)}; write algorithms with + between them, or mixed")
+        if rung in rungs[:i]:
+            raise ValueError(f"{rung} is there twice")
+    return rungs
+
+
+def rung_steps(rung: str) -> tuple[Step, ...]:
+    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding."""
+    names = rung.split("+")
+    names += ["rtn"] if names[-1] in TRANSFORMS else []
+    return tuple(Step.model_validate({name: _RUNG_OPTIONS.get(name, {})}) for name in names)
 
 
 HEAD_WHY = "the output head: its error goes straight into the ranking of the next token"
@@ -217,23 +303,51 @@ class Target(_Section):
     """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
+    budget: Budget | None = None
+    """Instead of an algorithm: climb the ladder until this is met."""
+    ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
+    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed]` unless given; each is
+    algorithms with `+` between them, and `mixed` keeps in 16 bit what it must of the best before it."""
+    alone: dict[str, float] | None = None
+    """What the group of a module loses alone, nats a token, by module, as `mixed` measured it; the ledger notes it."""
     options: Options = Options()
     """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
 
+    @model_validator(mode="after")
+    def _budget_or_algorithm(self) -> Target:
+        if self.budget is None:
+            if self.ladder is not None:
+                raise ValueError("a ladder is climbed to a budget; add budget: {kl_nats: ...}")
+            return self
+        for name in ("kl_nats", "perplexity_ratio"):
+            if getattr(self.budget, name) is not None and getattr(self.limits, name) is not None:
+                raise ValueError(f"{name} is both in budget and in limits; leave it out of limits")
+        if any("algorithm" in rule.model_fields_set for rule in self.rules):
+            raise ValueError("with a budget the ladder chooses the algorithm; leave algorithm out of the rules")
+        if not any(rule.scheme for rule in self.rules):
+            raise ValueError("a budget needs a rule with a scheme: nothing here is quantized")
+        return self
+
     def bounds(self) -> Quality:
-        """``limits``, with what is left out taken from the loosest scheme that the rules use."""
+        """``limits`` and ``budget``, with what is left out taken from the loosest scheme that the rules use."""
         defaults = [SCHEMES[rule.scheme].default_limits for rule in self.rules if rule.scheme]
         if not defaults:
             defaults = [Quality(kl_nats=0.001, top1=0.99, perplexity_ratio=1.001, relative_error=0.01)]
+        limits = self.merged_limits()
         return Quality(
-            kl_nats=_or(self.limits, "kl_nats", max(d.kl_nats for d in defaults)),
-            top1=_or(self.limits, "top1", min(d.top1 for d in defaults)),
-            perplexity_ratio=_or(self.limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
-            relative_error=_or(self.limits, "relative_error", max(d.relative_error for d in defaults)),
-            answers=self.limits.answers,
+            kl_nats=_or(limits, "kl_nats", max(d.kl_nats for d in defaults)),
+            top1=_or(limits, "top1", min(d.top1 for d in defaults)),
+            perplexity_ratio=_or(limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
+            relative_error=_or(limits, "relative_error", max(d.relative_error for d in defaults)),
+            answers=limits.answers,
         )
+
+    def merged_limits(self) -> Limits:
+        """``limits`` with what the budget says."""
+        asked = {} if self.budget is None else self.budget.model_dump(include={"kl_nats", "perplexity_ratio"}, exclude_none=True)
+        return self.limits.model_copy(update=asked)
 
 
 class Calibration(_Section):
@@ -300,12 +414,53 @@ class Validation(_Section):
         return self
 
 
-class Push(_Section):
-    """Where on the Hub the artifact belongs."""
+class Rotation(_Section):
+    """Turns hidden states so that outliers spread over all channels (QuaRot), folded into the weights: no runtime needs to know. A tied
+    head becomes a tensor of its own."""
 
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    """`organisation/name`."""
-    private: bool = True
+    residual: bool = True
+    """R1: the residual stream; norms move into what reads it."""
+    values: bool = True
+    """R2: the values of each head."""
+    seed: int = 0
+    """Chooses the signs of the Hadamard matrices."""
+
+    @model_validator(mode="after")
+    def _turns(self) -> Rotation:
+        if not (self.residual or self.values):
+            raise ValueError("neither residual nor values are turned; leave rotation out")
+        return self
+
+
+class Push(_Section):
+    """Where on the Hub the artifacts belong."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/(?:[\w.-]|\{target\}|\{model\})+$")]
+    """`organisation/name`; `{target}` in the name stands for the target's, `{model}` for the last part of the model's."""
+    layout: Literal["repos", "branches", "folders"] = "repos"
+    """Where several targets go: each to a repo of its own (`{target}` tells them apart), or all to one repo, each on a branch of its
+    name (the first on `main`), or each in a folder of its name."""
+    private: bool | None = None
+    """Whether a repo that is created is private, which it is unless this says `false`."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """The branch to commit to, created where it is not there; `main` unless given."""
+    create_pr: bool = False
+    """Open a pull request instead of committing to the branch."""
+    tag: Annotated[str, Field(min_length=1)] | None = None
+    """A tag to put on the commit."""
+    accept: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    """What would stop the push, and shall not: the source's licence by its name (`other`, `unknown`, ...), `gated` for a gated source,
+    `private` for a public repo made of a private source. Say it when you know that you may publish."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Push:
+        if self.layout == "branches" and (self.revision or self.create_pr or self.tag):
+            raise ValueError("with layout: branches every target has a branch of its own; leave out revision, create_pr and tag")
+        if self.layout != "repos" and "{target}" in self.repo:
+            raise ValueError(f"layout: {self.layout} is one repo for all targets; leave out {{target}}, or the layout")
+        if self.create_pr and self.tag:
+            raise ValueError("a pull request is not merged yet; leave out tag or create_pr")
+        return self
 
 
 class Recipe(_Section):
@@ -321,10 +476,12 @@ class Recipe(_Section):
     """The text on which ranges are seen; the sample text where something needs them and nothing is said here."""
     validation: Validation = Validation()
     """The held-out text on which artifact and source are compared."""
+    rotation: Rotation | None = None
+    """Turn the source's hidden states before anything else, for all targets; `{}` turns all that can be."""
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
     """The artifacts to make; one reading of the weights serves all."""
     push: Push | None = None
-    """Where on the Hub the artifact belongs."""
+    """Where on the Hub the artifacts belong."""
 
     _where: dict[Path_, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="recipe")
@@ -338,6 +495,16 @@ class Recipe(_Section):
         """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
         return _position(self._where, path)
 
+    def only(self, targets: Sequence[Target]) -> Recipe:
+        """The recipe of some of its targets, without calibration text that none of them would read."""
+        places = [self.targets.index(target) for target in targets]
+        read = any(reads_calibration(target) for target in targets)
+        made = self.model_copy(update={"targets": tuple(targets), **({} if read else {"calibration": None})})
+        made._where = {path: where for path, where in self._where.items() if path[:1] != ("targets",) or len(path) == 1}
+        for i, place in enumerate(places):
+            made._where |= {("targets", i, *path[2:]): where for path, where in self._where.items() if path[:2] == ("targets", place)}
+        return made
+
     def resolved(self, *, predicts: bool = True) -> dict[str, Any]:
         """The recipe as plain data with every default spelled out; parsing it again gives the same job. ``predicts``: the model predicts
         tokens, which decides what limits it has."""
@@ -345,6 +512,13 @@ class Recipe(_Section):
         for target, record in zip(self.targets, data["targets"], strict=True):
             limits = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
             record["limits"] = {name: limit for name, limit in limits.items() if limit is not None}
+            if target.budget is not None:
+                record["ladder"] = list(target.ladder or LADDER)
+                record["limits"] |= {
+                    name: None for name, value in record["budget"].items() if value is not None and name in record["limits"]
+                }
+                for rule in record["rules"]:
+                    del rule["algorithm"]
         return data
 
 
@@ -399,7 +573,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Octavo recipe"
     definitions = schema["$defs"]
-    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS]}
+    names = {"type": "string", "enum": [*ALGORITHMS, *TRANSFORMS, *CORRECTIONS]}
     steps = {"anyOf": [names, {"$ref": "#/$defs/Step"}]}
     algorithm = definitions["Rule"]["properties"]["algorithm"]
     definitions["Rule"]["properties"]["algorithm"] = {
@@ -419,6 +593,10 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+#: Which formats have an option, where it is not all graphs.
+_OWNERS = {"llm_int8_threshold": ("bitsandbytes",), "tied_embedding": ("onnx-matmulnbits",)}
+
+
 def _cross_check(recipe: Recipe) -> None:
     seen: dict[str, int] = {}
     for i, target in enumerate(recipe.targets):
@@ -428,17 +606,23 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{recipe.where('targets', i, 'name')}: a second target called {target.name!r} (the first: {first}); rename one"
             )
         seen[target.name.casefold()] = i
-        if target.options.llm_int8_threshold is not None and target.format != "bitsandbytes":
-            raise RecipeError(
-                f"{recipe.where('targets', i, 'options', 'llm_int8_threshold')}: {target.format} has no such option; bitsandbytes has it"
-            )
+        for option in target.options.model_dump(exclude_none=True):
+            owners = _OWNERS.get(option, GRAPHS)
+            if target.format not in owners:
+                where = recipe.where("targets", i, "options", option)
+                raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
         if target.limits.answers is not None and recipe.validation.prompts is None:
             where = recipe.where("targets", i, "limits", "answers")
             raise RecipeError(f"{where}: validation has no prompts to answer; give validation.prompts a .jsonl file")
+    if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
+        raise RecipeError(
+            f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "
+            "or choose layout: branches or folders"
+        )
     for key, section in (("calibration", recipe.calibration), ("validation", recipe.validation)):
         if section is not None:
             _check_text(recipe, key, section)
-    if recipe.calibration and not any(_reads_calibration(target) for target in recipe.targets):
+    if recipe.calibration and not any(reads_calibration(target) for target in recipe.targets):
         raise RecipeError(
             f"{recipe.where('calibration')}: no target has a calibrated algorithm, a static scheme or a kv_cache, "
             "so this text would not be read; remove it"
@@ -457,11 +641,15 @@ def _check_text(recipe: Recipe, key: str, section: Calibration | Validation) -> 
 
 def calibrated(steps: Sequence[Step]) -> bool:
     """Whether any of the algorithms needs to see the model at work."""
-    return any(step.name in TRANSFORMS or ALGORITHMS[step.name].calibrated for step in steps)
+    return any(step.name not in ALGORITHMS or ALGORITHMS[step.name].calibrated for step in steps)
 
 
-def _reads_calibration(target: Target) -> bool:
+def reads_calibration(target: Target) -> bool:
+    """Whether making a target needs calibration text."""
     used = [rule for rule in target.rules if rule.scheme]
+    rungs = (target.ladder or LADDER) if target.budget else ()
+    if any(rung == "mixed" or calibrated(rung_steps(rung)) for rung in rungs):
+        return True
     return target.kv_cache is not None or any(calibrated(rule.algorithm) or SCHEMES[str(rule.scheme)].static for rule in used)
 
 
@@ -590,14 +778,18 @@ def _fields_at(path: Path_) -> list[str]:
         "targets": Target,
         "rules": Rule,
         "limits": Limits,
+        "budget": Budget,
         "options": Options,
         "validation": Validation,
         "calibration": Calibration,
+        "rotation": Rotation,
         "push": Push,
         "algorithm": Step,
         "rtn": Rounding,
         "gptq": Gptq,
         "smoothquant": Smoothquant,
+        "awq": Awq,
+        "bias_correction": BiasCorrection,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)

@@ -145,12 +145,17 @@ class RuntimeResult:
     kernels: dict[str, int] = field(default_factory=dict)
     answers: Answers | None = None
 
+    @property
+    def program(self) -> str:
+        """The runtime, without the mode in which it was run."""
+        return self.name.partition(" ")[0]
+
 
 @dataclass(frozen=True)
 class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
     ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
-    (:mod:`convert.health`), from the manifest."""
+    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`)."""
 
     recipe: str
     target: str
@@ -163,6 +168,7 @@ class Report:
     prompt: str
     card_sha256: str | None = None
     health: dict[str, Any] = field(default_factory=dict)
+    ladder: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

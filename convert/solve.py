@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convert import health, quantize
-from convert.algorithms import gptq, rtn, smoothing
+from convert.algorithms import TRANSFORMS, awq, gptq, rtn, smoothing
+from convert.algorithms.bias_correction import correct_bias
 from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.folds import Fold
 from convert.groups import Group, fold
 from convert.moved import moved
-from convert.observe import Observer, Stats
+from convert.observe import Limit, Observer, Stats
 from convert.quantize import Piece
 from formats.dtypes import DTYPES
-from formats.errors import NumericsError
+from formats.errors import InputError, NumericsError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
+    from convert.recipe import Step
     from formats.qtensor import QTensor
 
 
@@ -43,9 +45,11 @@ class Solved:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What the input of a group was divided by: ``scales`` (in,), of strength ``alpha``. ``told_by``: in whose health ``fold`` is."""
+    """What the input of a group was divided by: ``scales`` (in,), by the algorithm ``name`` with ``strength``. ``told_by``: in whose health
+    ``fold`` is."""
 
-    alpha: float
+    name: str
+    strength: float
     scales: torch.Tensor
     fold: Fold
     told_by: str
@@ -53,19 +57,13 @@ class Smoothed:
 
 def smooth_block(
     target: TargetPlan, entries: Sequence[Entry], stand: Stand, groups: Sequence[Group], skeleton: Skeleton, observer: Observer
-) -> tuple[dict[str, Smoothed], list[Solved]]:
+) -> tuple[dict[str, Smoothed], dict[str, str]]:
     """Moves what is large in inputs into weights, in every group of a block with a layer whose rule asks for it.
 
-    Returns, by the module that its group's statistics are kept under, what was done, and the tensors that are kept but changed by it. The
-    block computes what it computed before. Raises :class:`NumericsError` where a changed value cannot be stored.
+    Returns, by the module that its group's statistics are kept under, what was done, and the tensors that are kept but changed by it, with
+    the parameter that each is. The block computes what it computed before.
     """
-    asked = {
-        entry.module(part): (entry, step.smoothquant)
-        for entry in entries
-        for step in entry.steps
-        if step.smoothquant
-        for part in entry.parts
-    }
+    asked = {entry.module(part): (entry, step) for entry in entries if (step := entry.asks(*TRANSFORMS)) for part in entry.parts}
     kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
     done: dict[str, Smoothed] = {}
     changed: dict[str, str] = {}
@@ -76,24 +74,9 @@ def smooth_block(
         filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
         if told_by is None or any(tensor is None for _, tensor in filled):
             continue
-        entry, options = asked[told_by]
-        assert entry.scheme is not None
+        entry, step = asked[told_by]
         weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
-        absmax = observer.get(consumers[0], "channels").value
-        if options.alpha == "search":
-            found = smoothing.search_alpha(
-                observer.get(consumers[0], "rows").value,
-                weights,
-                input_absmax=absmax,
-                weight_quantization=entry.scheme.weight,
-                activation_quantization=entry.scheme.activation,
-                scale_dtype=getattr(torch, DTYPES[entry.scale_dtype].torch_name),
-                channels=group.channels,
-            )
-            alpha, scales = found.strength or 0.0, found.scales
-        else:
-            alpha = float(options.alpha)
-            scales = smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=group.channels)
+        strength, scales = _strength(entry, step, consumers[0], weights, observer, group.channels)
         stored = kept.get(str(skeleton.own_tensor(f"{stand.name}.{group.producer}.weight")))
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
         scales = fold(stand.module, group, scales, dtype=dtype)
@@ -101,18 +84,77 @@ def smooth_block(
         rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
         walked = skeleton.model.get_submodule(consumers[0]).weight.dtype
         told = Fold(f"{stand.name}.{group.producer}", tuple(consumers), scales, rows, group.offset, len(done), walked)
-        done[leader] = Smoothed(alpha, scales, told, told_by)
+        done[leader] = Smoothed(step.name, strength, scales, told, told_by)
         changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
-    return done, [_as_changed(target, kept[tensor], parameter, skeleton) for tensor, parameter in changed.items()]
+    return done, changed
 
 
-def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skeleton) -> Solved:
+def _strength(
+    entry: Entry, step: Step, module: str, weights: Sequence[torch.Tensor], observer: Observer, channels: torch.Tensor | None
+) -> tuple[float, torch.Tensor]:
+    """How strongly a group is scaled, and by what (in,), as the step of one of its layers says; ``weights`` are all that read the input."""
+    assert entry.scheme is not None
+    scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    if step.awq:
+        mean = observer.get(module, "mean_magnitude").value
+        if step.awq.ratio != "search":
+            ratio = float(step.awq.ratio)
+            return ratio, awq.awq_scales(mean, ratio=ratio, channels=channels)
+        found = awq.search_scales(
+            observer.get(module, "rows").value, weights, input_mean=mean, weight_quantization=entry.scheme.weight,
+            scale_dtype=scale_dtype, channels=channels,
+        )  # fmt: skip
+        return found.strength or 0.0, found.scales
+    assert step.smoothquant is not None
+    absmax = observer.get(module, "channels").value
+    if step.smoothquant.alpha != "search":
+        alpha = float(step.smoothquant.alpha)
+        return alpha, smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=channels)
+    found = smoothing.search_alpha(
+        observer.get(module, "rows").value, weights, input_absmax=absmax, weight_quantization=entry.scheme.weight,
+        activation_quantization=entry.scheme.activation, scale_dtype=scale_dtype, channels=channels,
+    )  # fmt: skip
+    return found.strength or 0.0, found.scales
+
+
+def _correct(
+    entries: Sequence[Entry],
+    skeleton: Skeleton,
+    observer: Observer,
+    smoothed: Mapping[str, Smoothed],
+    codes: Mapping[str, QTensor],
+    health: dict[str, dict[str, Any]],
+) -> dict[str, str]:
+    """Takes the mean error of codes out of biases; returns their tensors, with the parameter that each is. Raises :class:`InputError` for a
+    bias that is no tensor of its own."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        for name in (entry.module(part) for part in entry.parts if entry.asks("bias_correction")):
+            bias = skeleton.model.get_submodule(name).bias
+            if bias is None:
+                continue
+            tensor = skeleton.own_tensor(f"{name}.bias")
+            if tensor is None:
+                raise InputError(f"{name}.bias is no tensor of its own in the source, so it cannot be corrected; leave bias_correction out")
+            leader = observer.leader.get(name, name)
+            mean = observer.get(name, "mean").value / (smoothed[leader].scales if leader in smoothed else 1)
+            corrected = correct_bias(bias, skeleton.weight(name).float(), codes[name].dequantize(), input_mean=mean)
+            share = (corrected - bias).float().norm() / bias.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
+            health[name]["bias_moved"] = float(f"{share.item():.4g}")
+            bias.copy_(corrected)
+            found[tensor] = f"{name}.bias"
+    return found
+
+
+def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skeleton, why: Sequence[str]) -> Solved:
+    """A kept tensor as it is now, rounded to what it is stored in, in the block too: the same when it is read back."""
     value: torch.Tensor = skeleton.model.get_parameter(parameter).detach()
     cast = value.to(getattr(torch, DTYPES[entry.plain.dtype].torch_name))
     if not quantize.is_finite(cast):
         raise NumericsError(f"{entry.tensor.name}: smoothing makes values that {entry.plain.dtype} cannot hold; lower alpha")
-    data = cast.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return Solved(target.name, entry.tensor.name, (Piece(target.name, entry.plain.name, 0, data),), {entry.tensor.name: {"smoothed": 1.0}})
+    value.copy_(cast)
+    piece = quantize.plain_piece(target.name, entry, 0, cast.reshape(entry.tensor.matrix_shape))
+    return Solved(target.name, entry.tensor.name, (piece,), {entry.tensor.name: dict.fromkeys(why, 1.0)})
 
 
 def solve_block(
@@ -122,15 +164,18 @@ def solve_block(
     observer: Observer,
     inputs: Mapping[str, float],
     smoothed: Mapping[str, Smoothed],
+    limits: Mapping[str, Limit],
     looked: Mapping[str, Mapping[str, Any]],
     *,
+    changed: Mapping[str, str],
     crew: Crew,
 ) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
-    """The entries of a block in order, each with its codes, by module.
+    """The entries of a block in order, each with its codes, by module; before them what is kept and was ``changed``, or is corrected now.
 
-    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``looked`` what
-    :func:`convert.health.look` saw before. Layers of one input, scheme and algorithm are solved together, by one thread of the
-    crew. Raises :class:`NumericsError`, naming the module, for a Hessian that cannot be factorised and for NaN or Inf.
+    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``limits`` what
+    static scales hold where something else chose them, ``looked`` what :func:`convert.health.look` saw before. Layers of one input, scheme
+    and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian that
+    cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
     noted: dict[str, dict[str, Any]] = {}
@@ -139,12 +184,20 @@ def solve_block(
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
-    stats = Stats(inputs={**inputs, **divided})
+    stats = Stats(inputs={**inputs, **divided, **{module: found.limit for module, found in limits.items()}})
     solve = partial(
         _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
     )
     for _ in crew.map(solve, _together(entries, observer)):
         pass
+    for module, found in limits.items():
+        noted[module]["static"] = found.record()
+    corrected = _correct(entries, skeleton, observer, smoothed, codes, noted)
+    kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
+    # What is kept but changed comes first: a block is finished when its codes are.
+    for tensor, parameter in {**changed, **corrected}.items():
+        why = [word for word, those in (("smoothed", changed), ("corrected", corrected)) if tensor in those]
+        yield _as_changed(target, kept[tensor], parameter, skeleton, why), {}
     for entry in entries:
         pieces: list[Piece] = []
         for part in entry.parts:
@@ -181,10 +234,12 @@ def _solve(
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
     weights = [skeleton.weight(name).float() for name in names]
-    step = entry.steps[-1]
+    step = entry.coding
+    assert step is not None
     leader = observer.leader.get(names[0], names[0])
-    asked = any(step.smoothquant for step in entry.steps)
-    reached = {} if not asked else {"alpha": smoothed[leader].alpha} if leader in smoothed else {"uncovered": 1.0}
+    asked = entry.asks(*TRANSFORMS)
+    word = "alpha" if asked and asked.smoothquant else "ratio"
+    reached = {} if not asked else {word: smoothed[leader].strength} if leader in smoothed else {"uncovered": 1.0}
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
@@ -256,8 +311,9 @@ def _seen_again(
     if smoothed is not None:
         rows = rows.float() / smoothed.scales
         more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
-        errors.append(health.lost("smoothquant", weight, rounded, health.few(rows), entry.scheme.activation, limit))
-    last = entry.steps[-1]
+        errors.append(health.lost(smoothed.name, weight, rounded, health.few(rows), entry.scheme.activation, limit))
+    last = entry.coding
+    assert last is not None
     if (last.gptq and chosen is not rounded) or (last.rtn and last.rtn.clip and smoothed is None):
         after = "gptq" if last.gptq else "rtn with clip"
         errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))

@@ -11,16 +11,15 @@ import json
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.coded import Coded, CodedReader, decode
+from convert.hub import hub_errors, retried
 from formats.dtypes import DTYPES
 from formats.errors import FormatError, MachineError, SourceError
 from formats.existing import SIDE_FILE
@@ -91,10 +90,6 @@ SIDECARS = (
     "*.tiktoken",
 )
 
-#: Pauses before a request to the Hub is tried again, where it does not say itself how long to wait.
-RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0)
-
-_T = TypeVar("_T")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _HEADER_GUESS_BYTES = 256 * 1024
@@ -127,8 +122,9 @@ class Checkpoint:
     ``origin`` is what a person would write in a recipe (without revision), ``commit`` the Hub commit it was pinned to.
     ``tensors`` is ordered by file and offset. ``float_dtype``: what floats are stored in when the recipe says ``source``
     and the source has no such dtype itself (GGUF), else None. ``folder`` holds config and tokenizer where one exists.
-    ``base_model`` is a Hub id, where the model has one. ``coded``: the tensors that are quantized already, and how; what is read of them
-    is float32. ``cache``: how it quantizes keys and values, ``cache_scales`` the tensors that hold their scales.
+    ``base_model`` is a Hub id, where the model has one; ``gated`` and ``private`` say what the Hub said of it. ``coded``: the tensors that
+    are quantized already, and how; what is read of them is float32. ``cache``: how it quantizes keys and values, ``cache_scales`` the
+    tensors that hold their scales. ``turned``: what :mod:`convert.rotate` makes of tensors as they are read, for the ledger.
     """
 
     origin: str
@@ -143,10 +139,13 @@ class Checkpoint:
     folder: Path | None = None
     licence: str | None = None
     base_model: str | None = None
+    gated: bool | None = None
+    private: bool | None = None
     download_bytes: int = 0
     coded: Mapping[str, Coded] = field(default_factory=dict)
     cache: Quantization | None = None
     cache_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    turned: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -285,7 +284,7 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         def header(file: str) -> dict[str, Located]:
             local = cached[file]
             return (
-                read_header(local, file)[0] if local else retried(lambda: _remote_header(repo, commit, file, int(siblings[file].size or 0)))
+                read_header(local, file)[0] if local else retried(lambda: remote_header(repo, commit, file, int(siblings[file].size or 0)))
             )
 
         with ThreadPoolExecutor(8) as pool:
@@ -310,6 +309,8 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         folder=folder,
         licence=_licence(folder / "README.md"),
         base_model=repo,
+        gated=bool(info.gated),
+        private=bool(info.private),
         download_bytes=sum(file.size_bytes for file in files if not cached[file.name]),
     )
 
@@ -357,11 +358,13 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 class SafetensorsReader:
-    """Reads rows out of safetensors files with ``pread``: no map, so that pages read are not counted as held."""
+    """Reads rows out of safetensors files with ``pread``: no map, so that pages read are not counted as held. Without ``headers`` the files
+    are data alone, as beside an ONNX graph."""
 
-    def __init__(self, located: Mapping[str, Located], path: Callable[[str], Path]) -> None:
+    def __init__(self, located: Mapping[str, Located], path: Callable[[str], Path], *, headers: bool = True) -> None:
         self._located = located
         self._path = path
+        self._headers = headers
         self._open: dict[str, tuple[Path, int]] = {}
         self._locks: dict[str, Lock] = {item.file: Lock() for item in located.values()}
 
@@ -371,17 +374,36 @@ class SafetensorsReader:
 
         item = self._located[name]
         rows, columns = item.spec.matrix_shape
+        if item.pitch_bytes:
+            return self.read_columns(name, 0, columns)[start:stop].clone()
         row_bytes = item.spec.size_bytes // max(rows, 1)
         raw = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._fill(raw, item, item.start + start * row_bytes)
+        dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
+        return raw.view(dtype).reshape(stop - start, columns)
+
+    def read_columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Columns ``[start, stop)`` of all rows, wherever the rows lie."""
+        import torch
+
+        item = self._located[name]
+        rows, columns = item.spec.matrix_shape
+        pitch, width = item.pitch_bytes or item.spec.size_bytes // max(rows, 1), DTYPES[item.spec.dtype].bits // 8
+        raw = torch.empty((rows, (stop - start) * width), dtype=torch.uint8)
+        if (start, stop) == (0, columns) and not item.pitch_bytes:
+            self._fill(raw.reshape(-1), item, item.start)
+        else:
+            for i, row in enumerate(raw):
+                self._fill(row, item, item.start + i * pitch + start * width)
+        return raw.view(getattr(torch, DTYPES[item.spec.dtype].torch_name))
+
+    def _fill(self, raw: torch.Tensor, item: Located, position: int) -> None:
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # NumPy's stubs hide the buffer
-        position = item.start + start * row_bytes
         while view:
             count = os.preadv(self._file(item.file)[1], [view], position)
             if count == 0:
-                raise SourceError(f"{item.file}: {name} ends early; the file changed while it was read")
+                raise SourceError(f"{item.file}: {item.spec.name} ends early; the file changed while it was read")
             view, position = view[count:], position + count
-        dtype = getattr(torch, DTYPES[item.spec.dtype].torch_name)
-        return raw.view(dtype).reshape(stop - start, columns)
 
     def path(self, file: str) -> Path:
         return self._file(file)[0]
@@ -391,7 +413,7 @@ class SafetensorsReader:
             if file not in self._open:
                 path = self._path(file)
                 expected = {item.spec.name: item for item in self._located.values() if item.file == file}
-                if read_header(path, file)[0] != expected:
+                if self._headers and read_header(path, file)[0] != expected:
                     raise SourceError(f"{path}: its header is not the one the plan was made from; start again")
                 self._open[file] = (path, os.open(path, os.O_RDONLY))
             return self._open[file]
@@ -538,25 +560,8 @@ def _cached(found: Any) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def retried(request: Callable[[], _T]) -> _T:
-    """Tries again when the Hub is busy (429, 5xx) or the line drops: huggingface_hub itself does so for some requests only."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever it is built on
-
-    for wait_seconds in RETRY_SECONDS:
-        try:
-            return request()
-        except HfHubHTTPError as error:
-            if error.response.status_code != 429 and error.response.status_code < 500:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            time.sleep(min(float(asked), 300.0) if asked.isdigit() else wait_seconds)
-        except httpx.TransportError:
-            time.sleep(wait_seconds)
-    return request()
-
-
-def _remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[str, Located]:
+def remote_header(repo: str, commit: str, file: str, size_bytes: int) -> dict[str, Located]:
+    """The header of a file on the Hub, fetched by range. Raises :class:`FormatError`, and what huggingface_hub raises."""
     from huggingface_hub import HfFileSystem
 
     path = f"{repo}@{commit}/{file}"
@@ -573,37 +578,3 @@ def _remote_bytes(repo: str, commit: str, item: Located) -> bytes:
 
     raw: bytes = HfFileSystem(skip_instance_cache=True).cat_file(f"{repo}@{commit}/{item.file}", start=item.start, end=item.stop)
     return raw
-
-
-@contextmanager
-def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one sentence that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        message = _hub_message(error, repo, revision)
-        if message is None:
-            raise
-        raise SourceError(message) from None
-
-
-def _hub_message(error: Exception, repo: str, revision: str | None) -> str | None:
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, whichever it is built on
-
-    endpoint = constants.ENDPOINT
-    match error:
-        case hub.GatedRepoError():
-            return f"{repo} is gated: ask for access at {endpoint}/{repo}, then log in with: hf auth login"
-        case hub.RepositoryNotFoundError():
-            return f"{repo} does not exist on {endpoint}, or it is private; check the name, or log in with: hf auth login"
-        case hub.RevisionNotFoundError():
-            return f"{repo} has no revision {revision}; see {endpoint}/{repo}/commits/main"
-        case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
-            return f"{repo} is not in the cache and cannot be fetched; check the connection"
-        case hub.HfHubHTTPError():
-            return f"{repo}: {endpoint} answered {error.response.status_code}; try again later"
-        case OSError() | httpx.TransportError():
-            return f"{repo}: {endpoint} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
-    return None

@@ -699,6 +699,20 @@ _VLLM_CUDA = (
 )
 
 _VLLM_EXPERTS = (
+    *(
+        Row("vllm", ("0.24",), ("sm_90",), form, schemes, kernel, f"seen: {_H100}, a small Mixtral: {seen}", note)
+        for form, schemes, kernel, seen, note in (
+            ("compressed-tensors", ("int8-dynamic-experts", "fp8-dynamic-experts", "fp8-block-experts"), "native", "FusedMoEKernel", ""),
+            ("fp8", ("fp8-block-experts",), "native", "FusedMoEKernel", ""),
+            (
+                "compressed-tensors",
+                ("int8-weight-only-experts", "int8-weight-only-g128-experts"),
+                "none",
+                "compressed_tensors_moe_wna16_marlin.py: assert self.group_size == -1",
+                "it wants a group size that neither scheme has; choose int8-dynamic or fp8-dynamic",
+            ),
+        )
+    ),
     Row(
         "vllm",
         ("0.32",),
@@ -1010,7 +1024,135 @@ _PLAIN = (
     Row("tensorrt-llm", ("1.0",), ("sm_80", "sm_86", *_WITH_FP8), PLAIN, (PLAIN,), "plain", _TRT),
 )
 
-TABLE: tuple[Row, ...] = (*_TRANSFORMERS, *_BITSANDBYTES, *_VLLM_CPU, *_VLLM_CUDA, *_VLLM_EXPERTS, *_SGLANG_ROWS, *_TENSORRT_LLM, *_PLAIN)
+_ONNXRUNTIME = (
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx-matmulnbits",
+        _W8A16_INT8,
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "inputs of products are rounded to INT8 (accuracy_level 4), as exported too",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        _W8A16_INT8,
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "at load DequantizeLinear and MatMul become MatMulNBits, which rounds its inputs to INT8 (accuracy_level 4); "
+        "session.qdq_matmulnbits_accuracy_level=1 leaves them floats",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        ("int8-dynamic", "int8-static"),
+        "native",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
+        "an input has one scale for all its tokens",
+    ),
+    Row(
+        "onnxruntime",
+        ("1.32",),
+        ("cpu-vnni",),
+        "onnx",
+        ("fp8-weight-only", "fp8-static"),
+        "dequantize",
+        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-23",
+        "weights are widened at every call, ten times slower than floats",
+    ),
+)
+
+#: What ONNX Runtime does in other programs, and OpenVINO with the same graphs.
+_ORT_ELSEWHERE = (("onnxruntime-genai", "0.18", "onnxruntime-genai 0.18"), ("transformers.js", "4.3", "transformers.js 4.3.1 on Node 20"))
+_EPYC = "on AMD EPYC with AVX512-VNNI, 2026-11-24"
+_WIDENED = "weights are widened at every call, several times slower than floats"
+_ONNX_ELSEWHERE = (
+    *(
+        Row(runtime, (version,), ("cpu-vnni",), form, schemes, kernel, f"seen: {what} {_EPYC}", note)
+        for runtime, version, what in _ORT_ELSEWHERE
+        for form, schemes, kernel, note in (
+            ("onnx", _W8A16_INT8, "native", "MatMulNBits ran, which rounds its inputs to INT8 (not in a browser's WASM)"),
+            ("onnx-matmulnbits", _W8A16_INT8, "native", "MatMulNBits ran, which rounds its inputs to INT8"),
+            ("onnx", ("int8-dynamic",), "native", "an input has one scale for all its tokens"),
+            (
+                "onnx",
+                ("int8-static",),
+                "dequantize",
+                "where several products share an input, both are widened first; only the others are multiplied in INT8",
+            ),
+            ("onnx", ("fp8-weight-only",), "dequantize", _WIDENED),
+        )
+    ),
+    Row(
+        "onnxruntime-genai",
+        ("0.18",),
+        ("cpu-vnni",),
+        "onnx",
+        ("fp8-static",),
+        "dequantize",
+        f"seen: onnxruntime-genai 0.18 {_EPYC}",
+        _WIDENED,
+    ),
+    Row(
+        "transformers.js",
+        ("4.3",),
+        ("cpu-vnni",),
+        "onnx",
+        ("fp8-static",),
+        "none",
+        f"seen: transformers.js 4.3.1 on Node 20 {_EPYC}",
+        "its ONNX Runtime 1.30 fuses FP8 into a product that takes INT8 alone, and refuses the graph",
+    ),
+    Row(
+        "openvino",
+        ("2026.4",),
+        ("cpu-vnni",),
+        "onnx",
+        (*_W8A16_INT8, "int8-dynamic", "int8-static"),
+        "native",
+        f"seen: OpenVINO 2026.4.1 {_EPYC}",
+        "its own graph shows INT8 weights in every product; it rounds inputs of weight-only products to INT8 too",
+    ),
+    Row(
+        "openvino",
+        ("2026.4",),
+        ("cpu-vnni",),
+        "onnx-matmulnbits",
+        _W8A16_INT8,
+        "native",
+        f"seen: OpenVINO 2026.4.1 {_EPYC}",
+        "its own graph shows UINT8 weights in every product, whose inputs it rounds to INT8",
+    ),
+    Row(
+        "openvino",
+        ("2026.4",),
+        ("cpu-vnni",),
+        "onnx",
+        ("fp8-weight-only", "fp8-static"),
+        "dequantize",
+        f"seen: OpenVINO 2026.4.1 {_EPYC}",
+        "weights become float32 when the graph is compiled; nothing is held in 8 bit",
+    ),
+)
+
+TABLE: tuple[Row, ...] = (
+    *_TRANSFORMERS,
+    *_BITSANDBYTES,
+    *_VLLM_CPU,
+    *_VLLM_CUDA,
+    *_VLLM_EXPERTS,
+    *_SGLANG_ROWS,
+    *_TENSORRT_LLM,
+    *_ONNXRUNTIME,
+    *_ONNX_ELSEWHERE,
+    *_PLAIN,
+)
 
 #: Runtimes of the table and their versions, newest first.
 VERSIONS: Mapping[str, tuple[str, ...]] = {
@@ -1019,6 +1161,10 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("0.32", "0.24"),
     "sglang": ("0.5.23",),
     "tensorrt-llm": ("1.0",),
+    "onnxruntime": ("1.32",),
+    "onnxruntime-genai": ("0.18",),
+    "openvino": ("2026.4",),
+    "transformers.js": ("4.3",),
 }
 
 

@@ -8,6 +8,8 @@
     │   ├── SourceError            a model: missing, gated, pickled, already quantized
     │   ├── FormatError            bytes: a truncated shard, an overlapping offset, a scale of NaN
     │   └── NumericsError          a weight that no scheme can hold: NaN, Inf
+    ├── RefusedError            1: an artifact that is not proven; nothing was published
+    ├── HubError                1: the Hub refuses or is out of reach; nothing was published
     ├── MachineError            3: this machine lacks something: memory, disk, a runtime
     └── BusyError               2: another run holds the same output
 
@@ -47,6 +49,14 @@ class NumericsError(InputError):
 
 class BusyError(InputError):
     """Another run is writing to the same output."""
+
+
+class RefusedError(OctavoError):
+    """An artifact that is not what its report proved, or was not proven; nothing was created anywhere."""
+
+
+class HubError(OctavoError):
+    """The Hub refuses, is out of reach, or has moved on; what was uploaded stays there for the next push, and nothing is visible."""
 
 
 class MachineError(OctavoError):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from formats.compatibility import Line, matrix, parts_of_folder
+from formats.compatibility import Line, Part, matrix, parts_of_folder
 from formats.dtypes import FLOATS
 from formats.errors import FormatError
 from formats.existing import SIDE_FILE, section_of
 from formats.manifest import MANIFEST, read_manifest
+from formats.onnx_graph import find_graph, has_graph, metadata_of, read_graph, tensors_of
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
+from formats.tensors import GRAPHS, read_tensors
 
 #: Last parts of names under which quantized formats keep what is not a weight.
 _QUANTIZATION_PARTS = ("scale", "scale_inv", "zero_point", "SCB", "shape", "format")
@@ -32,6 +35,8 @@ def inspect(path: Path) -> dict[str, Any]:
         gguf = open_gguf(path)
         rows = _count((tensor.spec, tensor.kind, tensor.size_bytes) for tensor in gguf.tensors.values())
         return {"path": str(path), "model": gguf.config(), "metadata": {"name": gguf.fields.get("general.name")}, "tensors": rows}
+    if path.suffix == ".onnx":
+        return _inspect_graph(path)
     located, metadata = read_header(path)
     return {
         "path": str(path),
@@ -51,7 +56,13 @@ def compatibility(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else None
-    name, parts = parts_of_folder(config, {name: item.spec for name, item in read_folder(folder).items()}, side)
+    if has_graph(folder):
+        said = metadata_of(read_graph(folder / find_graph(folder)))
+        name, parts = said.get("format", GRAPHS[0]), tuple(Part(scheme, frozenset()) for scheme in said.get("schemes", []))
+        if not parts:
+            raise FormatError(f"{folder}: its graph does not say by which scheme it is quantized; only what octavo wrote does")
+    else:
+        name, parts = parts_of_folder(config, {name: item.spec for name, item in read_folder(folder).items()}, side)
     return {
         "path": str(folder),
         "format": name,
@@ -78,7 +89,8 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
-    located = read_folder(folder)
+    graphed = has_graph(folder)
+    located = read_tensors(folder, GRAPHS[0] if graphed else "")
     side = folder / SIDE_FILE
     try:
         section = section_of(config, read_json(side) if side.is_file() else None)
@@ -94,6 +106,9 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         "quantization": dict(section[1]) if section else "none",
         "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
     }
+    if graphed:
+        graph = _inspect_graph(folder / find_graph(folder))
+        found |= {key: graph[key] for key in ("quantization", "metadata")}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         found["made_by"] = {
@@ -103,6 +118,24 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
             "commit": manifest.source.get("commit"),
         }
     return found
+
+
+def _inspect_graph(path: Path) -> dict[str, Any]:
+    """A graph: what its metadata says of its quantization, its operators, and its tensors."""
+    model = read_graph(path)
+    said = metadata_of(model)
+    operators = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph.node)
+    return {
+        "path": str(path),
+        "quantization": {key: value for key, value in said.items() if key != "packs"} or "none that octavo wrote",
+        "metadata": {
+            "opset": {item.domain or "ai.onnx": item.version for item in model.opset_import},
+            "ir_version": model.ir_version,
+            "producer": model.producer_name,
+            "operators": dict(operators.most_common()),
+        },
+        "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in tensors_of(model, path).values()),
+    }
 
 
 def _count(tensors: Iterable[tuple[TensorSpec, str, int]]) -> list[dict[str, Any]]:

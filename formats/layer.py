@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from formats.dtypes import DTYPES
 from formats.safetensors import TensorSpec
@@ -33,13 +33,15 @@ class LayerNames:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What a linear layer becomes on disk: tensors whose first axis follows the rows of the weight (or their tiles), and tensors
-    that are written once, whatever the codes."""
+    """What a linear layer becomes on disk: tensors whose first axis follows the rows of the weight (or their tiles), tensors
+    that are written once, whatever the codes, and those whose last axis follows the rows."""
 
     rows: tuple[TensorSpec, ...]
     once: tuple[TensorSpec, ...] = ()
+    columns: tuple[TensorSpec, ...] = ()
 
     def __iter__(self) -> Iterator[TensorSpec]:
+        yield from self.columns
         yield from self.rows
         yield from self.once
 
@@ -84,7 +86,7 @@ class Contents:
     attentions: Sequence[Attention] = ()
     replaceable: frozenset[str] | None = None
     skipped: Sequence[str] = ()
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     kept_experts: Sequence[str] = ()
 
 

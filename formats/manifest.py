@@ -14,6 +14,8 @@ from formats.safetensors import json_bytes, read_json
 MANIFEST = "octavo.json"
 #: The model card is written after the check, from the manifest and the report; people edit it. The report holds its hash.
 CARD = "README.md"
+#: What was measured, as it is published beside the artifact; on this machine it lies next to the folder.
+REPORT = "octavo.report.json"
 VERSION = 2
 CHUNK_BYTES = 1 << 20
 
@@ -31,8 +33,9 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``source``: origin, commit, licence, base_model (a Hub id or null), a digest of every weight file, and ``dropped``, scales of a
-    quantized source that nothing here comes from. ``note`` of a ledger's record: what became of codes that the source had.
+    """``source``: origin, commit, licence, base_model (a Hub id or null), ``gated`` and ``private`` (null where nobody told), a digest of
+    every weight file, and ``dropped``, scales of a quantized source that nothing here comes from. ``note`` of a ledger's record: what
+    became of codes that the source had.
 
     ``recipe``: the whole job, defaults spelled out. ``calibration``: which text was read, null where none was. ``ledger``: one record for
     every tensor of the source, and for every tensor that was added to them. ``files``: all but this one and the model card.
@@ -54,6 +57,11 @@ class Manifest:
         """The source as a recipe would name it, with the commit it was read at."""
         origin, commit = self.source["origin"], self.source["commit"]
         return f"{origin}@{commit}" if commit else str(origin)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files, headers and graphs included."""
+        return sum(file.size_bytes for file in self.files if file.name.endswith(".safetensors") or file.name.startswith("onnx/"))
 
     def to_bytes(self) -> bytes:
         return json_bytes({"manifest_version": VERSION, **asdict(self)})
@@ -93,8 +101,8 @@ def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry, if it has what an entry has; see ``convert.plan.Entry.record``."""
     for key in ("tensor", "dtype", "module", "rule", *(("scheme", "algorithm") if entry["decision"] == "quantize" else ("why",))):
         _is(str, entry, key)
-    if entry["decision"] not in ("quantize", "keep", "add"):
-        raise ValueError(f"{entry['tensor']}: a decision is quantize, keep or add, not {entry['decision']!r}")
+    if entry["decision"] not in ("quantize", "keep", "add", "drop"):
+        raise ValueError(f"{entry['tensor']}: a decision is quantize, keep, add or drop, not {entry['decision']!r}")
     for name, dtype, shape in [(entry["tensor"], entry["dtype"], entry["shape"]), *_is(list, entry, "outputs")]:
         if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
             raise TypeError(f"{entry['tensor']}: an output is a name, a dtype and a shape")

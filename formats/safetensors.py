@@ -51,12 +51,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Located:
-    """A tensor in a file: its bytes are ``[start, stop)`` from the beginning of ``file`` (header included)."""
+    """A tensor in a file: its bytes are ``[start, stop)`` from the beginning of ``file`` (header included).
+
+    With ``pitch_bytes`` its rows begin so many bytes apart, and those of other tensors lie between them; safetensors has no such thing.
+    """
 
     spec: TensorSpec
     file: str
     start: int
     stop: int
+    pitch_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,11 @@ def is_plain_name(file: object) -> bool:
     if not isinstance(file, str) or file in ("", ".", "..") or file != PurePosixPath(file).name:
         return False
     return not any(sign in file for sign in "\\\0") and _is_text(file)
+
+
+def is_inner_path(file: object) -> bool:
+    """Whether ``file`` names a file of the folder it is looked up in, or of a folder there."""
+    return isinstance(file, str) and all(is_plain_name(part) for part in file.split("/"))
 
 
 def read_folder(folder: Path) -> dict[str, Located]:

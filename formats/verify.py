@@ -11,14 +11,18 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from formats.errors import FormatError
 from formats.lint import ERROR, Finding, lint
-from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
-from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_plain_name, read_folder, read_json
+from formats.manifest import CARD, MANIFEST, REPORT, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
+from formats.onnx_graph import has_graph
+from formats.provenance import PROVENANCE, statement
+from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, is_inner_path, read_folder, read_json
+from formats.tensors import GRAPHS, read_tensors
 
 #: Files that a Hub client or a version-control system leaves beside an artifact.
 IGNORED = (".git", ".gitattributes", ".cache")
@@ -52,20 +56,20 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
     if not os.path.lexists(folder / MANIFEST):
         return _verify_foreign(folder, quick=quick)
     manifest = read_manifest(folder)
-    findings = [*_check_files(folder, manifest), *_check_ledger(manifest)]
+    findings = [*_check_files(folder, manifest), *check_ledger(manifest), *_check_provenance(folder, manifest)]
     tensors: dict[str, Located] = {}
     try:
-        tensors = read_folder(folder)
+        tensors = read_tensors(folder, manifest.format)
     except FormatError as error:
         broken = [Finding(str(folder), str(error), "fetch or make the artifact again")]
     else:
-        broken = _check_promises(manifest, tensors)
-    broken += _check_config(folder, manifest)
+        broken = check_promises(manifest, tensors)
+    broken += check_config(folder, manifest)
     # Of a folder that is not what was made, everything else that is wrong follows from that.
-    findings += broken or lint(folder, tensors, quick=quick)
+    findings += broken or ([] if manifest.format in GRAPHS else lint(folder, tensors, quick=quick))
     hashed = 0
     if not quick:
-        sound = [file for file in manifest.files if is_plain_name(file.name) and _size(folder / file.name) == file.size_bytes]
+        sound = [file for file in manifest.files if is_inner_path(file.name) and _size(folder / file.name) == file.size_bytes]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for found in pool.map(lambda file: _check_hash(folder, file), sound):
                 findings += found
@@ -76,8 +80,14 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
 def _verify_foreign(folder: Path, *, quick: bool) -> Verdict:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder")
-    if not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
+    if not has_graph(folder) and not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise FormatError(f"{folder}: no config.json, {SINGLE_FILE} or {MANIFEST} is there; give the folder of a checkpoint")
+    if has_graph(folder):
+        files = sum(path.is_file() for path in folder.rglob("*"))
+        try:
+            return Verdict((), files, len(read_tensors(folder, GRAPHS[0])), 0)
+        except FormatError as error:
+            return Verdict((Finding(str(folder), str(error), "fetch or make the graph again"),), files, 0, 0)
     tensors: dict[str, Located] | None = None
     with contextlib.suppress(FormatError):  # lint says it
         tensors = read_folder(folder)
@@ -89,7 +99,7 @@ def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
     findings = []
     for file in manifest.files:
         # Before anything is opened: what a manifest names outside may be a device that never ends.
-        if not is_plain_name(file.name):
+        if not is_inner_path(file.name):
             findings.append(Finding(file.name, "the manifest names what is not a file of this folder", "do not use this artifact"))
         elif (size := _size(folder / file.name)) is None:
             findings.append(Finding(file.name, "missing", "fetch or make the artifact again"))
@@ -97,21 +107,36 @@ def _check_files(folder: Path, manifest: Manifest) -> list[Finding]:
             findings.append(
                 Finding(file.name, f"{size:,} bytes, the manifest says {file.size_bytes:,}", "fetch or make the artifact again")
             )
-    known = {MANIFEST, CARD, *IGNORED, *(file.name for file in manifest.files)}
-    return findings + [
-        Finding(path.name, "not in the manifest", "remove it: nothing vouches for it")
-        for path in sorted(folder.iterdir())
-        if path.name not in known
-    ]
+    known = {MANIFEST, CARD, REPORT, PROVENANCE, *IGNORED, *(file.name for file in manifest.files if is_inner_path(file.name))}
+    return findings + [Finding(name, "not in the manifest", "remove it: nothing vouches for it") for name in _unknown(folder, known)]
 
 
-def _check_ledger(manifest: Manifest) -> list[Finding]:
+def _unknown(folder: Path, known: set[str]) -> Iterator[str]:
+    """What is not among ``known``; of a folder that holds some of it, what else it holds."""
+    for path in sorted(folder.iterdir()):
+        inner = {name.partition("/")[2] for name in known if name.startswith(f"{path.name}/")}
+        if inner and path.is_dir():
+            yield from (f"{path.name}/{name}" for name in _unknown(path, inner))
+        elif path.name not in known:
+            yield path.name
+
+
+def check_ledger(manifest: Manifest) -> list[Finding]:
+    """Whether the ledger is the one that the manifest's digest was taken of."""
     if ledger_digest(list(manifest.ledger)) == manifest.ledger_sha256:
         return []
     return [Finding(MANIFEST, "the ledger is not the one its digest was taken of", "make the artifact again")]
 
 
-def _check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Finding]:
+def _check_provenance(folder: Path, manifest: Manifest) -> list[Finding]:
+    path, expected = folder / PROVENANCE, statement(manifest)
+    if not os.path.lexists(path) or (_size(path) == len(expected) and path.read_bytes() == expected):
+        return []
+    return [Finding(PROVENANCE, "not the statement that follows from the manifest", "fetch or make the artifact again")]
+
+
+def check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Finding]:
+    """Whether the tensors there are those of the ledger."""
     promised = {name: (dtype, tuple(shape)) for entry in manifest.ledger for name, dtype, shape in entry["outputs"]}
     found = {name: (item.spec.dtype, item.spec.shape) for name, item in tensors.items()}
     remedy = "make the artifact again"
@@ -126,14 +151,15 @@ def _check_promises(manifest: Manifest, tensors: dict[str, Located]) -> list[Fin
     ]
 
 
-def _check_config(folder: Path, manifest: Manifest) -> list[Finding]:
+def check_config(folder: Path, manifest: Manifest) -> list[Finding]:
+    """Whether ``config.json`` tells readers of the quantization that the manifest names."""
     try:
         config = read_json(folder / "config.json")
     except FormatError as error:
         return [Finding("config.json", str(error), "fetch or make the artifact again")]
     if not isinstance(config, dict):
         return [Finding("config.json", "not a JSON object", "fetch or make the artifact again")]
-    quantized = any(entry["decision"] == "quantize" for entry in manifest.ledger)
+    quantized = manifest.format not in GRAPHS and any(entry["decision"] == "quantize" for entry in manifest.ledger)
     section = config.get("quantization_config")
     if quantized and not isinstance(section, dict):
         return [

@@ -25,7 +25,8 @@ What a real Hub answers was read from what huggingface_hub 2.4.0 and 1.33.0 expe
 
 From the Hub itself: 307 with a relative Location for a renamed repo; 302 with an absolute one for a file under LFS; the CDN's
 own ETag is not the file's hash; metadata of a gated repo is public and only its files are not; a missing or private repo is 401
-to nobody and 404 to somebody. Not here: gzip, pagination, git itself, Xet, and 307 to /api/resolve-cache for small files.
+to nobody and 404 to somebody. What writes is in
+`hub_uploads.py`. Not here: gzip, pagination, git itself, Xet, and 307 to /api/resolve-cache for small files.
 """
 
 import asyncio
@@ -51,7 +52,7 @@ import pytest
 import uvicorn
 from ruamel.yaml import YAML
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
@@ -147,7 +148,7 @@ class Repo:
         """Add or replace `files`, drop those in `delete`, and let `branch` point to the result. A new branch starts empty."""
         parent = self.branches.get(branch)
         held = dict(self.commit_at(parent).files) if parent else {}
-        held |= {path: Blob(content, _is_lfs(path, content)) for path, content in files.items()}
+        held |= {path: Blob(content, is_lfs(path, _size_bytes(content))) for path, content in files.items()}
         for path in delete:
             del held[path]
         number = len(self.commits)
@@ -177,8 +178,8 @@ class Repo:
             commit = self.commit_at(commit.parent)
             yield commit
 
-    def allows(self, user: str | None) -> bool:
-        return user is not None and (user == self.id.partition("/")[0] or user in self.readers)
+    def allows(self, user: str | None, orgs: Iterable[str] = ()) -> bool:
+        return user is not None and (user in self.readers or self.id.partition("/")[0] in (user, *orgs))
 
 
 @dataclass
@@ -189,12 +190,13 @@ class Fault:
              "slow": the answer comes `delay_s` late
              "cut": the body ends after `after_bytes` (None: half of it) and the connection closes in good order
              "reset": the same, but the connection is torn down (RST); the client may not even see the bytes before
-    method   only requests of this method; a "cut" or a "reset" is for a GET answered 200 or 206 in any case
+             "lost": what was asked for is done, and the connection closes instead of an answer
+    method   only requests of this method; a "cut" or a "reset" is for a GET answered 200 or 206, or for the body of a PUT
     """
 
     match: str
     times: int = 1
-    status: int | Literal["slow", "cut", "reset"] = 500
+    status: int | Literal["slow", "cut", "reset", "lost"] = 500
     method: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.5
@@ -238,6 +240,10 @@ class Hub:
     repos     by the path of their page: "octo/tiny", "datasets/octo/calibration"
     moved     old path of a renamed repo -> new path
     tokens    token -> user name; any other token is refused
+    orgs      user name -> the organisations that the user may write to, besides their own name
+    stored    page of a repo -> sha256 -> content of what was uploaded under LFS, committed or not
+    parts     sha256 -> number -> (ETag, content) of an upload in several parts that is not complete
+    part_bytes  what is larger is uploaded in parts of this size
     faults    what shall go wrong, see `Fault`; the first that matches is taken
     requests  what was asked and answered so far, oldest first
     errors    what the stand-in itself failed with (the client saw a 500); `serve` raises them at its end
@@ -248,6 +254,10 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.moved: dict[str, str] = {}
         self.tokens: dict[str, str] = {}
+        self.orgs: dict[str, set[str]] = {}
+        self.stored: dict[str, dict[str, bytes]] = {}
+        self.parts: dict[str, dict[int, tuple[str, bytes]]] = {}
+        self.part_bytes = 5 * 1024 * 1024
         self.faults: list[Fault] = []
         self.requests: list[Exchange] = []
         self.errors: list[Exception] = []
@@ -255,8 +265,10 @@ class Hub:
         self.cdn_url = ""
         self.cdn_signature = secrets.token_hex(8)
         self.connections: dict[tuple[str, int], socket.socket] = {}
+        from hub_uploads import ROUTES as UPLOADS  # it needs what is defined here
+
         self._app = Starlette(
-            routes=[Route(path, functools.partial(handler, self), methods=[method]) for method, path, handler in ROUTES],
+            routes=[Route(path, functools.partial(handler, self), methods=[method]) for method, path, handler in (*UPLOADS, *ROUTES)],
             exception_handlers={Refused: _refuse},
         )
         self._app.router.redirect_slashes = False
@@ -270,11 +282,12 @@ class Hub:
         private: bool = False,
         gated: Literal[False, "auto", "manual"] = False,
         readers: Iterable[str] = (),
+        title: str = "Upload files",
     ) -> Repo:
         """Add a repo with one commit on `main`."""
         repo = Repo(repo_id, kind=kind, private=private, gated=gated, readers=set(readers))
-        repo.commit(files)
-        self.repos[_page(kind, repo_id)] = repo
+        repo.commit(files, title=title)
+        self.repos[page_of(kind, repo_id)] = repo
         return repo
 
     def asked(self, match: str = "", *, method: str | None = None) -> list[Exchange]:
@@ -289,6 +302,7 @@ class Hub:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
         }
 
     def user(self, request: Request) -> str | None:
@@ -309,12 +323,29 @@ class Hub:
             refused = Refused(int(fault.status), f"{fault.status} on request", headers=fault.headers)
             await refused.response()(scope, receive, observed)
             return
+        if scope["method"] == "PUT" and (fault := self._fault(scope, lambda status: status in ("cut", "reset"))):
+            await self._hang_up(scope, receive, fault.after_bytes)
+            return
+        lost = self._fault(scope, lambda status: status == "lost")
         try:
             # Routed undecoded: a revision may hold "%2F", and then it is one segment of the path.
-            await self._app(dict(scope, path=scope["raw_path"].decode("ascii")), receive, observed)
+            await self._app(dict(scope, path=scope["raw_path"].decode("ascii")), receive, observed if lost is None else _ignore)
+            if lost is not None:
+                await self._hang_up(scope, receive, 0)
+        except ClientDisconnect:
+            pass  # a client that was killed while it sent a body
         except Exception as error:
             self.errors.append(error)
             raise
+
+    async def _hang_up(self, scope: Scope, receive: Receive, after_bytes: int | None) -> None:
+        """Read that much of the body (None: half of it), then close the connection without a word."""
+        length = int(dict(scope["headers"]).get(b"content-length", 0))
+        due = length // 2 if after_bytes is None else after_bytes
+        while due > 0:
+            due -= len((await receive()).get("body", b""))
+        self.requests.append(Exchange(scope["method"], scope["path"], None, 0, None))
+        self.connections[scope["client"]].shutdown(socket.SHUT_RDWR)
 
     def _fault(self, scope: Scope, wanted: Callable[[int | str], bool]) -> Fault | None:
         for fault in self.faults:
@@ -323,6 +354,10 @@ class Hub:
                 fault.times -= 1
                 return fault
         return None
+
+
+async def _ignore(_message: Message) -> None:
+    """ASGI `send` of an answer that gets lost."""
 
 
 class _Observed:
@@ -380,16 +415,17 @@ async def whoami(hub: Hub, request: Request) -> Response:
     user = hub.user(request)
     if user is None:
         raise Refused(401, "Invalid username or password.")
-    return JSONResponse({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": {"type": "access_token"}})
+    orgs = [{"type": "org", "name": name, "roleInOrg": "write"} for name in sorted(hub.orgs.get(user, ()))]
+    return JSONResponse({"type": "user", "id": user, "name": user, "fullname": user, "orgs": orgs, "auth": {"type": "access_token"}})
 
 
 async def auth_check(hub: Hub, request: Request) -> Response:
-    _check_gate(hub, request, _repo(hub, request))
+    _check_gate(hub, request, allowed_repo(hub, request))
     return JSONResponse({})
 
 
 async def repo_info(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     commit = _commit(request, repo)
     asked = request.query_params
     card = _card(commit)
@@ -429,7 +465,7 @@ async def repo_info(hub: Hub, request: Request) -> Response:
 
 
 async def tree(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     commit = _commit(request, repo)
     folder = unquote(request.path_params.get("path", "")).strip("/")
     expand = request.query_params.get("expand") == "true"
@@ -447,7 +483,7 @@ async def tree(hub: Hub, request: Request) -> Response:
 
 
 async def paths_info(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     commit = _commit(request, repo)
     form = parse_qs((await request.body()).decode())
     folders = {str(parent) for path in commit.files for parent in Path(path).parents} - {"."}
@@ -456,7 +492,7 @@ async def paths_info(hub: Hub, request: Request) -> Response:
 
 
 async def refs(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     pulls = {name: sha for name, sha in repo.branches.items() if name.startswith("refs/")}
     branches = {name: sha for name, sha in repo.branches.items() if name not in pulls}
     return JSONResponse(
@@ -470,7 +506,7 @@ async def refs(hub: Hub, request: Request) -> Response:
 
 
 async def commits(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     author = {"user": repo.id.partition("/")[0]}
     return JSONResponse(
         [
@@ -481,7 +517,7 @@ async def commits(hub: Hub, request: Request) -> Response:
 
 
 async def resolve(hub: Hub, request: Request) -> Response:
-    repo = _repo(hub, request)
+    repo = allowed_repo(hub, request)
     _check_gate(hub, request, repo)
     commit = _commit(request, repo)
     path = unquote(request.path_params["path"])
@@ -492,7 +528,7 @@ async def resolve(hub: Hub, request: Request) -> Response:
     headers["ETag"] = f'"{blob.etag}"'
     if not blob.lfs:
         return _content(request, blob, path, headers)
-    page = quote(_page(repo.kind, repo.id), safe="")
+    page = quote(page_of(repo.kind, repo.id), safe="")
     location = f"{hub.cdn_url}/cdn/{page}/{blob.sha256}/{quote(path)}?signature={hub.cdn_signature}"
     headers |= {"Location": location, "X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size_bytes)}
     return Response(f"Found. Redirecting to {location}", 302, headers, "text/plain")
@@ -530,20 +566,23 @@ ROUTES: list[tuple[str, str, Callable[[Hub, Request], Awaitable[Response]]]] = [
 ]  # the first that fits; GET answers HEAD too
 
 
-def _page(kind: str, repo_id: str) -> str:
+def page_of(kind: str, repo_id: str) -> str:
     return repo_id if kind == "models" else f"{kind}/{repo_id}"
 
 
-def _is_lfs(path: str, content: bytes | Path) -> bool:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    return size > LFS_FROM_BYTES or any(fnmatch(path.rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
+def _size_bytes(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _repo(hub: Hub, request: Request) -> Repo:
+def is_lfs(path: str, size_bytes: int) -> bool:
+    return size_bytes > LFS_FROM_BYTES or any(fnmatch(path.rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
+
+
+def allowed_repo(hub: Hub, request: Request) -> Repo:
     """The repo that the path names, if the sender may know of it. Raises Refused: 307 moved, 401 or 404 RepoNotFound."""
     name = unquote(request.path_params["repo"])
     kind = request.path_params.get("kind", "models")
-    page = _page(kind, name)
+    page = page_of(kind, name)
     user = hub.user(request)
     if page in hub.moved:
         new = hub.moved[page] if kind == "models" else hub.moved[page].removeprefix(f"{kind}/")
@@ -551,7 +590,7 @@ def _repo(hub: Hub, request: Request) -> Repo:
         location = request.scope["path"].replace(f"/{name}", f"/{new}", 1) + query
         raise Refused(307, f"Temporary Redirect. Redirecting to {location}", headers={"Location": location})
     repo = hub.repos.get(page)
-    if repo is not None and (not repo.private or repo.allows(user)):
+    if repo is not None and (not repo.private or repo.allows(user, hub.orgs.get(user or "", ()))):
         return repo
     if user is None:
         raise Refused(401, "Invalid username or password.", code="RepoNotFound")
@@ -561,7 +600,7 @@ def _repo(hub: Hub, request: Request) -> Repo:
 def _check_gate(hub: Hub, request: Request, repo: Repo) -> None:
     """Raises Refused (401 for nobody, 403 for somebody; GatedRepo) when the repo is gated and the sender not let in."""
     user = hub.user(request)
-    if not repo.gated or repo.allows(user):
+    if not repo.gated or repo.allows(user, hub.orgs.get(user or "", ())):
         return
     what = f"Access to {repo.kind.removesuffix('s')} {repo.id} is restricted"
     if user is None:
@@ -570,7 +609,10 @@ def _check_gate(hub: Hub, request: Request, repo: Repo) -> None:
 
 
 def _commit(request: Request, repo: Repo) -> Commit:
-    revision = unquote(request.path_params.get("revision", "main"))
+    return allowed_commit(repo, unquote(request.path_params.get("revision", "main")))
+
+
+def allowed_commit(repo: Repo, revision: str) -> Commit:
     try:
         return repo.commit_at(revision)
     except KeyError:
@@ -634,7 +676,11 @@ def _card(commit: Commit) -> dict[str, Any]:
     """The YAML at the head of the README, as the Hub shows it in `cardData`."""
     if "README.md" not in commit.files:
         return {}
-    text = b"".join(commit.files["README.md"].read()).decode()
+    return yaml_head(b"".join(commit.files["README.md"].read()).decode())
+
+
+def yaml_head(text: str) -> dict[str, Any]:
+    """The YAML between two lines of dashes at the head of a card."""
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     return dict(YAML(typ="safe").load(head[1]) or {}) if head else {}
 

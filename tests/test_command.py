@@ -39,7 +39,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["", "plan", "convert", "check", "compare", "verify", "inspect", "schema", "doctor", "runtimes"])
+COMMANDS = ["", *"plan convert sensitivity push reproduce check compare verify inspect schema doctor runtimes".split()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_docs_show_the_help_there_is(command: str) -> None:
     shown = octavo(*command.split(), "--help", COLUMNS="100").stdout.replace("python -m convert", "octavo").strip()
     assert shown in (ROOT / "docs" / "command.md").read_text(), "docs/command.md is out of date; run: make docs"
@@ -185,3 +188,17 @@ def test_recipes_of_the_issue_pass_on_the_sample(tmp_path: Path) -> None:
         done = octavo("convert", name, "--set", "validation.tokens=1024", cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Paris" in done.stdout
+
+
+def test_sensitivity_is_a_table_numbers_and_a_drawing(make_llama: Any, tmp_path: Path) -> None:
+    done = octavo(
+        "sensitivity", recipe(tmp_path, make_llama()), "--tokens", 32, "--scheme", "fp8-dynamic", "--json", "n.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.1.self_attn.{q_proj, k_proj, v_proj}" in done.stdout
+    found = json.loads((tmp_path / "n.json").read_text())
+    assert len(found["groups"]) == 9
+    assert all(group["kl_nats"] > 0 and group["scheme"] == "fp8-dynamic" for group in found["groups"])
+    assert "<svg" in (tmp_path / "artifacts" / "job" / "sensitivity.svg").read_text()
+    refused = octavo("sensitivity", recipe(tmp_path, make_llama()), "--scheme", "int9", cwd=tmp_path)
+    assert (refused.returncode, "no scheme is called 'int9'" in refused.stderr) == (2, True)

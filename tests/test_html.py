@@ -359,3 +359,46 @@ def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
     assert found
     sides = "model.layers.2.mlp.down_proj model.layers.0.self_attn.q_proj"
     assert found[1] == f"360 360 1 1 of 212 tensors {sides}; 1280 1280 1 1 of 212 tensors {sides}"
+
+
+LADDER = {
+    "budget": {"kl_nats": 0.01},
+    "taken": "mixed",
+    "rungs": [
+        {
+            "name": name,
+            "kl_nats": kl,
+            "perplexity_ratio": 1.01,
+            "weight_bytes": size,
+            "kept_share": 0.1,
+            "kept_groups": kept,
+            "passed": passed,
+        }
+        | {"failed": [] if passed else ["transformers: kl_nats"]}
+        for name, kl, size, kept, passed in (
+            ("rtn", None, 160_000_000, 0, False),
+            ("gptq", 0.015, 160_000_000, 0, False),
+            ("mixed", 0.0093, 168_000_000, 7, True),
+        )
+    ],
+    "groups": [
+        {"modules": [NASTY], "scheme": "int8-dynamic", "alone_nats": 0.004, "extra_bytes": 884_736, "kept": True},
+        {"modules": ["model.layers.0.mlp.down_proj"], "scheme": "int8-dynamic", "alone_nats": 0.001, "extra_bytes": 884_736, "kept": False},
+    ],
+    "curves": {name: [[160_000_000, 0.015], [170_000_000, 0.01], [268_000_000, 0.001]] for name in ("frontier", "random order")},
+}
+
+
+def test_how_a_budget_was_met_is_told_and_drawn() -> None:
+    page = render(*make_pair(ladder=LADDER))
+    section = page[page.index("How the budget was met") : page.index("Size and speed")]
+    assert "kl_nats at most 0.01" in section
+    assert "Taken: <strong>mixed</strong>" in section
+    assert "mixed, 7 groups kept" in section
+    assert "not measured" in section, "the rung that did not run"
+    assert section.count("<svg ") == 1
+    assert "var(--accent)" in section
+    assert NASTY not in page
+    assert render(*make_pair(ladder=LADDER)) == page
+    assert "How the budget was met" not in render(*make_pair())
+    assert "<svg " in render(*make_pair(ladder={**LADDER, "curves": {}, "groups": []})), "no rung was mixed"

@@ -21,7 +21,8 @@ WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_plans_on_a_model_that_fits(path: Path, make_llama: Make) -> None:
-    recipe = read_recipe(path, model=str(make_llama(**WIDE)))
+    deep = {"num_hidden_layers": 29} if path.stem == "llama-int8-static" else {}  # it keeps two layers of the sample by their numbers
+    recipe = read_recipe(path, model=str(make_llama(**WIDE, **deep)))
     job = pipeline.plan(recipe)
     quantizes = [any(rule.scheme for rule in target.rules) for target in recipe.targets]
     assert [bool(target.quantized) for target in job.targets] == quantizes
@@ -35,7 +36,7 @@ def test_a_model_whose_width_is_no_multiple_of_a_block_is_refused_with_the_recip
 
 def test_all_is_every_format_that_a_runtime_here_loads_but_for_blocks() -> None:
     path = next(path for path in RECIPES if path.stem == "llama-all")
-    assert {target.format for target in read_recipe(path).targets} == set(FORMATS) - {"fp8", "modelopt"}
+    assert {target.format for target in read_recipe(path).targets} == set(FORMATS) - {"fp8", "modelopt", "onnx", "onnx-matmulnbits"}
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
     PEER_PYTHON benchmarks/peers/llmcompressor_oneshot.py MODEL OUT INT8
     PEER_PYTHON benchmarks/peers/llmcompressor_oneshot.py MODEL OUT FP8 --text convert/texts/calibration.txt
+    PEER_PYTHON benchmarks/peers/llmcompressor_oneshot.py MODEL OUT SMOOTHQUANT_GPTQ --tokens TOKENS
 
 Schemes are presets of compressed-tensors (``quantization/quant_scheme.py``): INT8, also called W8A8, has int8 weights by channel and
 dynamic int8 activations by token, FP8_DYNAMIC the same in E4M3; FP8 is static, a scale a tensor, and is calibrated on ``--text``;
-FP8_BLOCK has blocks of 128 x 128. W8A16_CHANNEL and W8A16_G64 are no presets (W8A16 has groups of 128): int8 weights alone.
+FP8_BLOCK has blocks of 128 x 128. GPTQ and SMOOTHQUANT_GPTQ end in W8A8 and are calibrated too, with its defaults and the strength 0.8 that
+its README gives smoothing; ``--tokens``, JSON, a list of token ids for each sequence, stands for the text. W8A16_CHANNEL and W8A16_G64 are
+no presets (W8A16 has groups of 128): int8 weights alone.
 Prints one line of JSON: seconds to import, and seconds without imports.
 """
 
@@ -18,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+CALIBRATED = ("FP8", "GPTQ", "SMOOTHQUANT_GPTQ")
 GRAIN = {"W8A16_CHANNEL": {"strategy": "channel"}, "W8A16_G64": {"strategy": "group", "group_size": 64}}
 
 
@@ -25,8 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("scheme", metavar="SCHEME", choices=("INT8", "FP8_DYNAMIC", *GRAIN, "FP8", "FP8_BLOCK"))
+    parser.add_argument("scheme", metavar="SCHEME", choices=("INT8", "FP8_DYNAMIC", *GRAIN, *CALIBRATED, "FP8_BLOCK"))
     parser.add_argument("--text", help="what FP8 is calibrated on, UTF-8")
+    parser.add_argument("--tokens", type=Path, help="the sequences themselves, JSON")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
@@ -40,9 +45,15 @@ def main() -> None:
     if args.scheme in GRAIN:
         weights = {"num_bits": 8, "type": "int", "symmetric": True, **GRAIN[args.scheme]}
         recipe = QuantizationModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    elif args.scheme.endswith("GPTQ"):
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        smoothing = [SmoothQuantModifier(smoothing_strength=0.8)] if args.scheme.startswith("SMOOTHQUANT") else []
+        recipe = [*smoothing, GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     else:
         recipe = QuantizationModifier(targets="Linear", scheme=args.scheme, ignore=["lm_head"])
-    calibration = _calibration(args) if args.scheme == "FP8" else {}
+    calibration = _calibration(args) if args.scheme in CALIBRATED else {}
     oneshot(model=args.model, recipe=recipe, output_dir=args.out, save_compressed=True, **calibration)
     finished = time.perf_counter()
     print(
@@ -63,15 +74,18 @@ def _calibration(args: argparse.Namespace) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    if args.text is None:
-        raise SystemExit("FP8 has static scales: give --text to calibrate on")
-    ids = AutoTokenizer.from_pretrained(args.model)(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False).input_ids
-    wanted = args.sequences * args.length
-    if len(ids) < wanted:
-        raise SystemExit(f"{args.text} has {len(ids):,} tokens, {wanted:,} are wanted")
-    rows = [ids[start : start + args.length] for start in range(0, wanted, args.length)]
-    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * args.length] * args.sequences})
-    return {"dataset": dataset, "max_seq_length": args.length, "num_calibration_samples": args.sequences}
+    if args.tokens is not None:
+        rows = json.loads(args.tokens.read_text())
+    elif args.text is not None:
+        ids = AutoTokenizer.from_pretrained(args.model)(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+        wanted = args.sequences * args.length
+        if len(ids) < wanted:
+            raise SystemExit(f"{args.text} has {len(ids):,} tokens, {wanted:,} are wanted")
+        rows = [ids[start : start + args.length] for start in range(0, wanted, args.length)]
+    else:
+        raise SystemExit(f"{args.scheme} is calibrated: give --text or --tokens to calibrate on")
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    return {"dataset": dataset, "max_seq_length": max(map(len, rows)), "num_calibration_samples": len(rows)}
 
 
 if __name__ == "__main__":

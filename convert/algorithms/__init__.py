@@ -39,4 +39,7 @@ ALGORITHMS = {
 }
 
 #: What changes weights, together with what comes before them, so that they are easier to quantize; codes are chosen afterwards.
-TRANSFORMS = ("smoothquant",)
+TRANSFORMS = ("smoothquant", "awq")
+
+#: What makes up for codes that were chosen.
+CORRECTIONS = ("bias_correction",)

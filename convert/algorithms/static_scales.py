@@ -64,6 +64,14 @@ def clip_rate(counts: torch.Tensor, grid: Grid, *, scale: float) -> float:
     return float(seen[values > scale * grid.high * (1 + 2**-8)].sum() / seen.sum())
 
 
+def error(counts: torch.Tensor, grid: Grid, *, scale: float) -> float:
+    """``sqrt(sum counts * (x - Q(x))**2 / sum counts * x**2)``: what codes lose of an input, as a share of its length."""
+    values, seen = _seen(counts)
+    lost = to_nearest(values / scale, grid).mul_(scale) - values
+    weights = seen.double()
+    return float(((weights * lost.double().square()).sum() / (weights * values.double().square()).sum()).sqrt())
+
+
 def _seen(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Magnitudes that occur, and 0, rising, with their counts."""
     occurs = counts > 0

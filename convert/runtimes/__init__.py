@@ -14,11 +14,11 @@ from dataclasses import dataclass
 class Runtime:
     """``program`` is run as ``python -m``; ``needs`` are the distributions without which it does not run, ``formats`` what it loads, and
     which further distributions it needs for each. With ``environment`` it is run as a file, by the interpreter that
-    :func:`convert.environments.require` finds.
+    :func:`convert.environments.require` finds; one in another language is named by its file.
 
     ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
     can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
-    8 bit itself.
+    8 bit itself. ``modes``: it is run once in each, and every check says in which.
     """
 
     program: str
@@ -27,6 +27,7 @@ class Runtime:
     environment: bool = False
     fuses: bool = False
     merges: frozenset[str] | None = None
+    modes: tuple[str, ...] = ("",)
 
 
 #: What ``CompressedTensorsDequantize`` of transformers 5.23 (``integrations/compressed_tensors.py``) takes apart, each seen to load:
@@ -44,6 +45,17 @@ RUNTIMES = {
     "bitsandbytes": Runtime(
         "convert.runtimes.bitsandbytes", formats={"bitsandbytes": ("bitsandbytes",)}, needs=("transformers",), merges=frozenset()
     ),
+    "onnxruntime": Runtime(
+        "convert.runtimes.onnxruntime",
+        formats={"onnx": (), "onnx-matmulnbits": ()},
+        needs=("onnxruntime",),
+        modes=("as exported", "as deployed"),
+    ),
+    "onnxruntime-genai": Runtime(
+        "convert.runtimes.onnxruntime_genai", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True
+    ),
+    "openvino": Runtime("convert.runtimes.openvino", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True),
+    "transformers.js": Runtime("transformers_js.cjs", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True),
     "vllm": Runtime(
         "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True
     ),

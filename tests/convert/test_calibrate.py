@@ -26,6 +26,7 @@ from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
 from formats.errors import InputError, MachineError, RecipeError
 from formats.manifest import read_manifest
+from formats.scheme import SCHEMES, Grid
 
 #: Whether this CPU multiplies in bfloat16.
 BFLOAT16 = bool(instructions() & {"avx512_bf16", "amx_bf16"})
@@ -341,3 +342,77 @@ def test_documents_of_several_lengths_walk_together(make_llama: Any, recipe_for:
     made = convert(recipe_for(make_llama(), text=text), tmp_path / "out", check=False).artifacts[0]
     assert made.manifest.calibration["documents"] == 6
     assert made.manifest.calibration["tokens"] < 6 * 32
+
+
+@pytest.mark.parametrize("scheme", ["int8-static", "fp8-static"])
+@pytest.mark.parametrize(("algorithm", "propagate"), [("rtn", "quantized"), ("[{{smoothquant: {{alpha: 0.6}}}}, rtn]", "float")])
+@pytest.mark.parametrize("observer", ["mse", "percentile, percentile: 99"])
+def test_observers_choose_the_scale_that_the_plain_model_s_inputs_ask_for(
+    observer: str, scheme: str, algorithm: str, propagate: str, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    """By torch's own quantile, and by trying scales around the chosen one, on all the inputs themselves."""
+    folder = make_llama()
+    text = _text(scheme, f"{algorithm}, observer: {observer}", propagate)
+    made = convert(recipe_for(folder, text=text), tmp_path, check=False).artifacts[0]
+    stored = _tensors(made.path)
+    inputs = _inputs(folder)
+    grid = SCHEMES[scheme].activation.grid  # type: ignore[union-attr]
+    noted = made.manifest.calibration
+    for name, x in inputs.items():
+        producer = {"q_proj": "input_layernorm", "gate_proj": "post_attention_layernorm"}.get(name.rpartition(".")[2])
+        if algorithm != "rtn":
+            if producer is None:
+                continue
+            x = x * stored[f"{name.rpartition('.')[0].rpartition('.')[0]}.{producer}.weight"].float()  # the model's own are ones
+        scale = float(stored[f"{name}.input_scale"])
+        if observer == "mse":
+            losses = {share: _loss(x, scale * share, grid) for share in (0.9, 0.95, 1.0, 1.05, 1.1)}
+            assert losses[1.0] <= min(losses.values()) * (1.01 if grid.kind == "int" else 1.1), name
+        else:
+            assert scale * grid.high == pytest.approx(float(torch.quantile(x.abs().flatten(), 0.99)), rel=2e-2), name
+        told = (noted["static"] if "static" in noted else {m: h["static"] for m, h in noted["solved"].items()})[name]
+        assert told["limit"] == pytest.approx(scale * grid.high, rel=1e-2)
+        assert told["clipped"] == pytest.approx(float((x.abs() > scale * grid.high).float().mean()), abs=2e-3)
+        assert told["lost"] == pytest.approx((_loss(x, scale, grid) ** 0.5) / float(x.norm()), rel=0.1)
+    assert {record.get("observer") for record in made.manifest.ledger if record["decision"] == "quantize"} == {
+        observer.replace(", percentile:", "")
+    }
+
+
+def test_layers_that_a_runtime_fuses_get_the_largest_of_their_scales(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = make_llama()
+    rules = (
+        "[{match: q_proj, scheme: int8-static, observer: percentile, percentile: 90}, {match: linear, scheme: int8-static, observer: mse}]"
+    )
+    scales = {}
+    for runtimes in ("transformers", "vllm"):
+        text = _text("x").split("    rules:")[0] + f"    rules: {rules}\n    runtimes: [{runtimes}]\n"
+        recipe = recipe_for(folder, text=text.replace("{match", "{{match").replace("90}", "90}}").replace("mse}", "mse}}"))
+        stored = _tensors(convert(recipe, tmp_path / runtimes, check=False).artifacts[0].path)
+        scales[runtimes] = [float(stored[f"model.layers.0.self_attn.{x}_proj.input_scale"]) for x in "qkv"]
+    assert scales["transformers"][0] < scales["transformers"][1] == scales["transformers"][2]
+    assert scales["vllm"] == [scales["transformers"][1]] * 3
+
+
+def test_an_observer_of_what_is_not_static_is_refused_with_its_line(recipe_for: Any) -> None:
+    with pytest.raises(RecipeError, match=r"test.yaml:6:.*: observer chooses the scale of a static input, and int8-dynamic has none"):
+        recipe_for("x", text=_text("int8-dynamic", "rtn, observer: mse"))
+
+
+def _inputs(folder: Path) -> dict[str, torch.Tensor]:
+    """All the inputs of the source's linear layers, by module."""
+    model, tokens = _plain(folder)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0]))
+    with torch.no_grad():
+        for sequence in tokens:
+            model(input_ids=sequence[None], use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def _loss(x: torch.Tensor, scale: float, grid: Grid) -> float:
+    codes = (x / scale).clamp(grid.low, grid.high)
+    codes = codes.round() if grid.kind == "int" else codes.to(torch.float8_e4m3fn).float()
+    return float((codes * scale - x).double().square().sum())

@@ -152,13 +152,13 @@ PROGRAM = """if True:
     import json, sys
     from pathlib import Path
     from huggingface_hub import constants
-    import convert.source as source
+    import convert.hub as hub
     from convert import pipeline
     from convert.datasets import Selection, pin
     from convert.recipe import parse_recipe
     from convert.text import load_tokenizer, take_tokens
     from formats.errors import OctavoError
-    source.RETRY_SECONDS = (0.1,) * 4
+    hub.RETRY_SECONDS = (0.1,) * 4
     tokenizer = load_tokenizer(Path(sys.argv[1]), trust_remote_code=False)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,15 +105,63 @@ def test_an_environment_is_looked_for_here_and_then_in_the_checkout(tmp_path: Pa
     assert environments.root() == tmp_path / ".runtimes"
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_every_requirement_is_pinned_once(kind: str) -> None:
-    pins = environments.PINS["vllm"][kind]
+VENVS = [(name, kind) for name, kinds in environments.PINS.items() for kind, pins in kinds.items() if pins.kind == "venv"]
+
+
+@pytest.mark.parametrize(("name", "kind"), VENVS)
+def test_every_requirement_is_pinned_once(name: str, kind: str) -> None:
+    pins = environments.PINS[name][kind]
     lines = [line for line in pins.path.read_text().splitlines() if not line.startswith("#")]
     names = [line.split("==")[0].lower().replace("_", "-").replace(".", "-") for line in lines]
     assert all(line.count("==") == 1 for line in lines)
     assert sorted(set(names)) == sorted(names)
-    assert {"torch", "transformers", "compressed-tensors", pins.distribution} <= set(names)
+    assert {pins.distribution, *pins.named, *([pins.first] if pins.first else [])} <= set(names)
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(names)
+
+
+def test_everything_of_node_is_pinned_with_its_hash() -> None:
+    pins = environments.PINS["transformers.js"]["cpu"]
+    lock = json.loads(pins.path.read_text())["packages"]
+    asked = json.loads((pins.path.parent / "package.json").read_text())["dependencies"]
+    assert asked == lock[""]["dependencies"] == {pins.distribution: pins.version}
+    installed = {name: package for name, package in lock.items() if name}
+    assert {f"node_modules/{name}" for name in (pins.distribution, *pins.named)} <= set(installed)
+    assert all(package["integrity"].startswith("sha512-") for package in installed.values())
+
+
+@pytest.mark.parametrize(("said", "there"), [(None, "none"), ("v18.20.4", "v18.20.4")])
+def test_node_that_is_missing_or_too_old_stops_the_build(root: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, there: str) -> None:
+    from convert.progress import QUIET
+
+    programs = root / "programs"
+    programs.mkdir(parents=True)
+    if said:
+        (programs / "node").write_text(f"#!/bin/sh\necho {said}\n")
+        (programs / "node").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(MachineError, match=rf"transformers.js needs Node 20\.9 or newer on PATH, and there is {there}; .*octavo runtimes"):
+        environments.build("transformers.js", QUIET)
+    assert not (root / "transformers.js" / environments.STAMP).exists()
+
+
+def test_a_build_of_node_that_fails_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convert.progress import QUIET
+
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not on PATH")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_cache", str(root / "cache"))
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    with pytest.raises(MachineError, match=r"runtime transformers\.js could not be built: npm error .*all of it: .*transformers\.js\.log"):
+        environments.build("transformers.js", QUIET)
+    with pytest.raises(MachineError, match="is not built"):
+        environments.require("transformers.js")
+
+
+def test_a_runtime_that_is_not_built_apart_is_not_built(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "convert", "runtimes", "onnxruntime"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no runtime onnxruntime is built in an environment of its own; there are vllm, onnxruntime-genai" in done.stderr
 
 
 def test_the_program_imports_nothing_of_ours_and_no_torch_of_its_own(tmp_path: Path) -> None:
@@ -127,8 +176,31 @@ def test_the_program_imports_nothing_of_ours_and_no_torch_of_its_own(tmp_path: P
     assert not {"convert", "formats", "torch", "numpy", "transformers"} & imported
 
 
+@pytest.mark.parametrize("name", ["onnxruntime_genai", "openvino"])
+def test_programs_for_onnx_graphs_begin_without_us_too(name: str, tmp_path: Path) -> None:
+    """Under this interpreter, which has neither runtime: exit code 3, and nothing of ours imported on the way."""
+    command = [sys.executable, "-I", "-X", "importtime", str(PROGRAM.with_name(f"{name}.py")), "request.json", "answer.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == f"No module named '{name}'"
+    assert not {"convert", "formats", "torch", "transformers"} & imported
+
+
+def test_a_program_of_node_without_its_environment_says_so(tmp_path: Path) -> None:
+    from convert.child import run
+
+    if shutil.which("node") is None:
+        pytest.skip("node is not on PATH")
+    empty = environments.Environment(tmp_path, (shutil.which("node") or "",), {}, {"NODE_PATH": str(tmp_path)})
+    with pytest.raises(
+        MachineError, match=r"environment of transformers_js.cjs is broken: transformers.js cannot be loaded.*octavo runtimes"
+    ):
+        run("transformers_js.cjs", {}, tmp_path, environment=empty)
+
+
 def test_a_broken_environment_is_no_fault_of_the_artifact(tmp_path: Path) -> None:
     from convert.child import run
 
     with pytest.raises(MachineError, match=r"environment of convert.runtimes.vllm is broken: .*cannot be imported.*octavo runtimes"):
-        run("convert.runtimes.vllm", {"threads": 1}, tmp_path, python=Path(sys.executable))
+        run("convert.runtimes.vllm", {"threads": 1}, tmp_path, environment=environments.Environment(tmp_path, (sys.executable, "-I"), {}))

@@ -133,7 +133,7 @@ def test_the_manifest_names_source_files_by_digest_and_every_file_by_hash(make_l
     digest = blake3.blake3((folder / "model.safetensors").read_bytes()).hexdigest()
     assert [file["digest"] for file in manifest.source["files"]] == [f"blake3:{digest}"]
     assert verify(path).passed
-    assert {file.name for file in manifest.files} == {item.name for item in path.iterdir()} - {"octavo.json"}
+    assert {file.name for file in manifest.files} == {item.name for item in path.iterdir()} - {"octavo.json", "provenance.json"}
 
 
 @pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")])

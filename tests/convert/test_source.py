@@ -174,9 +174,10 @@ def ask(hub: Hub, home: Path, model: str, **environment: str) -> dict[str, Any]:
     """Opens ``model`` against the stand-in and reads a tensor; what came of it as plain data."""
     program = """if True:
         import json, sys
+        import convert.hub as hub
         import convert.source as source
         from formats.errors import OctavoError
-        source.RETRY_SECONDS = (0.1,) * 4
+        hub.RETRY_SECONDS = (0.1,) * 4
         try:
             checkpoint = source.open_source(sys.argv[1])
             name = "model.layers.0.mlp.up_proj.weight"

@@ -27,6 +27,7 @@ from formats.errors import FormatError
 from formats.layer import Contents, QuantizedLayer
 from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, ledger_digest, read_manifest
 from formats.model_config import spell
+from formats.provenance import PROVENANCE, statement
 from formats.safetensors import INDEX_FILE, TensorSpec, index_json, json_bytes, lay_out, read_folder
 from formats.scheme import SCHEMES
 from formats.verify import IGNORED, Finding, verify
@@ -389,8 +390,11 @@ DAMAGES: dict[str, Damage] = {
     "a manifest that names the folder above": Damage(
         lambda folder: point_manifest_at(folder, "..", 4096), "..", "not a file of this folder"
     ),
-    "a manifest that names a file in a folder": Damage(
-        lambda folder: point_manifest_at(folder, "sub/file", 1), "sub/file", "not a file of this folder"
+    "a manifest that names a file in a folder that is not there": Damage(
+        lambda folder: point_manifest_at(folder, "sub/file", 1), "sub/file", "missing"
+    ),
+    "a manifest that leaves the folder through one in it": Damage(
+        lambda folder: point_manifest_at(folder, "sub/../../secret", 6), "sub/../../secret", "not a file of this folder"
     ),
     "a manifest with a backslash": Damage(
         lambda folder: point_manifest_at(folder, "..\\secret", 6), "..\\secret", "not a file of this folder"
@@ -653,3 +657,14 @@ def test_a_manifest_is_not_changed_by_being_written(good: Path) -> None:
     manifest = read_manifest(good)
     assert replace(manifest, target="other").to_bytes() != manifest.to_bytes()
     assert json.loads(manifest.to_bytes())["manifest_version"] == 2
+
+
+def test_a_statement_of_provenance_is_the_one_that_follows_from_the_manifest(artifact: Path) -> None:
+    path = artifact / PROVENANCE
+    path.write_bytes(statement(read_manifest(artifact)))
+    assert verify(artifact).passed
+    path.write_bytes(path.read_bytes().replace(b"rtn", b"rtm") + b" ")
+    assert [finding.where for finding in verify(artifact).errors] == [PROVENANCE]
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert [finding.where for finding in verify(artifact).errors] == [PROVENANCE], "and nothing is read that never ends"

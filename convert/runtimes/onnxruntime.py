@@ -1,0 +1,231 @@
+"""Loads the graph of a folder in ONNX Runtime as a user would and writes down what it computes.
+
+Run as ``python -m convert.runtimes.onnxruntime REQUEST ANSWER``, both JSON files. This module imports nothing of this package, so that any
+interpreter with onnxruntime, onnx and NumPy can run it.
+
+Request and answer are those of :mod:`convert.runtimes.transformers`; beside them the request has ``mode`` (``as exported``: no graph
+optimisation, and ONNX's checker has to accept it; ``as deployed``: the session's defaults), and the answer ``session`` (providers and
+options, for people), ``kernels`` (how often each operator that reads weights ran, for one token) and ``checks`` (name -> [value, limit]:
+decoding from the cache against one pass, and a batch of two with padding on the left against each alone: the largest difference of logits
+over their largest magnitude).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MODES = ("as exported", "as deployed")
+#: Operators that a quantized weight may end up in; those of activations alone are left out.
+_PRODUCTS = ("MatMul", "Gemm", "DequantizeLinear", "Dequantize", "QLinear", "QGemm")
+#: How far logits of the same tokens may be apart. Deployed, products of quantized weights round their inputs to INT8 on the way
+#: (accuracy_level 4), and a last place in which one token and many differ moves codes: 0.035 was seen with the sample.
+_AGREEMENT = {"as exported": 1e-3, "as deployed": 1e-1}
+#: With inputs that are quantized as they come, one scale for all tokens of a call, what else is in the call does change a token.
+_DYNAMIC_AGREEMENT = 0.5
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answers one request."""
+    import numpy as np
+
+    request = json.loads(Path(request_path).read_text())
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="octavo-ort-") as scratch:
+        session = Session(Path(request["artifact"]), request, Path(scratch))
+        loaded = time.perf_counter()
+        tokens = np.load(request["tokens"])
+        kernels = session.kernels(tokens[:1, :1])
+    seconds, vocabulary = 0.0, 0
+    with Path(request["logits"]).open("wb") as stream:
+        for sequence in tokens:
+            began = time.perf_counter()
+            logits, _ = session.run(sequence[None])
+            seconds += time.perf_counter() - began
+            vocabulary = logits.shape[-1]
+            logits[0].astype("<f4").tofile(stream)
+    began = time.perf_counter()
+    generated = session.generate(request["prompt"], request["new_tokens"], session.ends)
+    decode_seconds = time.perf_counter() - began
+    answers = [session.generate(prompt, request["answer_tokens"], session.ends) for prompt in request.get("prompts", [])]
+    agreement = session.agreement(request["mode"])
+    answer = {
+        "module_dtypes": session.module_dtypes(),
+        "dequantized": False,
+        "weight_bytes": session.weight_bytes,
+        "peak_bytes": peak_bytes(),
+        "load_seconds": loaded - started,
+        "prefill_tokens_per_second": tokens.size / seconds,
+        "decode_tokens_per_second": len(generated) / decode_seconds,
+        "generated": generated,
+        "answers": answers,
+        "vocabulary": vocabulary,
+        "predicts": True,
+        "device": session.device,
+        "versions": versions(),
+        "session": session.description,
+        "kernels": kernels,
+        "checks": {name: [value, agreement] for name, value in session.agreements(tokens[0][:24]).items()},
+    }
+    Path(answer_path).write_text(json.dumps(answer))
+
+
+class Session:
+    """A decoder's graph, its names and the shape of an empty cache."""
+
+    def __init__(self, folder: Path, request: dict[str, Any], scratch: Path) -> None:
+        import onnxruntime
+
+        graphs = sorted(folder.glob("onnx/*.onnx")) or sorted(folder.glob("*.onnx"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = request["threads"]
+        options.enable_profiling = True
+        options.profile_file_prefix = str(scratch / "profile")
+        options.log_severity_level = 3
+        if request["mode"] == "as exported":
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        providers = ["CUDAExecutionProvider"] if request["device"] == "cuda" else []
+        self._session = onnxruntime.InferenceSession(str(graphs[0]), options, providers=[*providers, "CPUExecutionProvider"])
+        self._graph = graphs[0]
+        if request["mode"] == "as exported" and not self._graph.is_symlink():  # it refuses links, which Hub clients make
+            self._require_valid()
+        self._cache = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        optimised = "no graph optimisation" if request["mode"] == "as exported" else "all graph optimisations"
+        self.description = f"{', '.join(self._session.get_providers())}; {optimised}, {request['threads']} threads"
+        config = json.loads((folder / "generation_config.json").read_text()) if (folder / "generation_config.json").exists() else {}
+        ends = config.get("eos_token_id", [])
+        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+
+    def run(self, ids: np.ndarray, past: list[Any] | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, list[Any]]:
+        """Logits (batch, length, vocabulary) of int64 ``ids`` (batch, length) behind ``past``, and the cache. The cache stays where the
+        session keeps it; ``mask`` is all ones unless given."""
+        import numpy as np
+        import onnxruntime
+
+        batch, length = ids.shape
+        before = past[0].shape()[2] if past else 0
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids.astype(np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((batch, before + length), np.int64) if mask is None else mask.astype(np.int64))
+        for i, item in enumerate(self._cache):
+            value = past[i] if past else onnxruntime.OrtValue.ortvalue_from_numpy(self._empty(item, batch), self.device)
+            binding.bind_ortvalue_input(item.name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self.device)
+        self._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        return outputs[0].numpy(), list(outputs[1:])
+
+    def _empty(self, item: Any, batch: int) -> np.ndarray:
+        import numpy as np
+
+        shape = (batch, item.shape[1], 0, item.shape[3])
+        return np.zeros(shape, np.float16 if item.type == "tensor(float16)" else np.float32)
+
+    def generate(self, prompt: list[int], count: int, ends: frozenset[int] = frozenset()) -> list[int]:
+        """The most likely continuation, at most ``count`` tokens, up to and with one of ``ends``."""
+        import numpy as np
+
+        logits, cache = self.run(np.array([prompt]))
+        found = [int(logits[0, -1].argmax())]
+        while len(found) < count and found[-1] not in ends:
+            logits, cache = self.run(np.array([found[-1:]]), cache)
+            found.append(int(logits[0, -1].argmax()))
+        return found
+
+    def agreements(self, tokens: np.ndarray) -> dict[str, float]:
+        """Differences that should be none, as shares of the largest logit."""
+        import numpy as np
+
+        whole, _ = self.run(tokens[None])
+        half = len(tokens) // 2
+        _, cache = self.run(tokens[None, :half])
+        stepped = []
+        for token in tokens[half:]:
+            logits, cache = self.run(np.array([[token]]), cache)
+            stepped.append(logits[0, 0])
+        cached = np.abs(np.stack(stepped) - whole[0, half:]).max()
+        short = tokens[: half + 1]
+        padded = np.stack([tokens, np.concatenate([np.zeros(len(tokens) - len(short), tokens.dtype), short])])
+        mask = np.ones_like(padded)
+        mask[1, : len(tokens) - len(short)] = 0
+        together, _ = self.run(padded, mask=mask)
+        alone, _ = self.run(short[None])
+        padding = max(np.abs(together[0] - whole[0]).max(), np.abs(together[1, -len(short) :] - alone[0]).max())
+        largest = np.abs(whole).max()
+        return {
+            "decoding from the cache equals one pass": float(cached / largest),
+            "padding on the left changes nothing": float(padding / largest),
+        }
+
+    def kernels(self, ids: np.ndarray) -> dict[str, int]:
+        """How often operators that may hold weights ran for ``ids``; ends the profile."""
+        self.run(ids)
+        events = json.loads(Path(self._session.end_profiling()).read_text())
+        ran = [event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
+        return dict(Counter(name for name in ran if any(product in name for product in _PRODUCTS)))
+
+    @cached_property
+    def _model(self) -> Any:
+        import onnx
+
+        return onnx.load_model(self._graph, load_external_data=False)
+
+    def _require_valid(self) -> None:
+        """Raises what ONNX's own checker has to say against the graph."""
+        import onnx
+
+        onnx.checker.check_model(str(self._graph))
+
+    def agreement(self, mode: str) -> float:
+        """How far logits of the same tokens may be apart, as a share of the largest."""
+        operators = {node.op_type for node in self._model.graph.node}
+        if "DynamicQuantizeLinear" in operators:
+            return _DYNAMIC_AGREEMENT
+        return _AGREEMENT["as deployed" if "MatMulNBits" in operators else mode]
+
+    def module_dtypes(self) -> dict[str, str]:
+        """By the name of a tensor without its last part, the dtype in which the graph holds it."""
+        kinds = {1: "float32", 3: "int8", 2: "uint8", 10: "float16", 17: "float8_e4m3fn"}
+        model = self._model
+        text = next((item.value for item in model.metadata_props if item.key == "octavo"), "{}")
+        packs = json.loads(text).get("packs", {})
+        found = {}
+        for tensor in model.graph.initializer:
+            for name in packs.get(tensor.name, {}).get("members", [tensor.name]):
+                if name.endswith(".weight"):
+                    found[name.removesuffix(".weight")] = kinds.get(tensor.data_type, str(tensor.data_type))
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the data files hold."""
+        return sum(path.stat().st_size for path in self._graph.parent.glob(f"{self._graph.name}_data*"))
+
+
+def versions() -> dict[str, str]:
+    """Of what ran."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("onnxruntime", "onnx")}
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,503 @@
+"""How much each group of layers loses alone: the KL divergence of the model's output with that group quantized and nothing else.
+
+Layers that a runtime fuses are one group. All groups walk through the model together, a block of weights in memory at a time: up to its own
+block a group is the source, and shares its hidden states; from there on it has its own. Nothing is computed twice, and a model of any size
+costs a block of memory and a lane a group.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.plan import Entry, Plan, fused
+from convert.quantize import decoded_part
+from formats.dtypes import DTYPES
+from formats.errors import InputError, NumericsError
+from formats.scheme import SCHEMES, Quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from convert.crew import Crew
+    from convert.lanes import Stand
+    from convert.loading import Skeleton
+    from convert.progress import Progress
+
+#: Tokens unless told otherwise, and in one sequence of them.
+TOKENS, LENGTH = 1024, 512
+#: What is tried unless told otherwise.
+SCHEMES_TRIED = ("int8-dynamic", "fp8-dynamic")
+#: Tokens whose logits are compared at a time.
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a quantized linear layer computes: with ``weight(w)`` (out, in) for its weight ``w``, both float32, and an input (tokens, in)
+    that is divided by ``divisor`` (in,), if there is one, and then rounded as ``activation`` says. ``limit``: the largest magnitude that a
+    static scale holds, what is seen here unless given."""
+
+    weight: Callable[[torch.Tensor], torch.Tensor]
+    activation: Quantization | None
+    divisor: torch.Tensor | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A group of ``modules`` in one ``scheme``, each in its form; ``parameters`` of all their weights."""
+
+    modules: tuple[str, ...]
+    scheme: str
+    parameters: int
+    forms: Mapping[str, Form] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a group loses alone: ``kl_nats``, the mean over tokens of KL(source || source with this group quantized), with the standard
+    error of that mean; ``block_error``, how far it moves what its block returns, as a share of it (the mean of tokens; NaN for the head).
+    Not ``measured``: time was short, and the KL is what the block's error lets expect."""
+
+    modules: tuple[str, ...]
+    scheme: str
+    parameters: int
+    kl_nats: float
+    standard_error: float
+    block_error: float
+    measured: bool = True
+
+
+def groups_of(plan: Plan) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Modules of linear layers that must share a scheme, group by group in the order of the checkpoint, the head last; and layers that are
+    left out because they are experts."""
+    entries = [entry for entry in plan.targets[0].entries if entry.parts]
+    head = plan.architecture.head if plan.architecture else None
+    fates = {entry.module(part): entry for entry in entries for part in entry.parts if entry.kind in ("linear", "unknown")}
+    found = [tuple(group) for group in fused(plan.architecture, fates)]
+    covered = {module for group in found for module in group}
+    found += [(module,) for module in fates if module not in covered]
+    order = {module: i for i, module in enumerate(fates)}
+    found.sort(key=lambda group: min(order[module] for module in group))
+    experts = [entry.module(part) for entry in entries if entry.kind == "expert" for part in entry.parts]
+    return [*found, *([(head,)] if head is not None else [])], experts
+
+
+def round_trials(plan: Plan, schemes: Sequence[str]) -> list[Trial]:
+    """Every group rounded to nearest in every scheme, weights by the code that writes them."""
+    groups, _ = groups_of(plan)
+    entries = {module: entry for entry in plan.targets[0].entries for module in entry.modules}
+    return [
+        Trial(
+            group,
+            name,
+            sum(entries[module].tensor.elements for module in group),
+            {module: _rounded(plan, entries[module], name) for module in group},
+        )
+        for name in schemes
+        for group in groups
+    ]
+
+
+def sensitivity_of(
+    plan: Plan,
+    progress: Progress,
+    *,
+    schemes: Sequence[str] | None = None,
+    tokens: int = TOKENS,
+    seconds: float | None = None,
+    device: str = "cpu",
+) -> tuple[list[Loss], dict[str, Any]]:
+    """:func:`measure` of every group, rounded to nearest in each of ``schemes``. Raises :class:`InputError` for a scheme that is none."""
+    names = tuple(dict.fromkeys(schemes or SCHEMES_TRIED))
+    for name in names:
+        if name not in SCHEMES:
+            raise InputError(f"no scheme is called {name!r}; known are {', '.join(SCHEMES)}")
+    _, experts = groups_of(plan)
+    if experts:
+        progress.say(f"{len(experts)} layers of experts are left out, first {experts[0]}: what goes into each is not seen here")
+    return measure(plan, round_trials(plan, names), progress, tokens=tokens, seconds=seconds, device=device)
+
+
+def spelled(modules: Sequence[str]) -> str:
+    """A group's name for people: what its modules have in common, and the rest of each."""
+    parents = {module.rpartition(".")[0] for module in modules}
+    if len(modules) == 1 or len(parents) > 1:
+        return ", ".join(modules)
+    return f"{parents.pop()}.{{{', '.join(module.rpartition('.')[2] for module in modules)}}}"
+
+
+def records(losses: Sequence[Loss]) -> list[dict[str, Any]]:
+    """As plain data; what is not known is left out."""
+    found = []
+    for loss in losses:
+        values = {"kl_nats": loss.kl_nats, "standard_error": loss.standard_error, "block_error": loss.block_error}
+        rounded = {key: float(f"{value:.6g}") for key, value in values.items() if math.isfinite(value)}
+        found.append(
+            {"modules": list(loss.modules), "scheme": loss.scheme, "parameters": loss.parameters, **rounded, "measured": loss.measured}
+        )
+    return found
+
+
+def _rounded(plan: Plan, entry: Entry, name: str) -> Form:
+    import torch
+
+    from convert.algorithms import rtn
+
+    dtype = getattr(torch, DTYPES[entry.scale_dtype or plan.targets[0].dtype].torch_name)
+    scheme = SCHEMES[name]
+    return Form(lambda weight: rtn.quantize(weight.clone(), scheme.weight, scale_dtype=dtype).dequantize(), scheme.activation)
+
+
+def artifact_trials(plan: Plan, artifact: Path) -> list[Trial]:
+    """Every group that is quantized in an artifact of the plan's first target, as it was made: its codes, and what smoothing folded into
+    them and out of their input.
+
+    What was folded into the rows of a layer that feeds another is taken out again: alone, it feeds that other one unsmoothed.
+    """
+
+    from convert.folds import read_fold, touching
+    from convert.source import SafetensorsReader
+    from formats.manifest import read_manifest
+    from formats.safetensors import read_folder
+
+    target = plan.targets[0]
+    calibration = read_manifest(artifact).calibration or {}
+    folds = [read_fold(record) for record in calibration.get("folds", [])]
+    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    entries = {entry.module(part): (entry, part) for entry in target.quantized for part in entry.parts}
+
+    def form_of(module: str) -> Form:
+        entry, part = entries[module]
+        assert entry.scheme is not None
+        mine = touching(folds, module)
+        divisor = next((fold.scales for fold in mine if module in fold.consumers), None)
+        rows = [fold.rows for fold in mine if module == fold.producer]
+
+        def weight(was: torch.Tensor) -> torch.Tensor:
+            decoded = decoded_part(reader, target.format, entry, part)
+            for scales in rows:
+                decoded = decoded * scales[:, None]
+            return decoded.to(was.device)
+
+        return Form(weight, entry.scheme.activation, divisor)
+
+    groups, _ = groups_of(plan)
+    return [
+        Trial(
+            group,
+            str(entries[group[0]][0].scheme.name),  # type: ignore[union-attr]
+            sum(entries[module][0].tensor.elements for module in group),
+            {module: form_of(module) for module in group},
+        )
+        for group in groups
+        if all(module in entries for module in group)
+    ]
+
+
+def measure(
+    plan: Plan,
+    trials: Sequence[Trial],
+    progress: Progress,
+    *,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+    seconds: float | None = None,
+    device: str = "cpu",
+) -> tuple[list[Loss], dict[str, Any]]:
+    """The loss of every trial, in their order, on calibration text that calibration itself does not begin with; and what that was.
+
+    With ``seconds`` the error that each makes in its own block is taken first, in one pass, and only as many as that time allows are
+    followed to the output, those with the largest errors.
+
+    Raises :class:`InputError` for a model that predicts no tokens or is no stack of blocks, :class:`NumericsError` for logits that are not
+    finite, and what reading text raises.
+    """
+    if plan.architecture is None or not plan.architecture.predicts or not plan.architecture.blocks:
+        raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
+    from convert.calibrate import calibration_tokens
+    from convert.recipe import Calibration
+
+    length = min(length, tokens)
+    settings = plan.recipe.calibration or Calibration()
+    settings = settings.model_copy(update={"sequences": tokens // length, "length": length, "seed": settings.seed + 1})
+    asked = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": settings}))
+    with tempfile.TemporaryDirectory(prefix="octavo-") as scratch:
+        sequences, record = calibration_tokens(asked, Path(scratch))
+        batches = [sequence[None] for sequence in sequences]
+        chosen: list[int] = list(range(len(trials)))
+        errors: dict[int, float] = {}
+        if seconds is not None:
+            started = time.perf_counter()
+            errors = _Pass(plan, trials, batches, progress, Path(scratch), device).run(to_output=False).errors
+            chosen = _affordable(plan, trials, errors, spent=time.perf_counter() - started, seconds=seconds)
+        done = _Pass(plan, [trials[i] for i in chosen], batches, progress, Path(scratch), device).run(to_output=True)
+    errors |= {chosen[i]: error for i, error in done.errors.items()}
+    values = {chosen[i]: done.kl(i) for i in range(len(chosen))}
+    for i, (kl, _) in values.items():
+        if not math.isfinite(kl):
+            raise NumericsError(f"{trials[i].modules[0]} in {trials[i].scheme}: the logits are not finite")
+    losses = []
+    for i, trial in enumerate(trials):
+        if i in values:
+            kl, error = values[i]
+        else:  # a small error of the stream is a small shift of logits, and the KL its square
+            ratios = [values[j][0] / errors[j] ** 2 for j in values if trials[j].scheme == trial.scheme and errors.get(j, 0) > 0]
+            kl, error = errors[i] ** 2 * statistics.median(ratios or [1.0]), math.nan
+        losses.append(Loss(trial.modules, trial.scheme, trial.parameters, kl, error, errors.get(i, math.nan), measured=i in values))
+    return losses, record
+
+
+def _affordable(plan: Plan, trials: Sequence[Trial], errors: Mapping[int, float], *, spent: float, seconds: float) -> list[int]:
+    """The trials with the largest errors in their blocks, the head first, that can be followed to the output in the time that is left. The
+    pass that found the errors took the source through all blocks and each trial through one, which tells what a block costs."""
+    assert plan.architecture is not None
+    blocks = plan.architecture.blocks
+    each = spent / (len(blocks) + len(errors))
+    block = max(1, sum(trial.parameters for trial in trials) // max(1, len(blocks)) // max(1, len({trial.scheme for trial in trials})))
+    head = max((entry.tensor.elements for entry in plan.targets[0].entries if entry.kind == "head"), default=0) / block * 1.5
+    left = seconds - spent - each * (len(blocks) + head)
+    chosen: list[int] = []
+    for i in sorted(range(len(trials)), key=lambda i: -errors.get(i, math.inf)):
+        behind = len(blocks) - _block_of(blocks, trials[i].modules[0])
+        left -= each * (behind + head)
+        if left < 0 and chosen:
+            break
+        chosen.append(i)
+    return sorted(chosen)
+
+
+def _block_of(blocks: Sequence[str], module: str) -> int:
+    return next((i for i, block in enumerate(blocks) if module.startswith(f"{block}.")), len(blocks))
+
+
+class _Pass:
+    """One walk of the source and of trials beside it."""
+
+    def __init__(
+        self, plan: Plan, trials: Sequence[Trial], batches: Sequence[torch.Tensor], progress: Progress, scratch: Path, device: str
+    ) -> None:
+
+        from convert.loading import Skeleton
+
+        self._plan, self._trials, self._progress = plan, trials, progress
+        self._scratch, self._device = scratch, device
+        self._tokens = batches
+        self._skeleton = Skeleton(plan.checkpoint, dtype="float32", trust_remote_code=plan.recipe.trust_remote_code)
+        self._reference: dict[int, Any] = {}
+        self._kl: dict[int, list[torch.Tensor]] = {}
+        self._heads: dict[int, Trial] = {}
+        self.errors: dict[int, float] = {}
+
+    def kl(self, trial: int) -> tuple[float, float]:
+        """Mean and its standard error over tokens."""
+        import torch
+
+        values = torch.cat(self._kl[trial]).double()
+        return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    def run(self, *, to_output: bool) -> _Pass:
+        import psutil
+        import torch
+
+        from convert.crew import crew
+        from convert.export import cores, one_thread
+        from convert.lanes import place_for, walk
+
+        assert self._plan.architecture is not None
+        count, blocks = len(self._tokens), self._plan.architecture.blocks
+        begins = [_block_of(blocks, trial.modules[0]) for trial in self._trials]
+        lanes = len(self._trials) + 1 if to_output else 1
+        batches = [{"input_ids": batch, "use_cache": False} for _ in range(lanes) for batch in self._tokens]
+        self._heads = {i: trial for i, trial in enumerate(self._trials) if begins[i] == len(blocks)}
+        free = torch.cuda.mem_get_info()[0] if self._device != "cpu" else 0
+        lane = 3 * lanes * sum(batch.numel() for batch in self._tokens) * (self._plan.architecture.hidden_size or 0) * 4
+        place = place_for(lane, on_gpu=self._device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
+        stands = walk(
+            self._skeleton, batches, device=self._device, place=place, scratch=self._scratch, finish=self._finish if to_output else None
+        )
+        work = sum(len(blocks) + 1 - begin for begin in begins) + len(blocks) if to_output else len(blocks) + len(begins)
+        size = sum(batch.numel() for batch in self._tokens)
+        name = "measuring groups" if to_output else "ordering groups"
+        workers = cores() if self._device == "cpu" else 1
+        with (
+            self._progress.stage(name, size * work, unit="tokens") as advance,
+            self._head_hook(count),
+            one_thread(),
+            crew(workers) as hands,
+        ):
+            self._advance = advance
+            for i, stand in enumerate(stands):
+                source = self._through(stand, self._static_forms(i, begins), hands)
+                advance(size)
+                outputs = [*source] if to_output else None
+                for j, trial in enumerate(self._trials):
+                    if begins[j] == i:
+                        with _put_in(self._skeleton, trial.forms):
+                            own = list(hands.map(stand.output, range(count)))
+                        self.errors[j] = _mean_error(source, own)
+                    elif begins[j] < i and to_output:
+                        own = list(hands.map(stand.output, range(count * (j + 1), count * (j + 2))))
+                    else:
+                        own = source
+                    if outputs is not None:
+                        outputs += own
+                    if own is not source:
+                        advance(size)
+                if outputs is not None:
+                    stand.hand_on(outputs)
+                if i == len(blocks) - 1:  # the head's products are large, and their greenlets are all in this thread
+                    torch.set_num_threads(hands.count)
+        return self
+
+    def _static_forms(self, block: int, begins: Sequence[int]) -> set[str]:
+        """Modules of a block whose input has to be looked at before it can be rounded."""
+        return {
+            module
+            for trial, begin in zip(self._trials, begins, strict=True)
+            for module, form in trial.forms.items()
+            if begin == block and form.activation is not None and not form.activation.dynamic and form.limit is None
+        }
+
+    def _through(self, stand: Stand, watched: set[str], hands: Crew) -> list[Any]:
+        """What the source's block returns for each batch; the largest inputs of ``watched`` become the limits of their forms."""
+        seen: dict[str, list[float]] = {name: [] for name in watched}
+        divisors = {module: form.divisor for trial in self._trials for module, form in trial.forms.items()}
+
+        def look(name: str, x: torch.Tensor) -> None:
+            divisor = divisors[name]
+            seen[name].append(float((x if divisor is None else x / divisor.to(x.device)).abs().max()))
+
+        hooks = [
+            self._skeleton.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
+            for name in watched
+        ]
+        try:
+            outputs = list(hands.map(stand.output, range(len(self._tokens))))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if watched:
+            self._trials = [
+                replace(t, forms={m: replace(f, limit=max(seen[m])) if m in watched and f.limit is None else f for m, f in t.forms.items()})
+                for t in self._trials
+            ]
+        return outputs
+
+    @contextmanager
+    def _head_hook(self, count: int) -> Iterator[None]:
+        """Every batch calls the head once, in their order: those of a head's trial get what the quantized head returns."""
+        head = self._plan.architecture.head if self._plan.architecture else None
+        if not self._heads or head is None:
+            yield
+            return
+        calls = iter(range(10**9))
+        weights: dict[int, torch.Tensor] = {}
+
+        def quantized(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            import torch
+
+            trial = next(calls) // count - 1
+            if trial not in self._heads:
+                return output
+            form = self._heads[trial].forms[str(head)]
+            if trial not in weights:
+                weights.clear()
+                name = self._skeleton.own_tensor(f"{head}.weight")
+                assert name is not None
+                weights[trial] = form.weight(self._skeleton.read(name).to(output.device).float())
+            x = _seen(args[0], form)
+            return torch.nn.functional.linear(x, weights[trial].to(x.dtype), module.bias)
+
+        hook = self._skeleton.model.get_submodule(head).register_forward_hook(quantized)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _finish(self, i: int, output: Any) -> None:
+        import numpy as np
+        import torch
+
+        lane, batch = divmod(i, len(self._tokens))
+        logits = output.logits[0]
+        if lane == 0:
+            path = self._scratch / f"reference-{batch}"
+            kept = np.memmap(path, np.float32, "w+", shape=tuple(logits.shape))
+            for start in range(0, len(logits), CHUNK):
+                kept[start : start + CHUNK] = logits[start : start + CHUNK].float().cpu().numpy()
+            self._reference[batch] = torch.from_numpy(kept)
+            return
+        for start in range(0, len(logits), CHUNK):
+            reference = self._reference[batch][start : start + CHUNK].to(logits.device)
+            self._kl.setdefault(lane - 1, []).append(kl_of(reference, logits[start : start + CHUNK].float()).cpu())
+        self._advance(len(logits))
+
+
+def kl_of(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(reference) || softmax(logits)) of each row, (tokens,), from logits (tokens, vocabulary) in float32.
+
+    With ``p = softmax(reference)``, ``d = logits - reference`` and ``c = sum p d`` it is ``log(sum p exp(d - c))``, taken as
+    ``log1p(sum p expm1(d - c))``: no two large numbers are subtracted, so that what is far below the rounding of a logarithm is told.
+    """
+    import torch
+
+    p = torch.softmax(reference, -1)
+    difference = logits - reference
+    for _ in range(2):  # p sums to one only within rounding, so a common shift of all logits is not gone at once
+        difference = difference - (p * difference).sum(-1, keepdim=True)
+    return torch.log1p((p * torch.expm1(difference)).sum(-1))
+
+
+def _mean_error(source: Sequence[Any], own: Sequence[Any]) -> float:
+    import torch
+
+    from convert.groups import first_tensor
+
+    shares = []
+    for before, after in zip(source, own, strict=True):
+        was = first_tensor(before).float()
+        shares.append(((first_tensor(after).float() - was).norm(dim=-1) / was.norm(dim=-1).clamp(min=1e-30)).flatten())
+    return float(torch.cat(shares).mean())
+
+
+def _seen(x: torch.Tensor, form: Form) -> torch.Tensor:
+    """An input (..., in) as the quantized layer has it."""
+    from convert.algorithms.rtn import to_nearest
+    from convert.algorithms.smoothing import fake_quantize
+
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if form.divisor is not None:
+        rows = rows / form.divisor.to(rows.device)
+    if form.activation is not None and not form.activation.dynamic:
+        scale = (form.limit or 0.0) / form.activation.grid.high
+        rows = to_nearest(rows / scale, form.activation.grid).mul_(scale) if scale else rows
+    else:
+        rows = fake_quantize(rows, form.activation)
+    return rows.reshape(x.shape).to(x.dtype)
+
+
+@contextmanager
+def _put_in(skeleton: Skeleton, forms: Mapping[str, Form]) -> Iterator[None]:
+    """Makes layers quantized ones while the context lasts."""
+    was = {name: skeleton.weight(name).clone() for name in forms}
+    hooks = []
+    try:
+        for name, form in forms.items():
+            skeleton.weight(name).copy_(form.weight(was[name].float()))
+            module = skeleton.model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda _, args, form=form: (_seen(args[0], form), *args[1:])))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, weight in was.items():
+            skeleton.weight(name).copy_(weight)

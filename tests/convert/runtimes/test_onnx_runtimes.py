@@ -1,0 +1,114 @@
+"""One ONNX artifact in the real runtimes that are not Python's ONNX Runtime, each in its environment, and in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from browser_page import write_in_browser
+
+from convert import environments, pipeline
+from convert.recipe import parse_recipe
+
+ELSEWHERE = ("onnxruntime-genai", "openvino", "transformers.js")
+JOB = """
+model: {model}
+validation: {{tokens: 64, length: 32}}
+targets:
+  - name: int8
+    format: onnx
+    rules: [{{match: lm_head, scheme: int8-weight-only-g32}}, {{match: linear, scheme: int8-weight-only-g32}}]
+    runtimes: [{runtimes}]
+    limits: {{kl_nats: 0.001, top1: 0.9, perplexity_ratio: 1.1}}
+"""
+#: One product for q, k, v and one for gate and up in each of two layers, two more in each, and the head.
+PRODUCTS = 9
+
+
+def needs(*runtimes: str) -> Callable[[Any], Any]:
+    def mark(test: Any) -> Any:
+        for name in runtimes:
+            test = pytest.mark.runtime(name)(test)
+        return pytest.mark.slow(test)
+
+    return mark
+
+
+@pytest.fixture(scope="module")
+def proven(make_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What came of one conversion for those runtimes that are built here."""
+    here = [name for name in ELSEWHERE if (environments.root() / name / environments.STAMP).is_file()]
+    job = JOB.format(model=make_llama(), runtimes=", ".join(here or ["onnxruntime"]))
+    return pipeline.convert(parse_recipe(job, "elsewhere.yaml", name="elsewhere"), tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture
+def artifact(proven: Any) -> Path:
+    return Path(proven.artifacts[0].path)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "kernels"),
+    [
+        pytest.param("onnxruntime-genai", {"MatMulNBits": PRODUCTS}, marks=pytest.mark.runtime("onnxruntime-genai")),
+        pytest.param("openvino", {"FullyConnected int8": PRODUCTS}, marks=pytest.mark.runtime("openvino")),
+        pytest.param("transformers.js", {"MatMulNBits": PRODUCTS}, marks=pytest.mark.runtime("transformers.js")),
+    ],
+)
+@pytest.mark.slow
+def test_int8_passes_and_is_multiplied_in_int8(runtime: str, kernels: dict[str, int], proven: Any, artifact: Path) -> None:
+    (report,) = proven.reports
+    checks = [check for check in report.checks if check.name.startswith((f"{runtime}:", f"{runtime} ("))]
+    assert checks
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    (result,) = [result for result in report.runtimes if result.program == runtime]
+    assert result.kernels == kernels
+    assert result.continuation == report.source.continuation
+    assert 0 < result.divergence.kl_nats < 1e-4
+    assert result.weight_bytes == next(artifact.glob("onnx/*_data")).stat().st_size
+    names = {check.name.partition(": ")[2] for check in checks}
+    assert ("modules in 8 bit" in names) == (runtime == "openvino"), "a session of ONNX Runtime does not say"
+    assert ("prompt tokenized otherwise than by transformers" in names) == (runtime != "openvino")
+
+
+@needs(*ELSEWHERE)
+def test_an_artifact_that_does_not_load_is_a_failed_check_in_its_own_words(artifact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "int8"
+    shutil.copytree(artifact, path)
+    data = next(path.glob("onnx/*_data"))
+    data.write_bytes(data.read_bytes()[:1000])
+    (report,) = pipeline.prove([path])
+    failed = {check.name.split(":")[0].split(" ")[0]: check.detail for check in report.checks if check.name.endswith("loads and runs")}
+    assert set(failed) == set(ELSEWHERE)
+    assert all(not check.passed for check in report.checks if check.name.endswith("loads and runs"))
+    for runtime, detail in failed.items():
+        assert re.match(rf"{runtime}( [0-9.]+)? raised ", detail, re.IGNORECASE), detail
+        assert re.search(r"_proj\.weight|external data|model_quantized\.onnx_data", detail), detail
+
+
+@needs("transformers.js")
+def test_a_page_in_a_real_browser_writes_what_onnx_runtime_writes(artifact: Path) -> None:
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not on PATH; on Debian: apt-get install chromium")
+    ids = [1, 70, 80, 90, 100, 110]
+    modules = environments.require("transformers.js").folder / "node_modules"
+    found = write_in_browser(artifact, modules, {"ids": ids, "count": 6, "dtype": "q8"})
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the build for browsers rounds no inputs
+    session = onnxruntime.InferenceSession(str(next(artifact.glob("onnx/*.onnx"))), options, providers=["CPUExecutionProvider"])
+    past = {item.name: np.zeros((1, 2, 0, 16), np.float32) for item in session.get_inputs() if item.name.startswith("past")}
+    expected: list[int] = []
+    while len(expected) < 6:
+        feeds = {"input_ids": np.array([ids + expected]), "attention_mask": np.ones((1, len(ids) + len(expected)), np.int64), **past}
+        (logits,) = session.run(["logits"], feeds)
+        if not expected:
+            np.testing.assert_allclose(found["last_logits"], logits[0, -1], atol=1e-5)
+        expected.append(int(logits[0, -1].argmax()))
+    assert found["generated"] == expected
+    assert "HeadlessChrome" in found["browser"]

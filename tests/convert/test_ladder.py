@@ -1,0 +1,125 @@
+"""Climbing on small models: which rung wins, what is kept, and what is said where none does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.child import run
+from convert.pipeline import convert, plan
+from convert.recipe import parse_recipe
+from convert.report import read_report
+from formats.errors import InputError, RecipeError
+
+TEXT = """\
+model: {{model}}
+calibration: {{{{dtype: float32, sequences: 4, length: 32}}}}
+validation: {{{{tokens: 128, length: 64}}}}
+targets:
+  - name: q
+    format: compressed-tensors
+    rules: [{{{{match: linear, scheme: int8-dynamic}}}}]
+    budget: {{{{kl_nats: {kl}, tokens: 64}}}}
+    ladder: {ladder}
+    limits: {{{{top1: 0.0, perplexity_ratio: 50.0}}}}
+"""
+
+
+def _text(kl: float, ladder: str) -> str:
+    return TEXT.format(kl=kl, ladder=ladder)
+
+
+def test_the_first_rung_that_meets_the_budget_wins(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    outcome = convert(recipe_for(make_llama(), text=_text(5.0, "[rtn, smoothquant, gptq, mixed]")), tmp_path)
+    assert outcome.passed
+    ladder = outcome.reports[0].ladder
+    assert (ladder["taken"], [rung["name"] for rung in ladder["rungs"]]) == ("rtn", ["rtn"])
+    assert {path.name for path in tmp_path.iterdir()} == {"q", "q.ladder", "q.report.json", "q.report.html"}
+    again = convert(recipe_for(plan_model(outcome), text=_text(5.0, "[rtn, smoothquant, gptq, mixed]")), tmp_path)
+    assert again.artifacts[0].reused
+    assert again.reports == outcome.reports
+
+
+def plan_model(outcome: Any) -> str:
+    return str(outcome.plan.recipe.model)
+
+
+def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[str] = []
+    monkeypatch.setattr("convert.check.run", lambda program, *args, **more: (programs.append(program), run(program, *args, **more))[1])
+    folder = make_llama(num_hidden_layers=3, dtype="float32")
+    rounded = convert(recipe_for(folder, text=_text(1e-9, "[rtn]").replace("calibration", "# ")), tmp_path / "rtn")
+    assert not rounded.passed
+    kl = rounded.reports[0].ladder["rungs"][0]["kl_nats"]
+    outcome = convert(recipe_for(folder, text=_text(kl * 0.6, "[rtn, mixed]")), tmp_path / "mixed")
+    assert outcome.passed
+    assert programs.count("convert.runtimes.transformers") >= 3
+    assert programs.count("convert.runtimes.source") == 2, "once for each of two climbs, whatever the rungs"
+    ladder = read_report(tmp_path / "mixed" / "q.report.json").ladder
+    taken = next(rung for rung in ladder["rungs"] if rung["name"] == ladder["taken"])
+    assert taken["kl_nats"] <= kl * 0.6
+    assert 0 < taken["kept_groups"] < 12
+    assert taken["kept_share"] < 0.6
+    kept = {module for group in ladder["groups"] if group["kept"] for module in group["modules"]}
+    ledger = {entry["module"]: entry for entry in outcome.artifacts[0].manifest.ledger if entry["module"].endswith("_proj")}
+    assert {module for module, entry in ledger.items() if entry["decision"] == "keep"} == kept
+    assert all("alone its group loses" in entry["why"] for entry in ledger.values() if entry["decision"] == "keep")
+    assert all(entry["alone_nats"] > 0 for entry in ledger.values()), "of what is quantized too"
+    assert all(entry["rule"].startswith("test.yaml:") for entry in ledger.values())
+    for layer in range(3):
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({ledger[f"model.layers.{layer}.{name}"]["decision"] for name in fused}) == 1
+    # the recipe in the manifest makes the same weights without climbing
+    recipe = parse_recipe(json.dumps(outcome.artifacts[0].manifest.recipe), "again.json", name="test")
+    made = convert(recipe, tmp_path / "again", check=False).artifacts[0]
+    weights = [{f.name: f.sha256 for f in a.manifest.files if f.name.endswith(".safetensors")} for a in (made, outcome.artifacts[0])]
+    assert weights[0] == weights[1]
+
+
+def test_smoothed_groups_are_measured_as_they_were_made(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """With everything left in 16 bit but what smoothing and GPTQ made, losses of groups add up to about what all of them lose."""
+    from convert.ladder import rung_recipe
+    from convert.progress import QUIET
+    from convert.sensitivity import artifact_trials, measure
+
+    recipe = recipe_for(make_llama(num_hidden_layers=3, dtype="float32", hidden_size=128), text=_text(1e-9, "[smoothquant+gptq]"))
+    rung = rung_recipe(recipe, recipe.targets[0], "smoothquant+gptq")
+    outcome = convert(rung, tmp_path)
+    trials = artifact_trials(outcome.plan, outcome.artifacts[0].path)
+    losses, _ = measure(outcome.plan, trials, QUIET, tokens=128, length=64)
+    divergence = outcome.reports[0].runtimes[0].divergence
+    assert divergence is not None
+    assert sum(loss.kl_nats for loss in losses) == pytest.approx(divergence.kl_nats, rel=0.5)
+    assert outcome.artifacts[0].manifest.calibration["folds"], "or nothing was smoothed"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("ladder: [rtn]", "ladder: [rtn, recover]"), "recover .training with quantization. is not in this version"),
+        (("ladder: [rtn]", "ladder: [mixed]"), "name one before it"),
+        (("ladder: [rtn]", "ladder: [rtn, mixed, gptq]"), "it comes last"),
+        (("ladder: [rtn]", "ladder: [rtm]"), r"no rung is called 'rtm' \(did you mean rtn\?\)"),
+        (("kl_nats: 1.0, ", ""), "a budget needs kl_nats, perplexity_ratio or both"),
+        (("limits: {{", "limits: {{kl_nats: 1.0, "), "kl_nats is both in budget and in limits"),
+        (("int8-dynamic}}", "int8-dynamic, algorithm: gptq}}"), "the ladder chooses the algorithm"),
+        (("budget: {{kl_nats: 1.0, tokens: 64}}", "max_shard_size: 5GB"), "a ladder is climbed to a budget"),
+    ],
+)
+def test_what_a_budget_cannot_be_is_an_error_with_its_line(change: tuple[str, str], message: str, recipe_for: Any) -> None:
+    text = _text(1.0, "[rtn]")
+    assert change[0] in text
+    with pytest.raises(RecipeError, match=rf"^test.yaml:\d+:\d+: .*{message}"):
+        recipe_for("/nowhere", text=text.replace(*change))
+
+
+def test_a_budget_needs_the_check_and_resolves_to_itself(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    recipe = recipe_for(make_llama(), text=_text(1.0, "[rtn, mixed]"))
+    with pytest.raises(InputError, match="leave --no-check out"):
+        convert(recipe, tmp_path, check=False)
+    resolved = plan(recipe).resolved()
+    assert parse_recipe(json.dumps(resolved), "again.json").resolved() == resolved
+    assert recipe.targets[0].bounds().kl_nats == 1.0

@@ -1,0 +1,102 @@
+"""Losses of single groups against the plain model with that group's weights and inputs rounded, and KL in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_family
+
+from convert.algorithms import rtn
+from convert.algorithms.smoothing import fake_quantize
+from convert.pipeline import plan
+from convert.plan import Plan
+from convert.progress import QUIET
+from convert.sensitivity import groups_of, kl_of, measure, round_trials
+from convert.text import load_tokenizer, take_tokens
+from formats.errors import InputError
+from formats.scheme import SCHEMES
+
+LINEARS = {
+    "q": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+def _oracle(folder: Path, modules: tuple[str, ...], scheme: str, tokens: torch.Tensor) -> float:
+    from transformers import AutoModelForCausalLM
+
+    chosen = SCHEMES[scheme]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits.double().log_softmax(-1)
+        for name in modules:
+            module: Any = model.get_submodule(name)
+            weight = rtn.quantize(module.weight.detach().clone(), chosen.weight, scale_dtype=torch.bfloat16).dequantize()
+            module.weight = torch.nn.Parameter(weight)
+            module.register_forward_pre_hook(
+                lambda _, args: (fake_quantize(args[0].reshape(-1, args[0].shape[-1]), chosen.activation).reshape(args[0].shape),)
+            )
+        got = model(input_ids=tokens).logits.double().log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def _tokens(folder: Path) -> torch.Tensor:
+    tokens, _ = take_tokens(
+        "sample", load_tokenizer(folder, trust_remote_code=False), sequences=2, length=16, purpose="calibration", seed=1
+    )
+    return torch.from_numpy(tokens)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_group_loses_what_the_plain_model_loses_with_it_rounded(tied: bool, make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama(tie_word_embeddings=tied)
+    job = plan(recipe_for(folder))
+    trials = round_trials(job, ["int8-dynamic", "fp8-dynamic"])
+    losses, record = measure(job, trials, QUIET, tokens=32, length=16)
+    wanted = [
+        tuple(f"model.layers.{i}.{'mlp' if name in ('gate', 'down') else 'self_attn'}.{x}" for x in names)
+        for i in range(2)
+        for name, names in LINEARS.items()
+    ]
+    assert sorted(loss.modules for loss in losses if loss.scheme == "int8-dynamic") == sorted([*wanted, ("lm_head",)])
+    assert [loss.scheme for loss in losses] == ["int8-dynamic"] * 9 + ["fp8-dynamic"] * 9
+    for loss in losses:
+        expected = _oracle(folder, loss.modules, loss.scheme, _tokens(folder))
+        assert loss.kl_nats == pytest.approx(expected, rel=1e-3, abs=1e-10), loss
+        assert loss.standard_error > 0
+    assert record["tokens"] == 32
+
+
+def test_with_little_time_the_worst_are_measured_and_the_others_expected(make_llama: Any, recipe_for: Any) -> None:
+    job = plan(recipe_for(make_llama(num_hidden_layers=3)))
+    trials = round_trials(job, ["int8-dynamic"])
+    whole, _ = measure(job, trials, QUIET, tokens=32, length=16)
+    some, _ = measure(job, trials, QUIET, tokens=32, length=16, seconds=1e-9)
+    measured = [loss for loss in some if loss.measured]
+    assert [loss.modules for loss in measured] == [("lm_head",)], "what is nearest to the output has no block whose error could be taken"
+    assert [loss.block_error for loss in some][:-1] == [loss.block_error for loss in whole][:-1]
+    more, _ = measure(job, trials, QUIET, tokens=32, length=16, seconds=1e9)
+    assert more == whole
+
+
+def test_a_tiny_divergence_is_told() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 1000, generator=generator) * 4
+    for size in (0.0, 1e-4, 1e-2, 1.0):
+        other = z + size * torch.randn(5, 1000, generator=generator) + 7
+        p, q = torch.log_softmax(z.double(), -1), torch.log_softmax(other.double(), -1)
+        expected = (p.exp() * (p - q)).sum(-1)
+        assert torch.allclose(kl_of(z, other).double(), expected, rtol=2e-2, atol=1e-9), size
+
+
+def test_a_model_without_logits_is_refused(recipe_for: Any, tmp_path: Path) -> None:
+    text = "model: {model}\ntargets: [{{name: q, format: compressed-tensors}}]\n"
+    job: Plan = plan(recipe_for(save_family("bert", tmp_path), text=text))
+    with pytest.raises(InputError, match="sensitivity is measured at the logits"):
+        measure(job, [], QUIET)
+    assert groups_of(job)[0]
