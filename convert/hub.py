@@ -28,7 +28,7 @@ def retried(request: Callable[[], _T]) -> _T:
                 raise
             asked = error.response.headers.get("Retry-After", "")
             time.sleep(min(float(asked), 300.0) if asked.isdigit() else wait_seconds)
-        except httpx.TransportError:
+        except (httpx.TransportError, ConnectionError, TimeoutError):  # of hf_xet, Python's own
             time.sleep(wait_seconds)
     return request()
 

@@ -386,6 +386,10 @@ def _errors(repo: str) -> Iterator[None]:
         raise HubError(
             f"{repo}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}); push again, and what is there already stays"
         ) from None
+    except (ConnectionError, TimeoutError) as error:  # hf_xet's, which name no address that is signed
+        raise HubError(
+            f"{repo}: the line to Xet's storage failed ({error}); push again, or set HF_HUB_DISABLE_XET=1 to send by LFS"
+        ) from None
     except (ValueError, RuntimeError) as error:
         # create_commit's own checks, the Hub's of a card's metadata, and what hf_xet raises.
         raise HubError(f"{repo}: {str(error).strip()}") from None

@@ -25,6 +25,7 @@ from convert.progress import QUIET
 from convert.push import pack, push
 from convert.recipe import Push
 from convert.report import Report, at_most, read_report, report_path
+from convert.upload import _errors
 from formats.errors import HubError, InputError, RefusedError
 from formats.manifest import read_manifest
 from formats.verify import verify
@@ -625,3 +626,8 @@ def test_the_token_of_a_reader_cannot_write(octo: Hub, artifacts: Path, monkeypa
     push([artifacts / "fp8"], Push(repo="org/name", create_pr=True))
     assert "refs/pr/1" in octo.repos["org/name"].branches, "but ask for it"
     assert HfApi(endpoint=octo.url).repo_exists("org/name")
+
+
+def test_a_line_to_xet_that_fails_is_one_sentence() -> None:
+    with pytest.raises(HubError, match=r"org/name: the line to Xet's storage failed .*HF_HUB_DISABLE_XET=1"), _errors("org/name"):
+        raise ConnectionError("Network error: 404 Not Found")
