@@ -60,7 +60,7 @@ schema: setup
 # docs/command.md shows what --help prints, docs/compatibility.md the table in formats/compatibility.py; tests hold both.
 docs: setup
 	@{ echo '# The command'; echo; echo 'What `--help` prints, written by `make docs`.'; \
-	for command in '' plan convert sensitivity push reproduce check verify inspect schema doctor runtimes; do \
+	for command in '' plan convert sensitivity push reproduce check compare verify inspect schema doctor runtimes; do \
 	echo; echo "## octavo $$command"; echo; echo '```'; COLUMNS=100 $(BIN)/octavo $$command --help; echo '```'; done; } > docs/command.md
 	$(BIN)/python -c 'from formats.compatibility import markdown; print(markdown(), end="")' > docs/compatibility.md
 

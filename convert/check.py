@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import psutil
 
 from convert import environments
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
+from convert.answers import Question, describe, encode, judge, read_questions
 from convert.child import request, run
 from convert.datasets import Selection
 from convert.divergence import compare_logits, compare_states
+from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
@@ -41,8 +43,8 @@ QUESTION = "What is the capital of France?"
 
 @dataclass(frozen=True)
 class _Text:
-    """Held-out tokens (sequences, length), what they were made of, and a prompt to continue, ``templated`` where it went through the chat
-    template, which writes special tokens itself."""
+    """Held-out tokens (sequences, length), what they were made of, a prompt to continue, ``templated`` where it went through the chat
+    template, which writes special tokens itself, and the user's own questions with theirs."""
 
     tokens: np.ndarray
     record: dict[str, Any]
@@ -50,6 +52,8 @@ class _Text:
     prompt_ids: list[int]
     templated: bool
     tokenizer: Any
+    questions: Sequence[Question]
+    question_ids: list[list[int]]
 
 
 def require_runtimes(target: Target) -> None:
@@ -72,14 +76,21 @@ def require_runtimes(target: Target) -> None:
 
 
 def check(
-    artifacts: Sequence[Path], recipe: Recipe, progress: Progress, *, device: str = "cpu", reference: Path | None = None
+    artifacts: Sequence[Path],
+    recipes: Recipe | Sequence[Recipe],
+    progress: Progress,
+    *,
+    device: str = "cpu",
+    reference: Path | None = None,
 ) -> list[Report]:
-    """Proves artifacts that were made by ``recipe``, in the order given.
+    """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
+    ``validation``.
 
     The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. Raises
     :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
     memory; a runtime that fails is a failed check, not an error.
     """
+    recipe, *_ = recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
     model = manifests[0].pinned
     with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
@@ -93,12 +104,19 @@ def check(
             "text": text.prompt,
             "special_tokens": not text.templated,
             "new_tokens": NEW_TOKENS,
+            "prompts": text.question_ids,
+            "answer_tokens": recipe.validation.answer_tokens,
         }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
         checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
         blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
         if blocks:
+            if text.questions:
+                raise MachineError(
+                    f"{model}: {whole / 1e9:.1f} GB of memory are needed for the source to answer validation.prompts, and are not free; "
+                    "set validation.reference: source, leave the prompts out, or run octavo check on a larger machine"
+                )
             progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
         source_logits = str(scratch / "source.f32")
         request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
@@ -107,9 +125,9 @@ def check(
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
         reports = []
-        for path, manifest in zip(artifacts, manifests, strict=True):
-            target = next(item for item in recipe.targets if item.name == manifest.target)
-            reports.append(_check_one(path, manifest, recipe, target, model, asked, text, of_source, answer, scratch, progress))
+        for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
+            target = next(item for item in own.targets if item.name == manifest.target)
+            reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
 
 
@@ -178,6 +196,8 @@ def _check_one(
         if isinstance(found_here, Divergence):
             checks += _check_quality(name, found_here, target.bounds())
             checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
+            if text.questions and target.limits.answers is not None:
+                checks.append(_check_answers(name, result, reference, answer, text, target.limits.answers))
         else:
             checks += _check_drift(name, found_here, target.bounds())
     return Report(
@@ -255,12 +275,19 @@ def _check_quality(runtime: str, found: Divergence, bounds: Quality) -> list[Che
     finite = math.isfinite(found.kl_nats) and math.isfinite(found.perplexity)
     tail = f"99th percentile {found.kl_nats_p99:.4f}" if finite else ""
     perplexities = f"{found.perplexity:.3f} against {found.source_perplexity:.3f}"
-    return [
-        holds(f"{runtime}: finite logits", finite),
-        at_most(f"{runtime}: kl_nats", found.kl_nats, bounds.kl_nats, "nats", tail),
-        at_least(f"{runtime}: top1", found.top1, bounds.top1, "share"),
-        at_most(f"{runtime}: perplexity_ratio", found.perplexity_ratio, bounds.perplexity_ratio, "ratio", perplexities),
+    ratio = found.perplexity_ratio
+    measured = [
+        at_most(f"{runtime}: kl_nats", found.kl_nats, bounds.kl_nats, "nats", tail, found.kl_interval),
+        at_least(f"{runtime}: top1", found.top1, bounds.top1, "share", interval=found.top1_interval),
+        at_most(f"{runtime}: perplexity_ratio", ratio, bounds.perplexity_ratio, "ratio", perplexities, found.ratio_interval),
     ]
+    return [holds(f"{runtime}: finite logits", finite), *(_with_doubt(check, found.tokens, "tokens") for check in measured)]
+
+
+def _with_doubt(check: Check, sample: int, what: str) -> Check:
+    """With a word where the sample is too small to tell."""
+    doubt = undecided(check, sample, what)
+    return replace(check, detail="; ".join(filter(None, (doubt, check.detail)))) if doubt else check
 
 
 def _check_drift(runtime: str, found: Drift, bounds: Quality) -> list[Check]:
@@ -277,6 +304,26 @@ def _check_continuation(runtime: str, generated: list[int], expected: list[int],
     degenerate = len(generated) >= 8 and share > REPEATED_SHARE >= repeated_share(expected)
     detail = f"one token makes up {share:.0%} of {result.continuation.strip()[:120]!r}"
     return holds(f"{runtime}: continuation not degenerate", not degenerate, detail)
+
+
+def _check_answers(
+    runtime: str, result: RuntimeResult, reference: RuntimeResult, answer: dict[str, Any], text: _Text, limit: float
+) -> Check:
+    """That not many more of the user's prompts are answered wrong than by the source."""
+    name, asked = f"{runtime}: answers", len(text.questions)
+    if result.answers is None or reference.answers is None:
+        return at_most(name, math.nan, limit, "share", f"{runtime} continued {len(answer.get('answers', []))} of {asked} prompts")
+    pairs = list(zip(reference.answers.right, result.answers.right, strict=True))
+    lost = [i for i, (before, after) in enumerate(pairs) if before and not after]
+    gained = sum(after and not before for before, after in pairs)
+    said = [f"line {text.questions[i].line}: {_decode(text, answer['answers'][i]).strip()[:60]!r}" for i in lost[:3]]
+    detail = f"right {sum(result.answers.right)} of {asked}, the source {sum(reference.answers.right)}; lost {len(lost)}, won {gained}"
+    value, interval = reference.answers.share - result.answers.share, drop(asked, len(lost), gained)
+    return _with_doubt(at_most(name, value, limit, "share less", "; ".join([detail, *said]), interval), asked, "prompts")
+
+
+def _decode(text: _Text, ids: list[int]) -> str:
+    return str(text.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:
@@ -296,10 +343,16 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
         messages = [{"role": "user", "content": QUESTION}]
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    return _Text(tokens, {**record, "reference": validation.reference}, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer)
+    path = Path(validation.prompts) if validation.prompts is not None else None
+    questions = read_questions(path) if path else []
+    record |= {"reference": validation.reference, **(describe(path, questions) if path else {})}
+    return _Text(
+        tokens, record, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer, questions, encode(questions, tokenizer)
+    )
 
 
 def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:
+    answers = answer.get("answers", [])
     return RuntimeResult(
         name=name,
         versions=answer["versions"],
@@ -309,8 +362,9 @@ def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | 
         load_seconds=answer["load_seconds"],
         prefill_tokens_per_second=answer["prefill_tokens_per_second"],
         decode_tokens_per_second=answer["decode_tokens_per_second"],
-        continuation=text.tokenizer.decode(answer["generated"], skip_special_tokens=True),
+        continuation=_decode(text, answer["generated"]),
         divergence=found if isinstance(found, Divergence) else None,
         drift=found if isinstance(found, Drift) else None,
         kernels=answer.get("kernels", {}),
+        answers=judge(text.questions, [_decode(text, ids) for ids in answers]) if answers and len(answers) == len(text.questions) else None,
     )

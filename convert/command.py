@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from convert.comparison import Comparison
     from convert.pipeline import Needs
     from convert.plan import Plan
     from convert.recipe import Push, Recipe
     from convert.remote import Remote
+    from convert.report import Interval
 
 app = typer.Typer(
     help="Press a model checkpoint into eight bits, prove that it still works, and publish it.",
@@ -193,6 +195,30 @@ def check(
         for path, report in zip(artifacts, reports, strict=True):
             _show_artifact(path, None, report, reused=False)
     raise typer.Exit(0 if all(report.passed for report in reports) else 1)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes for one model.", metavar="RECIPE", show_default=False)],
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where artifacts and the page go.", show_default="artifacts")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make the artifacts of several recipes, prove them on the same text and show them side by side; what is made already stays."""
+    from convert import pipeline
+    from convert.progress import choose
+    from convert.report import plain_json
+
+    parsed = [_recipe(name, model, overrides) for name in recipes]
+    found = pipeline.compare(parsed, out, device=_device(device), progress=choose(quiet=quiet))
+    if as_json:
+        print(plain_json(found.record()).decode())
+    elif not quiet:
+        _show_comparison(found, out or Path("artifacts"))
+    raise typer.Exit(0 if all(row.passed for row in found.rows) else 1)
 
 
 @app.command()
@@ -558,6 +584,50 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         console.print(f"warning    {warning}", markup=False)
 
 
+def _show_comparison(found: Comparison, out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from convert.comparison import explain
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    loss = "relative error" if any(row.run.drift for row in found.rows) else "KL nats"
+    table = Table("", "artifact", "runtime", _right("weights"), _right(loss), "at 95 %", _right("perplexity"), "at 95 %", box=None)
+    for header in ("writes tok/s", "reads tok/s", "loads s", "peak"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+
+    def within(interval: Interval | None) -> str:
+        return escape(f"[{interval.low:.4g}, {interval.high:.4g}]") if interval else ""
+
+    for row in found.rows:
+        divergence, run = row.run.divergence, row.run
+        table.add_row(
+            "*" if row.frontier else "",
+            escape(row.name),
+            escape(run.name),
+            _size(row.size_bytes),
+            f"{row.loss:.4g}",
+            within(row.interval),
+            f"{divergence.perplexity_ratio:.4g}" if divergence else "",
+            within(divergence.ratio_interval) if divergence else "",
+            f"{run.decode_tokens_per_second:.1f}",
+            f"{run.prefill_tokens_per_second:,.0f}",
+            f"{run.load_seconds:.2f}",
+            _size(run.peak_bytes),
+            "passed" if row.passed else "failed",
+        )
+    console.print(table)
+    console.print("*  nothing here is as small and loses less, or loses as little and is smaller")
+    for row in found.rows:
+        if row.in_noise:
+            console.print(f"{row.name} in {row.run.name}: its loss and the least are not told apart by this text", markup=False)
+    for sentence in explain(found.layers):
+        console.print(sentence, markup=False)
+    console.print(f"page       {out / 'compare.html'}, {out / 'compare.json'}", markup=False)
+
+
 def _show_losses(losses: Any) -> None:
     """A line a group, the worst first, a column a scheme."""
     from rich.console import Console
@@ -615,9 +685,15 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
             markup=False,
         )
     for item in report.checks:
-        value = ("yes" if item.value else "no") if item.bound == "holds" else f"{item.value:.4g} ({item.bound} {item.limit:g} {item.unit})"
+        interval = f" [{item.interval.low:.4g}, {item.interval.high:.4g}] at 95 %" if item.interval else ""
+        value = (
+            ("yes" if item.value else "no")
+            if item.bound == "holds"
+            else f"{item.value:.4g}{interval} ({item.bound} {item.limit:g} {item.unit})"
+        )
         mark = "[green]ok  [/]" if item.passed else "[red]FAIL[/]"
-        console.print(f"  {mark}  {item.name:<40} {value}", end="")
+        console.print(f"  {mark}  {item.name:<40} ", end="")
+        console.print(value, end="", markup=False)
         console.print(f"  {item.detail}" if item.detail else "", markup=False, style="dim")
     for run in (report.source, *report.runtimes):
         console.print(
@@ -626,6 +702,9 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
             end="",
         )
         console.print(repr(run.continuation[:80]), markup=False)
+        if run.answers:
+            within = f"[{run.answers.interval.low:.3f}, {run.answers.interval.high:.3f}] at 95 %"
+            console.print(f"  {'':<12} {sum(run.answers.right)} of {len(run.answers.right)} prompts answered, {within}", markup=False)
     console.print(f"  report     {path}.report.html, {path}.report.json", markup=False)
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from convert.panels import FAINT_INK, LINE_INK, TEXT_INK, inline, place
 
 if TYPE_CHECKING:
+    from convert.comparison import Row
     from convert.sensitivity import Loss
 
 #: Lines of a drawing that stands alone; what a page colours takes the page's.
@@ -89,6 +90,34 @@ def draw_frontier(ladder: Mapping[str, Any]) -> Markup:
             axes.legend(frameon=False, fontsize=8)
         drawn = _svg(figure)
     return inline(drawn, "frontier")
+
+
+def draw_comparison(rows: Sequence[Row]) -> Markup:
+    """An SVG element for a page: size against loss, an interval as a bar, and a line through the rows that nothing beats."""
+    import matplotlib
+
+    shown = [row for row in rows if math.isfinite(row.loss)]
+    best = sorted((row.size_bytes / 1e6, row.loss) for row in shown if row.frontier)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = _figure((6.4, 3.6))
+        axes = figure.add_subplot(facecolor="none")
+        axes.plot([x for x, _ in best], [y for _, y in best], color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        for row in shown:
+            x, low, high = row.size_bytes / 1e6, *((row.interval.low, row.interval.high) if row.interval else (row.loss, row.loss))
+            axes.plot([x, x], [low, high], color=LINE_INK, linewidth=1.3)
+            axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
+            axes.annotate(f"{row.name}, {row.run.name}", (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
+        axes.margins(x=0.25, y=0.15)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("weights on disk (MB)", color=TEXT_INK)
+        axes.set_ylabel("relative error" if any(row.run.drift for row in rows) else "KL (nats a token)", color=TEXT_INK)
+        axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT_INK)
+        drawn = _svg(figure)
+    return inline(drawn, "comparison")
 
 
 def _kind(modules: Sequence[str]) -> str:

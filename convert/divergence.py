@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convert.report import Divergence, Drift
+from convert.intervals import block_lengths, kl_interval, ratio_interval, top1_interval
+from convert.report import Blocks, Divergence, Drift
 from formats.errors import OctavoError
 
 #: Tokens compared at a time: 64 x 128,256 float32 logits are 33 MB.
@@ -18,8 +19,9 @@ CHUNK = 64
 def compare_logits(source: Path, artifact: Path, tokens: np.ndarray, vocabulary: int) -> Divergence:
     """Compares raw float32 files of shape (sequences, length, vocabulary) over ``tokens`` (sequences, length).
 
-    KL(source || artifact) is taken at every position; a perplexity over positions that have a successor in their sequence.
-    Raises :class:`OctavoError` when a file is not of that shape. NaN in ``artifact`` gives NaN results.
+    KL(source || artifact) is taken at every position; a perplexity over positions that have a successor in their sequence. Sums are kept
+    by blocks of neighbouring tokens too, and drawn again for intervals (:mod:`convert.intervals`), unless a number is not finite. Raises
+    :class:`OctavoError` when a file is not of that shape. NaN in ``artifact`` gives NaN results.
     """
     sequences, length = tokens.shape
     expected = sequences * length * vocabulary * 4
@@ -29,25 +31,48 @@ def compare_logits(source: Path, artifact: Path, tokens: np.ndarray, vocabulary:
     reference = np.memmap(source, np.float32, "r", shape=(sequences * length, vocabulary))
     other = np.memmap(artifact, np.float32, "r", shape=(sequences * length, vocabulary))
     successors = torch.from_numpy(np.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=-1).reshape(-1))
-    kl, same, losses, source_losses = [], 0, 0.0, 0.0
+    kl, same, losses, source_losses = [], [], [], []
     for start in range(0, sequences * length, CHUNK):
         p = torch.log_softmax(torch.from_numpy(np.array(reference[start : start + CHUNK])), -1)
         q = torch.log_softmax(torch.from_numpy(np.array(other[start : start + CHUNK])), -1)
         kl.append((p.exp() * (p - q)).sum(-1))
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        targets = successors[start : start + CHUNK]
-        known = targets >= 0
-        losses -= float(q[known, targets[known]].sum(dtype=torch.float64))
-        source_losses -= float(p[known, targets[known]].sum(dtype=torch.float64))
-    values = torch.cat(kl)
+        same.append(p.argmax(-1) == q.argmax(-1))
+        targets = successors[start : start + CHUNK, None]
+        # The last position of a sequence predicts nothing that is known.
+        losses.append(torch.where(targets < 0, 0, -q.gather(-1, targets.clamp_min(0)))[:, 0])
+        source_losses.append(torch.where(targets < 0, 0, -p.gather(-1, targets.clamp_min(0)))[:, 0])
+    values, agreed = torch.cat(kl).double(), torch.cat(same)
+    lost, source_lost = torch.cat(losses).double(), torch.cat(source_losses).double()
     predicted = sequences * (length - 1)
+    blocks = _blocks(values, agreed, successors >= 0, lost - source_lost, block_lengths(length) * sequences)
     return Divergence(
         tokens=sequences * length,
-        kl_nats=float(values.double().mean()),
-        kl_nats_p99=float(values.double().quantile(0.99)),
-        top1=same / (sequences * length),
-        perplexity=_exp(losses / predicted),
-        source_perplexity=_exp(source_losses / predicted),
+        kl_nats=float(values.mean()),
+        kl_nats_p99=float(values.quantile(0.99)),
+        top1=int(agreed.sum()) / (sequences * length),
+        perplexity=_exp(float(lost.sum()) / predicted),
+        source_perplexity=_exp(float(source_lost.sum()) / predicted),
+        kl_interval=kl_interval(blocks) if blocks else None,
+        top1_interval=top1_interval(blocks) if blocks else None,
+        ratio_interval=ratio_interval(blocks) if blocks else None,
+        blocks=blocks,
+    )
+
+
+def _blocks(kl: torch.Tensor, same: torch.Tensor, known: torch.Tensor, excess: torch.Tensor, lengths: list[int]) -> Blocks | None:
+    """Sums over blocks of these lengths of what was measured of each token (tokens,); None where that is not finite."""
+    if not bool(torch.isfinite(kl).all() & torch.isfinite(excess).all()):
+        return None
+
+    def sums(values: torch.Tensor) -> list[float]:
+        return [float(part.sum(dtype=torch.float64)) for part in torch.split(values, lengths)]
+
+    return Blocks(
+        tokens=tuple(lengths),
+        kl_nats=tuple(sums(kl)),
+        same=tuple(map(int, sums(same))),
+        predicted=tuple(map(int, sums(known))),
+        excess_nats=tuple(sums(excess)),
     )
 
 

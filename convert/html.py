@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from convert.curves import draw_frontier
+from convert.comparison import Comparison, explain
+from convert.curves import draw_comparison, draw_frontier
 from convert.health import is_ruined, off, remark
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
 from convert.plan import REQUANTIZED
-from convert.report import Check, Report
+from convert.report import Check, Interval, Report
 from formats.errors import FormatError
 from formats.manifest import Manifest
 from formats.safetensors import json_bytes
@@ -38,6 +39,7 @@ class _CheckRow:
     value: str
     limit: str
     unit: str
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,9 @@ def render(report: Report, manifest: Manifest) -> str:
         raise FormatError(
             f"the report of {report.target} is about another manifest ({report.manifest_sha256}, not {digest}); check the artifact again"
         )
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": _number,
-        "percent": _percent,
-        "size": _size,
-        "share": _share,
-        "decibels": _decibels,
-        "csp_hash": _csp_hash,
-    }
     drawn = [layer for layer in report.layers if is_drawable(layer)]
     weights = [file for file in manifest.files if file.name.endswith(WEIGHT_FILES)]
-    page = environment.get_template("report.html.jinja")
-    return page.render(
+    return _page("report.html.jinja").render(
         report=report,
         runs=[report.source, *report.runtimes],
         manifest=manifest,
@@ -106,6 +96,33 @@ def render(report: Report, manifest: Manifest) -> str:
         frontier=draw_frontier(report.ladder) if report.ladder else "",
         groups=sorted(report.ladder.get("groups", []), key=lambda group: -group["alone_nats"]),
     )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """One self-contained HTML page of several artifacts side by side."""
+    return _page("compare.html.jinja").render(
+        comparison=comparison,
+        loss_name="Relative error" if any(row.run.drift for row in comparison.rows) else "KL divergence",
+        plot=draw_comparison(comparison.rows),
+        sentences=explain(comparison.layers),
+        shades=range(1, SHADES + 1),
+    )
+
+
+def _page(template: str) -> Template:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    # Names, rules and continuations come from models and strangers: everything is escaped but our own drawings.
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "size": _size,
+        "share": _share,
+        "interval": _interval,
+        "decibels": _decibels,
+        "csp_hash": _csp_hash,
+    }
+    return environment.get_template(template)
 
 
 def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,10 +218,17 @@ def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     limit = next((check.limit for check in report.checks if check.name == f"{name}: kl_nats"), None)
     allowed = f"; the limit is {_number(limit)}" if limit is not None else ""
     distance = f"{_number(far.kl_nats, limit)}{' nats a token' if math.isfinite(far.kl_nats) else ''}"
+    if far.kl_interval:
+        distance += f" {_interval(far.kl_interval, limit)}"
     return f"{sizes}. On {far.tokens:,} held-out tokens the KL divergence from the source, in {name}, is {distance}{allowed}."
 
 
 def _check_row(check: Check) -> _CheckRow:
     if check.bound == "holds":
         return _CheckRow(check, "yes" if check.value else "no", "yes", "")
-    return _CheckRow(check, _number(check.value, check.limit), f"{SIGNS[check.bound]} {_number(check.limit)}", check.unit)
+    interval = _interval(check.interval, check.limit)
+    return _CheckRow(check, _number(check.value, check.limit), f"{SIGNS[check.bound]} {_number(check.limit)}", check.unit, interval)
+
+
+def _interval(interval: Interval | None, limit: float | None = None) -> str:
+    return f"[{_number(interval.low, limit)}, {_number(interval.high, limit)}] at 95 %" if interval else ""

@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.answers import read_questions
 from convert.architecture import describe
 from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
 from convert.card import render_card
+from convert.comparison import Comparison
+from convert.comparison import compare as side_by_side
 from convert.datasets import pin
 from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
-from convert.html import render
+from convert.html import render, render_comparison
 from convert.ladder import Make, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, Target, parse_recipe
-from convert.report import Report, manifest_digest, read_report, report_path
+from convert.report import Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
 from formats.errors import FormatError, InputError, MachineError
@@ -145,6 +148,38 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
+def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str = "cpu", progress: Progress = QUIET) -> Comparison:
+    """Converts what is not yet made of each recipe, to ``out/<recipe>/<target>`` (default ``artifacts``), proves all on the same text with
+    one run of the source, and writes ``out/compare.html`` and ``.json``.
+
+    Raises :class:`InputError` when the recipes are about other models or texts, or share a name, and what :func:`convert` raises.
+    """
+    out = out or Path("artifacts")
+    names = [recipe.name for recipe in recipes]
+    for recipe in recipes:
+        if names.count(recipe.name) > 1:
+            raise InputError(f"{names.count(recipe.name)} recipes are called {recipe.name}; rename all but one")
+        for what in ("model", "validation", "trust_remote_code"):
+            if getattr(recipe, what) != getattr(recipes[0], what):
+                where = recipe.where(what)
+                raise InputError(f"{where}: {recipe.name} has another {what} than {names[0]}; --model and --set hold for all recipes")
+    for recipe in recipes:  # what cannot be carried to its end stops all, before any work
+        job = plan(recipe)
+        _require_all(job, out / recipe.name, QUIET, check=True, device=device)
+    climbs = [any(target.budget is not None for target in recipe.targets) for recipe in recipes]
+    made = [
+        convert(recipe, out / recipe.name, device=device, check=climb_it, progress=progress)
+        for recipe, climb_it in zip(recipes, climbs, strict=True)
+    ]
+    paths = [artifact.path for outcome in made for artifact in outcome.artifacts]
+    by_artifact = [outcome.plan.recipe for outcome in made for _ in outcome.artifacts]
+    reports = prove(paths, by_artifact, progress=progress, device=device)
+    found = side_by_side([(read_manifest(path), report) for path, report in zip(paths, reports, strict=True)])
+    (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
+    (out / "compare.json").write_bytes(plain_json(found.record()))
+    return found
+
+
 def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
     """Targets without a budget together, then each that has one. ``checkpoint``: the source as it was opened."""
     found: dict[str, tuple[Artifact, Report]] = {}
@@ -204,13 +239,13 @@ def _known_report(artifact: Artifact) -> Report | None:
 
 def prove(
     artifacts: Sequence[Path],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Sequence[Recipe] | None = None,
     *,
     progress: Progress = QUIET,
     device: str = "cpu",
     reference: Path | None = None,
 ) -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest) and writes reports and model card of each.
+    """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards.
 
     ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check.
     """
@@ -221,7 +256,9 @@ def prove(
     for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference), strict=True):
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
-        report = replace(report, card_sha256=hashlib.sha256(card).hexdigest())
+        # How a budget was met is no measurement of this check's: it stays with the bytes.
+        known = _known_report(Artifact(path, manifest, reused=True))
+        report = replace(report, card_sha256=hashlib.sha256(card).hexdigest(), ladder=known.ladder if known else {})
         (path / CARD).write_bytes(card)
         report_path(path).write_bytes(report.to_bytes())
         report_path(path).with_suffix(".html").write_text(render(report, manifest), encoding="utf-8")
@@ -267,6 +304,12 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
+        if job.recipe.validation.prompts is not None:
+            if not job.predicts:
+                raise InputError(
+                    f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
+                )
+            read_questions(Path(job.recipe.validation.prompts))
         for target in job.recipe.targets:
             require_runtimes(target)
     require(needs(job, out, check=check, device=device), out)

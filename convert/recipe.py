@@ -212,11 +212,13 @@ class Limits(_Section):
     """Perplexity over the source's, at most."""
     relative_error: Annotated[float, Field(gt=0)] | None = None
     """Of a model that predicts no tokens: mean error of its last hidden states, as a share of their length, at most."""
+    answers: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of `validation.prompts`: the share answered right may be so much smaller than the source's, for instance 0.02."""
 
 
 def applicable(*, predicts: bool) -> tuple[str, ...]:
     """The limits that a model can meet or miss: what is compared follows from what it gives, next tokens or hidden states."""
-    return ("kl_nats", "top1", "perplexity_ratio") if predicts else ("relative_error",)
+    return ("kl_nats", "top1", "perplexity_ratio", "answers") if predicts else ("relative_error",)
 
 
 class Options(_Section):
@@ -339,6 +341,7 @@ class Target(_Section):
             top1=_or(limits, "top1", min(d.top1 for d in defaults)),
             perplexity_ratio=_or(limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
             relative_error=_or(limits, "relative_error", max(d.relative_error for d in defaults)),
+            answers=limits.answers,
         )
 
     def merged_limits(self) -> Limits:
@@ -398,6 +401,11 @@ class Validation(_Section):
     """Tokens in one sequence."""
     reference: Annotated[str, Field(pattern="^(float32|source)$")] = "float32"
     """The arithmetic of the source it is compared with: `float32`, or its own dtype where float32 does not fit in memory."""
+    prompts: str | None = None
+    """A test set of your own, a .jsonl file: each line has a `prompt` (or `messages`, for the chat template) and an `answer` (text or a
+    list of texts; the continuation's first line must be one of them) or a `pattern` (a regular expression to be found in it)."""
+    answer_tokens: Positive = 32
+    """How many tokens are written for each prompt, greedily."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Validation:
@@ -502,7 +510,8 @@ class Recipe(_Section):
         tokens, which decides what limits it has."""
         data = self.model_dump(mode="json")
         for target, record in zip(self.targets, data["targets"], strict=True):
-            record["limits"] = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
+            limits = {name: getattr(target.bounds(), name) for name in applicable(predicts=predicts)}
+            record["limits"] = {name: limit for name, limit in limits.items() if limit is not None}
             if target.budget is not None:
                 record["ladder"] = list(target.ladder or LADDER)
                 record["limits"] |= {
@@ -602,6 +611,9 @@ def _cross_check(recipe: Recipe) -> None:
             if target.format not in owners:
                 where = recipe.where("targets", i, "options", option)
                 raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
+        if target.limits.answers is not None and recipe.validation.prompts is None:
+            where = recipe.where("targets", i, "limits", "answers")
+            raise RecipeError(f"{where}: validation has no prompts to answer; give validation.prompts a .jsonl file")
     if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
         raise RecipeError(
             f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "

@@ -18,9 +18,18 @@ _Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
+class Interval:
+    """Where a value lies at 95 % (:mod:`convert.intervals`)."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that was looked at: ``value`` in ``unit`` must be ``bound`` (``at most``, ``at least``) ``limit``; with ``bound``
-    ``holds`` it is 1 for yes and 0 for no. Made by :func:`at_most`, :func:`at_least` and :func:`holds`."""
+    ``holds`` it is 1 for yes and 0 for no. The value decides, be the limit inside its ``interval`` or not; ``detail`` then says that the
+    sample is too small to tell. Made by :func:`at_most`, :func:`at_least` and :func:`holds`."""
 
     name: str
     value: float
@@ -29,16 +38,17 @@ class Check:
     unit: str
     passed: bool
     detail: str
+    interval: Interval | None = None
 
 
-def at_most(name: str, value: float, limit: float, unit: str, detail: str = "") -> Check:
+def at_most(name: str, value: float, limit: float, unit: str, detail: str = "", interval: Interval | None = None) -> Check:
     """A value with an upper limit; NaN fails."""
-    return Check(name, value, "at most", limit, unit, value <= limit, detail)
+    return Check(name, value, "at most", limit, unit, value <= limit, detail, interval)
 
 
-def at_least(name: str, value: float, limit: float, unit: str, detail: str = "") -> Check:
+def at_least(name: str, value: float, limit: float, unit: str, detail: str = "", interval: Interval | None = None) -> Check:
     """A value with a lower limit; NaN fails."""
-    return Check(name, value, "at least", limit, unit, value >= limit, detail)
+    return Check(name, value, "at least", limit, unit, value >= limit, detail, interval)
 
 
 def holds(name: str, fact: bool, detail: str = "") -> Check:
@@ -60,8 +70,22 @@ class LayerNumbers:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """What was measured, block of neighbouring tokens by block, so that it can be drawn again: how many ``tokens``, the sum of their
+    ``kl_nats``, how many have the ``same`` most likely successor; how many were ``predicted``, and by how many ``excess_nats`` the
+    artifact predicts these worse than the source."""
+
+    tokens: tuple[int, ...]
+    kl_nats: tuple[float, ...]
+    same: tuple[int, ...]
+    predicted: tuple[int, ...]
+    excess_nats: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Divergence:
-    """How far a runtime's logits are from the source's on the same tokens: KL in nats a token, perplexities over next tokens."""
+    """How far a runtime's logits are from the source's on the same tokens: KL in nats a token, perplexities over next tokens; and the
+    intervals in which they lie, None where there is too little text for one."""
 
     tokens: int
     kl_nats: float
@@ -69,6 +93,10 @@ class Divergence:
     top1: float
     perplexity: float
     source_perplexity: float
+    kl_interval: Interval | None = None
+    top1_interval: Interval | None = None
+    ratio_interval: Interval | None = None
+    blocks: Blocks | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -83,6 +111,18 @@ class Drift:
     vectors: int
     relative_error: float
     cosine: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which prompts of the user's test set were answered right, in its order, and where the share lies (Wilson)."""
+
+    right: tuple[bool, ...]
+    interval: Interval
+
+    @property
+    def share(self) -> float:
+        return sum(self.right) / len(self.right)
 
 
 @dataclass(frozen=True)
@@ -103,6 +143,7 @@ class RuntimeResult:
     divergence: Divergence | None
     drift: Drift | None = None
     kernels: dict[str, int] = field(default_factory=dict)
+    answers: Answers | None = None
 
     @property
     def program(self) -> str:
@@ -135,8 +176,13 @@ class Report:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_bytes(self) -> bytes:
-        """JSON, in which a number that is not finite is null."""
-        return json_bytes(_finite({"report_version": VERSION, "passed": self.passed, **asdict(self)}))
+        """As :func:`plain_json` spells it."""
+        return plain_json({"report_version": VERSION, "passed": self.passed, **asdict(self)})
+
+
+def plain_json(record: dict[str, Any]) -> bytes:
+    """JSON, in which a number that is not finite is null."""
+    return json_bytes(_finite(record))
 
 
 def manifest_digest(artifact: Path) -> str:
@@ -159,7 +205,7 @@ def read_report(path: Path) -> Report:
         return Report(
             **{
                 **raw,
-                "checks": tuple(_record(Check, item) for item in raw["checks"]),
+                "checks": tuple(_with_intervals(Check, item) for item in raw["checks"]),
                 "layers": tuple(_record(LayerNumbers, item) for item in raw["layers"]),
                 "source": _runtime(raw["source"]),
                 "runtimes": tuple(_runtime(item) for item in raw["runtimes"]),
@@ -170,13 +216,26 @@ def read_report(path: Path) -> Report:
 
 
 def _runtime(raw: dict[str, Any]) -> RuntimeResult:
-    divergence, drift = raw["divergence"], raw.get("drift")
-    found = {"divergence": _record(Divergence, divergence) if divergence else None, "drift": _record(Drift, drift) if drift else None}
+    divergence, drift, answers = raw["divergence"], raw.get("drift"), raw.get("answers")
+    if divergence and divergence.get("blocks"):
+        divergence = {**divergence, "blocks": Blocks(**{key: tuple(values) for key, values in divergence["blocks"].items()})}
+    found = {
+        "divergence": _with_intervals(Divergence, divergence) if divergence else None,
+        "drift": _record(Drift, drift) if drift else None,
+        "answers": Answers(tuple(answers["right"]), Interval(**answers["interval"])) if answers else None,
+    }
     return RuntimeResult(**{**raw, **found})
 
 
 def _record(kind: type[_Record], raw: dict[str, Any]) -> _Record:
     return kind(**{key: math.nan if value is None else value for key, value in raw.items()})
+
+
+def _with_intervals(kind: type[_Record], raw: dict[str, Any]) -> _Record:
+    """A record of which some fields may be intervals, and may be None."""
+    optional = {key: value for key, value in raw.items() if key.endswith("interval") or key == "blocks"}
+    read = {key: Interval(**value) if isinstance(value, dict) else value for key, value in optional.items()}
+    return kind(**{key: math.nan if value is None else value for key, value in raw.items() if key not in optional}, **read)
 
 
 def _finite(value: Any) -> Any:

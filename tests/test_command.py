@@ -39,7 +39,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo("--help").stdout
 
 
-COMMANDS = ["", "plan", "convert", "sensitivity", "push", "reproduce", "check", "verify", "inspect", "schema", "doctor", "runtimes"]
+COMMANDS = [
+    "",
+    *["plan", "convert", "sensitivity", "push", "reproduce", "check", "compare", "verify", "inspect", "schema", "doctor", "runtimes"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -19,7 +19,7 @@ import matplotlib
 import pytest
 
 from convert.html import render
-from convert.report import Divergence, LayerNumbers, Report, RuntimeResult, at_most, holds
+from convert.report import Divergence, Interval, LayerNumbers, Report, RuntimeResult, at_most, holds
 from formats.errors import FormatError
 from formats.manifest import FileRecord, Manifest
 
@@ -147,6 +147,17 @@ def test_says_failed_in_words_and_names_what() -> None:
     text = Page(render(*make_pair(checks=checks))).text
     assert "✗ failed : 1 of 2 checks failed (transformers: kl_nats)" in text
     assert "0.050004 nats ≤ 0.05 ✗ failed" in text, "a failed value must not be rounded to its limit"
+
+
+def test_shows_the_interval_beside_the_value() -> None:
+    run = make_run("transformers", 0.0358)
+    assert run.divergence is not None
+    interval = Interval(0.0341, 0.0376)
+    checks = (at_most("transformers: kl_nats", 0.0358, 0.05, "nats", "", interval),)
+    runs = (replace(run, divergence=replace(run.divergence, kl_interval=interval)),)
+    text = Page(render(*make_pair(checks=checks, runtimes=runs))).text
+    assert "0.0358 nats [0.0341, 0.0376] at 95 % ≤ 0.05 ✓ passed" in text
+    assert "is 0.0358 nats a token [0.0341, 0.0376] at 95 %; the limit is 0.05." in text
 
 
 def test_refuses_a_report_of_other_bytes() -> None:

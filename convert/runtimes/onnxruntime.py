@@ -56,6 +56,7 @@ def main(request_path: str, answer_path: str) -> None:
     began = time.perf_counter()
     generated = session.generate(request["prompt"], request["new_tokens"], session.ends)
     decode_seconds = time.perf_counter() - began
+    answers = [session.generate(prompt, request["answer_tokens"], session.ends) for prompt in request.get("prompts", [])]
     agreement = session.agreement(request["mode"])
     answer = {
         "module_dtypes": session.module_dtypes(),
@@ -66,6 +67,7 @@ def main(request_path: str, answer_path: str) -> None:
         "prefill_tokens_per_second": tokens.size / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds,
         "generated": generated,
+        "answers": answers,
         "vocabulary": vocabulary,
         "predicts": True,
         "device": session.device,

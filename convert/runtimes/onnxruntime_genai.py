@@ -68,13 +68,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{len(logits)} rows of logits for {len(sequence)} tokens")
             vocabulary = logits.shape[-1]
             logits.astype("<f4").tofile(stream)
-    generator = _generator(model, len(request["prompt"]) + request["new_tokens"])
     began = time.perf_counter()
-    generator.append_tokens(np.array(request["prompt"], np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
+    generated = _continue(model, request["prompt"], request["new_tokens"])
     decode_seconds = time.perf_counter() - began
-    generated = [int(token) for token in generator.get_sequence(0)[len(request["prompt"]) :]]
     return {
         "weight_bytes": _weight_bytes(Path(request["artifact"])),
         "peak_bytes": peak_bytes(),
@@ -82,6 +78,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         "prefill_tokens_per_second": tokens.size / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds,
         "generated": generated,
+        "answers": [_continue(model, prompt, request["answer_tokens"]) for prompt in request.get("prompts", [])],
         "vocabulary": vocabulary,
         "predicts": True,
         "device": "cpu",
@@ -98,6 +95,16 @@ def _load(request: dict[str, Any], **options: Any) -> Any:
     session = {"intra_op_num_threads": request["threads"], **options}
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     return onnxruntime_genai.Model(config)
+
+
+def _continue(model: Any, prompt: list[int], count: int) -> list[int]:
+    import numpy as np
+
+    generator = _generator(model, len(prompt) + count)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
 
 def _generator(model: Any, length: int) -> Any:

@@ -66,6 +66,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     generated = decoder.generate(request["prompt"], request["new_tokens"])
     decode_seconds = time.perf_counter() - began
+    answers = [decoder.generate(prompt, request["answer_tokens"]) for prompt in request.get("prompts", [])]
     kernels, module_dtypes = decoder.kernels(), decoder.module_dtypes()
     return {
         "module_dtypes": module_dtypes,
@@ -76,6 +77,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         "prefill_tokens_per_second": tokens.size / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds,
         "generated": generated,
+        "answers": answers,
         "vocabulary": vocabulary,
         "predicts": True,
         "device": "cpu",

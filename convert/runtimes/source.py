@@ -74,6 +74,7 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
         "prefill_tokens_per_second": tokens.numel() / (time.perf_counter() - loaded),
         "decode_tokens_per_second": 0.0,
         "generated": [],
+        "answers": [],
         "vocabulary": vocabulary,
         "predicts": predicts,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",

@@ -5,12 +5,13 @@ any interpreter with transformers can run it.
 
 Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``logits`` (file to write: float32 (sequences, length,
 vocabulary), raw; of a model that predicts no tokens its last hidden states, or whatever logits it has), ``prompt`` (token ids),
-``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``, ``trust_remote_code``.
+``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``, ``trust_remote_code``; and, if asked, ``prompts`` (token ids
+of each) with ``answer_tokens``.
 
 Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``dequantized`` (whether loading turned codes into
 floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated``
-(token ids, none where it predicts none), ``vocabulary`` (the last axis of what was written), ``predicts`` (whether that is logits of next
-tokens), ``device``, ``versions``.
+(token ids, none where it predicts none), ``answers`` (the same for each of ``prompts``), ``vocabulary`` (the last axis of what was
+written), ``predicts`` (whether that is logits of next tokens), ``device``, ``versions``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     seconds = 0.0
     vocabulary = 0
     predicts = bool(model.can_generate())
-    generated = torch.empty(0, dtype=torch.long)
+    generated: list[int] = []
+    answers: list[list[int]] = []
     decode_seconds = 0.0
     with torch.inference_mode(), Path(request["logits"]).open("wb") as stream:
         for sequence in tokens:
@@ -77,15 +79,11 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
             vocabulary = logits.shape[-1]
             logits.numpy().tofile(stream)
         if predicts:
-            prompt = torch.tensor([request["prompt"]], device=device)
             started = time.perf_counter()
-            generated = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=request["new_tokens"],
-                do_sample=False,
-            )[0, prompt.shape[1] :]
+            generated = _continue(model, request["prompt"], request["new_tokens"])
             decode_seconds = time.perf_counter() - started
+            # One by one: padding would be part of what is measured.
+            answers = [_continue(model, prompt, request["answer_tokens"]) for prompt in request.get("prompts", [])]
     on_gpu = device != "cpu"
     quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(quantization, "quant_method", None)
@@ -99,12 +97,22 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         "load_seconds": load_seconds,
         "prefill_tokens_per_second": tokens.numel() / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds if predicts else 0.0,
-        "generated": generated.tolist(),
+        "generated": generated,
+        "answers": answers,
         "vocabulary": vocabulary,
         "predicts": predicts,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", *decoders)},
     }
+
+
+def _continue(model: Any, prompt: list[int], count: int) -> list[int]:
+    """At most ``count`` tokens, each the most likely one."""
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[0].tolist()
+    return found[len(prompt) :]
 
 
 def peak_bytes() -> int:

@@ -49,11 +49,15 @@ async function main(requestPath, answerPath) {
   }
   fs.closeSync(logits);
 
-  const prompt = request.prompt.map(BigInt);
+  const write = async (ids, count) => {
+    const output = await model.generate({ ...feeds(library, ids.map(BigInt)), max_new_tokens: count, do_sample: false });
+    return Array.from(output.data, Number).slice(ids.length);
+  };
   const began = performance.now();
-  const output = await model.generate({ ...feeds(library, prompt), max_new_tokens: request.new_tokens, do_sample: false });
+  const generated = await write(request.prompt, request.new_tokens);
   const decoding = (performance.now() - began) / 1000;
-  const generated = Array.from(output.data, Number).slice(prompt.length);
+  const answers = [];
+  for (const ids of request.prompts ?? []) answers.push(await write(ids, request.answer_tokens));
   const tokenizer = await library.AutoTokenizer.from_pretrained(request.artifact, { local_files_only: true });
   const ids = tokenizer(request.text, { add_special_tokens: request.special_tokens, return_tensor: false }).input_ids.map(Number);
 
@@ -64,6 +68,7 @@ async function main(requestPath, answerPath) {
     prefill_tokens_per_second: (tokens.rows.length * tokens.rows[0].length) / seconds,
     decode_tokens_per_second: generated.length / decoding,
     generated,
+    answers,
     vocabulary,
     predicts: true,
     device: "cpu",

@@ -83,6 +83,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     generated = _generate(engine, request["prompt"], greedy).outputs[0].token_ids
     answer["decode_tokens_per_second"] = len(generated) / (time.perf_counter() - started)
     answer["generated"] = list(generated)
+    short = SamplingParams(temperature=0.0, max_tokens=request.get("answer_tokens", 1), detokenize=False)
+    answer["answers"] = [list(_generate(engine, prompt, short).outputs[0].token_ids) for prompt in request.get("prompts", [])]
     on_gpu = not current_platform.is_cpu()
     answer["device"] = current_platform.get_device_name() if on_gpu else "cpu"
     answer["peak_bytes"] = _peak_gpu_bytes() if on_gpu else _peak_bytes()
@@ -109,7 +111,11 @@ def _load(request: dict[str, Any], length: int, loaded: dict[str, Any]) -> Any:
             loaded.update({name: (tensor.dtype, tensor.nbytes) for name, tensor in model.named_parameters()})
 
     register_model_loader("recorded")(Recorder)
-    longest = max(length + 1, len(request["prompt"]) + request["new_tokens"])
+    longest = max(
+        length + 1,
+        len(request["prompt"]) + request["new_tokens"],
+        *(len(prompt) + request["answer_tokens"] for prompt in request.get("prompts", [])),
+    )
     share = {}
     if not current_platform.is_cpu():
         free, total = torch.cuda.mem_get_info()

@@ -45,6 +45,12 @@ def test_a_good_artifact_passes_and_its_report_says_why(converted: Any) -> None:
         assert read_report(report_path(artifact.path)) == report
         assert {run.name for run in report.runtimes} == {"transformers"}
         assert (artifact.path / CARD).read_text().startswith("---\n")
+    divergence = converted.reports[0].runtimes[0].divergence
+    (check,) = [check for check in converted.reports[0].checks if check.name == "transformers: kl_nats"]
+    assert check.interval == divergence.kl_interval
+    assert check.interval.low < divergence.kl_nats < check.interval.high
+    text = f"[{divergence.ratio_interval.low:.3f}, {divergence.ratio_interval.high:.3f}]"
+    assert text in (converted.artifacts[0].path / CARD).read_text()
     quantized = [check for check in converted.reports[0].checks if check.name == "transformers: modules in 8 bit"]
     assert quantized[0].value == 14
 
