@@ -205,7 +205,7 @@ def test_experts_in_one_tensor_are_solved_as_separate_ones_are(tmp_path: Path) -
 
 
 def test_experts_may_be_rounded_beside_layers_that_are_solved(tmp_path: Path) -> None:
-    """And the plan counts their Hessians where they have any: one for gate and up, one for down, of each expert; and what a batch hands them."""
+    """And the plan counts their Hessians where they have any: one for gate and up, one for down, of each expert; and what they read."""
     source = saved("qwen3_moe", tmp_path)
     text = RECIPE.format(model=source, scheme="int8-weight-only", algorithm="gptq", runtime="transformers", hardware="", more="")
     every = parse_recipe(text, "test.yaml", name="test")
