@@ -16,6 +16,10 @@ from formats.manifest import Manifest
 from formats.scheme import SCHEMES
 
 
+#: Sizes that differ by no more are the same: headers of INT8 and FP8 files differ by a kilobyte.
+SAME_SIZE = 1e-3
+
+
 @dataclass(frozen=True)
 class Row:
     """One artifact in one runtime. ``loss``: the mean KL divergence in nats, or of a model that predicts no tokens the relative error, in
@@ -146,7 +150,8 @@ def _beats(other: Row, row: Row) -> bool:
     """NaN beats nothing and is beaten by any number."""
     if math.isnan(row.loss):
         return not math.isnan(other.loss)
-    return other.size_bytes <= row.size_bytes and other.loss <= row.loss and (other.size_bytes, other.loss) != (row.size_bytes, row.loss)
+    as_small, smaller = other.size_bytes <= row.size_bytes * (1 + SAME_SIZE), other.size_bytes < row.size_bytes * (1 - SAME_SIZE)
+    return as_small and other.loss <= row.loss and (smaller or other.loss < row.loss)
 
 
 def _pair(made: Sequence[tuple[Manifest, Report]]) -> tuple[Report, Report] | None:

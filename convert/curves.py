@@ -110,6 +110,10 @@ def draw_comparison(rows: Sequence[Row]) -> Markup:
             axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
             axes.annotate(f"{row.name}, {row.run.name}", (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
         axes.margins(x=0.25, y=0.15)
+        # Sizes that are all but the same would be spread over the whole axis.
+        low, high = axes.get_xlim()
+        least = max(high - low, 0.1 * high)
+        axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("weights on disk (MB)", color=TEXT_INK)
         axes.set_ylabel("relative error" if any(row.run.drift for row in rows) else "KL (nats a token)", color=TEXT_INK)

@@ -103,6 +103,8 @@ def test_the_frontier_is_what_nothing_beats_and_noise_is_said() -> None:
     ).rows
     assert [row.frontier for row in rows] == [True, True, False, False]
     assert [row.in_noise for row in rows] == [False, False, True, False]
+    rows = compare([made_up("int8", 100_000, [0.2, 0.3]), made_up("fp8", 100_001, [0.1, 0.2])]).rows
+    assert [row.frontier for row in rows] == [False, True], "a kilobyte of headers is no saving"
 
 
 def test_rows_that_cannot_be_compared() -> None:
