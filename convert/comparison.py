@@ -15,7 +15,6 @@ from formats.errors import InputError
 from formats.manifest import Manifest
 from formats.scheme import SCHEMES
 
-
 #: Sizes that differ by no more are the same: headers of INT8 and FP8 files differ by a kilobyte.
 SAME_SIZE = 1e-3
 
