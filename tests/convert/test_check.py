@@ -85,7 +85,7 @@ def test_the_card_is_valid_for_the_hub_and_states_only_what_was_measured(convert
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(converted.artifacts[0].path / CARD)
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert "int8-dynamic" in card.data.tags
     divergence = converted.reports[0].runtimes[0].divergence
     assert f"{divergence.kl_nats:.4f}" in card.text
