@@ -1066,6 +1066,19 @@ _ONNXRUNTIME = (
         "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-23",
         "weights are widened at every call, ten times slower than floats",
     ),
+    *(
+        Row(
+            "onnxruntime",
+            ("1.32",),
+            ("cpu-vnni",),
+            form,
+            ("int8-lookup",),
+            "fused",
+            "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-29",
+            "rows that are looked up are widened; nothing is multiplied",
+        )
+        for form in ("onnx", "onnx-matmulnbits")
+    ),
 )
 
 #: What ONNX Runtime does in other programs, and OpenVINO with the same graphs.
