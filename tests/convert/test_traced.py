@@ -17,7 +17,7 @@ import transformers
 from convert import pipeline
 from formats import FORMATS
 from formats.dtypes import numpy_dtype
-from formats.errors import RecipeError
+from formats.errors import InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
@@ -324,3 +324,49 @@ def test_a_model_of_sound_is_refused_by_name(tmp_path: Path, export: Callable[..
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "sound")
     with pytest.raises(RecipeError, match="Wav2Vec2Model, which reads input_values"):
         export(tmp_path / "sound", "[{match: linear, scheme: int8-dynamic}]")
+
+
+@pytest.mark.parametrize("form", ["onnx", "onnx-matmulnbits"])
+def test_a_table_is_looked_up_among_codes(form: str, saved: Callable[..., Any], export: Callable[..., Path]) -> None:
+    folder, model = saved("bert")
+    out = export(folder, "[{match: word_embeddings, scheme: int8-lookup}]", targets__0__format=form)
+    inputs = inputs_for("bert")
+    plain = expect(model, inputs)["last_hidden_state"]
+    assert put_back(model, out, form) == 1
+    expected, got = expect(model, inputs)["last_hidden_state"], run(out, inputs)["last_hidden_state"]
+    assert np.abs(seen(got, inputs) - seen(expected, inputs)).max() < 2e-5
+    assert np.abs(seen(plain, inputs) - seen(expected, inputs)).max() > 1e-4
+    table = read_folder(out)["embeddings.word_embeddings.weight"].spec
+    assert (table.dtype, table.shape) == ("I8", (300, 64))  # rows, so that one can be taken out
+
+
+def test_only_graphs_look_codes_up(saved: Callable[..., Any], export: Callable[..., Path]) -> None:
+    folder, _ = saved("bert")
+    rules = "[{match: word_embeddings, scheme: int8-lookup}]"
+    with pytest.raises(RecipeError, match="compressed-tensors has codes of Linear modules only"):
+        export(folder, rules, targets__0__format="compressed-tensors", targets__0__runtimes="[transformers]")
+    with pytest.raises(RecipeError, match="no table of embeddings"):
+        export(folder, "[{match: linear, scheme: int8-lookup}]")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("transformers.js", marks=pytest.mark.runtime("transformers.js"))])
+def test_an_encoder_is_proven_in_its_runtimes(
+    runtime: str, saved: Callable[..., Any], recipe_for: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Layers are checked by what is in the graph, hidden states against the source's."""
+    folder, _ = saved("bert")
+    _with_tokenizer(folder)
+    rules = "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]"
+    recipe = recipe_for(folder, rules, text=RECIPE, **{"targets.0.runtimes": f"[{runtime}]"})
+    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
+    assert [check.name for check in report.checks if not check.passed] == []
+    errors = [check.value for check in report.checks if check.name.endswith(": relative_error")]
+    assert len(errors) == (2 if runtime == "onnxruntime" else 1)
+    assert all(0 < error < 0.05 for error in errors)
+
+
+def test_a_model_of_pictures_is_not_checked_and_says_so(saved: Callable[..., Any], recipe_for: Callable[..., Any], tmp_path: Path) -> None:
+    folder, _ = saved("vit")
+    with pytest.raises(InputError, match=r"reads pixel_values.*--no-check"):
+        pipeline.convert(recipe_for(folder, "[{match: linear, scheme: int8-dynamic}]", text=RECIPE), tmp_path / "out")
+    assert not (tmp_path / "out" / "q").exists()
