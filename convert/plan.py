@@ -612,6 +612,14 @@ def _enter(
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
+    if checkpoint.coded and any(step.recover for step in rule.algorithm):
+        first = next(iter(checkpoint.coded))
+        raise RecipeError(
+            f"{_position(recipe, index, rule, label)}: recover teaches a model to predict what its source predicts in 16 bit, and this "
+            f"source is quantized already ({first}: {checkpoint.coded[first].description}): what it lost cannot come back from itself. "
+            "Take the 16-bit model it was made from; fine-tune that first, if you want to; then convert it, with recover behind the other "
+            "algorithms: quantization comes last"
+        )
     refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
@@ -807,6 +815,8 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return f"observer {rule.observer} does not see what goes into one expert; use absmax for experts"
     if parameter.kind == "expert" and any(step.bias_correction for step in rule.algorithm):
         return "an expert has no bias of its own to correct; leave bias_correction out"
+    if any(step.recover for step in rule.algorithm) and (refused := _untrainable(parameter, SCHEMES[str(rule.scheme)])):
+        return refused
     if not calibrated(rule.algorithm):
         return None
     name = next(step.name for step in rule.algorithm if calibrated([step]))
@@ -816,6 +826,14 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return f"{name} runs the model block by block, and no blocks were found in it"
     if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
         return f"{name} works block by block, and it lies in none; use rtn"
+    return None
+
+
+def _untrainable(parameter: Parameter, scheme: Scheme) -> str | None:
+    if parameter.kind == "expert":
+        return "recover does not train experts; give them a rule without it"
+    if scheme.weight.scale == "F8_E8M0":
+        return f"recover learns scales, and those of {scheme.name} are powers of two; leave it out"
     return None
 
 

@@ -118,6 +118,30 @@ class BiasCorrection(_Section):
     """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
 
 
+class Recover(_Section):
+    """`recover`, behind what chooses the codes: weights of quantized layers, their scales and those of static inputs are trained, the
+    rest of the model stays as it is, until the quantized model predicts what the source predicts (quantization-aware distillation)."""
+
+    steps: Positive = 500
+    """Steps of the optimizer."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Train no longer than this: where fewer steps are expected to fit, the learning rate falls to its end sooner, and the manifest records
+    that it was the clock's doing. Otherwise the same recipe gives the same bytes."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Of weights, at most: Adam moves an element by about so much in a step. It rises over the first twentieth and falls along a cosine."""
+    scale_learning_rate: Annotated[float, Field(ge=0)] = 1e-3
+    """Of scales: their relative change in a step, at most; 0 leaves them."""
+    batch: Positive = 8
+    """Sequences in a step."""
+    generated: Annotated[int, Field(ge=0)] = 0
+    """So many sequences that the source writes itself, from random first tokens, are trained on beside the calibration text."""
+    mode: Literal["auto", "logits", "blocks"] = "auto"
+    """`logits`: the whole model at once, against the source's predictions; `blocks`: block after block, each against the source's hidden
+    states, in the memory of one; `auto`: `logits` where that fits into memory."""
+    seed: int = 0
+    """Chooses the order of sequences, and what is generated."""
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
@@ -126,6 +150,7 @@ class Step(_Section):
     smoothquant: Smoothquant | None = None
     awq: Awq | None = None
     bias_correction: BiasCorrection | None = None
+    recover: Recover | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +210,8 @@ class Rule(_Section):
         names = [step.name for step in self.algorithm]
         while len(names) > 1 and names[-1] in CORRECTIONS:
             names.pop()
+        if "recover" in [step.name for step in self.algorithm[:-1]]:
+            raise ValueError("recover trains what the other algorithms made; write it last, and once")
         *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
@@ -314,6 +341,13 @@ class Target(_Section):
     """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
+
+    @model_validator(mode="after")
+    def _one_training(self) -> Target:
+        asked = [step.recover for rule in self.rules if rule.scheme for step in rule.algorithm if step.recover]
+        if any(options != asked[0] for options in asked):
+            raise ValueError("a target is trained once, so every recover in its rules has the same options")
+        return self
 
     @model_validator(mode="after")
     def _budget_or_algorithm(self) -> Target:
@@ -790,6 +824,7 @@ def _fields_at(path: Path_) -> list[str]:
         "smoothquant": Smoothquant,
         "awq": Awq,
         "bias_correction": BiasCorrection,
+        "recover": Recover,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)
