@@ -72,7 +72,7 @@ def calibrate(
     folder = scratch()
     tokens, record = calibration_tokens(plan, folder)
     record = {**record, "dtype": walk_dtype(plan, device)}
-    quantized = [target for target in wanted if target.solved and settings_of(plan).propagate == "quantized"]
+    quantized = [target for target in wanted if target.solved and _settings(plan).propagate == "quantized"]
     others = [target for target in wanted if target not in quantized]
     count = sum(len(sequence) for sequence in tokens)
     with crew(workers if device == "cpu" else 1) as hands:
@@ -118,14 +118,14 @@ def walk_dtype(plan: Plan, device: str) -> str:
     from convert.loading import own_dtype
 
     own = own_dtype(plan.checkpoint)
-    if settings_of(plan).dtype == "float32":
+    if _settings(plan).dtype == "float32":
         return "float32"
     return own if device != "cpu" or (own == "bfloat16" and instructions() & {"avx512_bf16", "amx_bf16"}) else "float32"
 
 
 def lane_tokens(plan: Plan) -> int:
     """Tokens that walk through the model together."""
-    return int(settings_of(plan).sequences * settings_of(plan).length)
+    return int(_settings(plan).sequences * _settings(plan).length)
 
 
 def statistics_bytes(plan: Plan, workers: int) -> int:
@@ -149,7 +149,7 @@ def statistics_bytes(plan: Plan, workers: int) -> int:
                 for part in entry.parts
             }
             squares = sorted((n * n for n in inputs.values()), reverse=True)
-            rows = workers * int(settings_of(plan).length)
+            rows = workers * int(_settings(plan).length)
             largest = max(largest, 4 * (sum(squares) + 3 * sum(squares[:workers]) + rows * sum(read.values())))
     return largest
 
@@ -160,8 +160,7 @@ def _input_of(entry: Entry, part: Part, leaders: Mapping[str, str]) -> tuple[obj
     return (module.rpartition(".")[0], part.shape(entry.tensor)) if entry.experts else (leaders.get(module, module),)
 
 
-def settings_of(plan: Plan) -> Any:
-    """The recipe's section, or its defaults."""
+def _settings(plan: Plan) -> Any:
     from convert.recipe import Calibration
 
     return plan.recipe.calibration or Calibration()
@@ -174,7 +173,7 @@ def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], d
     from convert.datasets import Selection
     from convert.text import load_tokenizer, take_documents, take_tokens
 
-    settings = settings_of(plan)
+    settings = _settings(plan)
     folder = scratch / "tokenizer"
     folder.mkdir()
     for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
@@ -259,7 +258,7 @@ def _walk(
 
     assert plan.architecture is not None
     dtype = walk_dtype(plan, device)
-    quantized = any(target.solved for target in targets) and settings_of(plan).propagate == "quantized"
+    quantized = any(target.solved for target in targets) and _settings(plan).propagate == "quantized"
     static = sorted({module for target in targets for module in target.static} - known.keys())
     cache = any(_lacks_cache(plan, target) for target in targets)
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
@@ -459,7 +458,7 @@ def _judge_experts(plan: Plan, modules: Sequence[str], stand: Stand, observer: O
     Of a Hessian of fewer tokens than inputs the rest is damping: on random layers with inputs of a falling spectrum, as many tokens as
     inputs left 0.89 to 1.06 of the output error of rounding, on other tokens of the same kind, four times as many 0.67 to 0.78.
     """
-    settings = settings_of(plan)
+    settings = _settings(plan)
     missing = observer.too_few(modules, settings.expert_tokens)
     if missing and not any(observer.noted(module).get("tokens") for module in modules):
         raise SourceError(

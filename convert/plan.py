@@ -339,6 +339,7 @@ def _plan_target(
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
     _require_biases(recipe, index, target, claims, checkpoint)
+    _require_predictions(recipe, index, target, predicts=predicts)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
@@ -612,8 +613,9 @@ def _enter(
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
-    if checkpoint.coded and any(step.recover for step in rule.algorithm):
-        first = next(iter(checkpoint.coded))
+    # What a GGUF file holds is floats to all that comes, as everywhere here.
+    first = next((name for name, found in checkpoint.coded.items() if found.quantization is not None), None)
+    if first and any(step.recover for step in rule.algorithm):
         raise RecipeError(
             f"{_position(recipe, index, rule, label)}: recover teaches a model to predict what its source predicts in 16 bit, and this "
             f"source is quantized already ({first}: {checkpoint.coded[first].description}): what it lost cannot come back from itself. "
@@ -747,6 +749,14 @@ def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[
         if corrects and not any(f"{name.removesuffix('.weight')}.bias" in checkpoint.tensors for name in claimed):
             label = claims[claimed[0]][1]
             raise RecipeError(f"{_position(recipe, index, rule, label)}: bias_correction: none of the {len(claimed)} layers has a bias")
+
+
+def _require_predictions(recipe: Recipe, index: int, target: Target, *, predicts: bool) -> None:
+    """Raises :class:`RecipeError` where predictions are to be taught, and the model makes none."""
+    for i, rule in enumerate(target.rules):
+        if not predicts and any(step.recover and step.recover.mode == "logits" for step in rule.algorithm):
+            where = recipe.where("targets", index, "rules", i)
+            raise RecipeError(f"{where}: the model predicts no tokens, so recover has no logits to go by; set mode: blocks")
 
 
 def _fate(entry: Entry) -> str:

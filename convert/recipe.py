@@ -261,10 +261,10 @@ class Options(_Section):
     """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
-#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, or ``mixed``.
-LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed")
+#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, ``mixed``, or ``recover``.
+LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed", "recover")
 #: What a rung asks of algorithms beyond their defaults: the user wants what is cheapest, not to be asked which layers cannot be smoothed.
-_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}}
+_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}, "recover": {"minutes": 10.0}}
 
 
 class Budget(_Section):
@@ -288,24 +288,26 @@ class Budget(_Section):
 
 def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
     for i, rung in enumerate(rungs):
-        if rung == "recover":
-            raise ValueError("recover (training with quantization) is not in this version; leave it out")
-        if rung == "mixed" and i != len(rungs) - 1:
-            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last")
+        if rung == "recover" and i != len(rungs) - 1:
+            raise ValueError("recover trains for minutes what the cheaper rungs could not reach, so it comes last")
+        if rung == "mixed" and rungs[i + 1 :] not in ((), ("recover",)):
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last, or before recover")
         if rung == "mixed" and i == 0:
             raise ValueError("mixed keeps groups of the best rung before it in 16 bit; name one before it")
-        for name in rung.split("+") if rung != "mixed" else ():
-            known = (*ALGORITHMS, *TRANSFORMS, "mixed")
+        for name in rung.split("+") if rung not in ("mixed", "recover") else ():
+            known = (*ALGORITHMS, *TRANSFORMS)
             if name not in known:
-                raise ValueError(f"no rung is called {rung!r}{_nearest(name, known)}; write algorithms with + between them, or mixed")
+                near = _nearest(name, (*known, "mixed", "recover"))
+                raise ValueError(f"no rung is called {rung!r}{near}; write algorithms with + between them, or mixed or recover")
         if rung in rungs[:i]:
             raise ValueError(f"{rung} is there twice")
     return rungs
 
 
 def rung_steps(rung: str) -> tuple[Step, ...]:
-    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding."""
-    names = rung.split("+")
+    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding, and training
+    begins at what smoothing and GPTQ give."""
+    names = ["smoothquant", "gptq", "recover"] if rung == "recover" else rung.split("+")
     names += ["rtn"] if names[-1] in TRANSFORMS else []
     return tuple(Step.model_validate({name: _RUNG_OPTIONS.get(name, {})}) for name in names)
 
@@ -333,8 +335,9 @@ class Target(_Section):
     budget: Budget | None = None
     """Instead of an algorithm: climb the ladder until this is met."""
     ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
-    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed]` unless given; each is
-    algorithms with `+` between them, and `mixed` keeps in 16 bit what it must of the best before it."""
+    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed, recover]` unless given; each
+    is algorithms with `+` between them, `mixed` keeps in 16 bit what it must of the best before it, and `recover` trains, for ten minutes
+    at most, what smoothing and GPTQ made with every layer quantized."""
     alone: dict[str, float] | None = None
     """What the group of a module loses alone, nats a token, by module, as `mixed` measured it; the ledger notes it."""
     options: Options = Options()

@@ -25,6 +25,7 @@ from convert.groups import first_tensor
 from convert.loading import Skeleton
 from convert.moved import moved
 from convert.observe import Stats
+from convert.recipe import Calibration
 from convert.solve import Solved
 from formats.dtypes import DTYPES
 from formats.errors import MachineError, NumericsError
@@ -538,11 +539,9 @@ def generate(model: Any, count: int, length: int, *, seed: int, device: str) -> 
 def needed_bytes(plan: Plan, target: TargetPlan, device: str) -> int:
     """What training a target whole takes: the source in float32; of trained weights, values, their quantized form, two gradients, and two
     moments; the largest step's activations and logits."""
-    from convert.calibrate import settings_of
-
     trained = sum(entry.tensor.elements for entry in target.quantized if entry.asks("recover"))
     source = sum(spec.elements for spec in plan.checkpoint.tensors.values())
-    length = settings_of(plan).length
+    length = (plan.recipe.calibration or Calibration()).length
     tokens = length if device == "cpu" else max(length, GPU_TOKENS)
     features = sum(3 * part.shape(entry.tensor)[1] + part.shape(entry.tensor)[0] for entry in target.quantized for part in entry.parts)
     heads = int(plan.checkpoint.config.get("num_attention_heads") or 0)
@@ -552,20 +551,41 @@ def needed_bytes(plan: Plan, target: TargetPlan, device: str) -> int:
     return 4 * floats
 
 
+def training_bytes(plan: Plan, target: TargetPlan, walked_bytes: int, *, free_bytes: int, device: str) -> int:
+    """Memory of the host that training takes, 0 where there is none: :func:`needed_bytes`, or of a block, beside ``walked_bytes`` of the
+    walk, another walk, and six copies of its weights. On a GPU the host has what was solved, in float32 and as codes."""
+    trained = [entry for entry in target.quantized if entry.asks("recover")]
+    if not trained or plan.architecture is None:
+        return 0
+    options = trained[0].asks("recover")
+    assert options is not None
+    assert options.recover is not None
+    elements = sum(entry.tensor.elements for entry in target.quantized)
+    if mode_for(plan, target, options.recover, free_bytes=free_bytes, device=device) == "logits":
+        return needed_bytes(plan, target, device) + 5 * elements if device == "cpu" else walked_bytes + 5 * elements
+    blocks = plan.architecture.blocks
+    largest = max(sum(e.tensor.elements for e in trained if any(m.startswith(f"{block}.") for m in e.modules)) for block in blocks)
+    return 2 * walked_bytes + 4 * 6 * largest
+
+
+def mode_for(plan: Plan, target: TargetPlan, options: Recover, *, free_bytes: int, device: str) -> str:
+    """``logits`` or ``blocks``: what the recipe says, else whether the whole model's training fits."""
+    if options.mode != "auto":
+        return options.mode
+    return "logits" if plan.predicts and needed_bytes(plan, target, device) <= MEMORY_SHARE * free_bytes else "blocks"
+
+
 def choose_mode(plan: Plan, target: TargetPlan, options: Recover, device: str) -> str:
-    """``logits`` or ``blocks``. Raises :class:`MachineError` where the first is asked for and does not fit."""
+    """:func:`mode_for` with what is free now. Raises :class:`MachineError` where the whole model is asked for and does not fit."""
     import psutil
 
     free = torch.cuda.mem_get_info()[0] if device != "cpu" else psutil.virtual_memory().available
-    need = needed_bytes(plan, target, device)
-    fits = need <= MEMORY_SHARE * free
-    if options.mode == "logits" and not fits:
+    mode = mode_for(plan, target, options, free_bytes=free, device=device)
+    if mode == "logits" and (need := needed_bytes(plan, target, device)) > free:
         raise MachineError(
             f"{target.name}: training the whole model takes {need / 1e9:.1f} GB, {free / 1e9:.1f} are free; set recover.mode to blocks"
         )
-    if not plan.predicts:
-        return "blocks"
-    return options.mode if options.mode != "auto" else "logits" if fits else "blocks"
+    return mode
 
 
 @contextmanager

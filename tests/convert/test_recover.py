@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,24 +61,25 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic", "fp8-static", "fp8-dynamic"])
-def test_training_brings_predictions_closer_and_the_check_measures_it(peaked: Path, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic", "int8-weight-only-g32", "fp8-static", "fp8-dynamic"])
+def test_training_brings_predictions_closer_on_text_held_back(peaked: Path, tmp_path: Path, scheme: str) -> None:
     before = "{smoothquant: {alpha: 0.5, uncovered: leave}}, gptq"
-    with_it = convert(_recipe(peaked, scheme=scheme, before=before), tmp_path / "with")
-    without = parse_recipe(
-        RECIPE.format(model=peaked, scheme=scheme, before=before, options="").replace(", {recover: {}}", ""), "r.yaml", name="r"
-    )
-    plain = convert(without, tmp_path / "without")
-    assert with_it.passed, [check for check in with_it.reports[0].checks if not check.passed]
-    kl = [outcome.reports[0].runtimes[0].divergence.kl_nats for outcome in (with_it, plain)]  # type: ignore[union-attr]
-    assert kl[0] < 0.9 * kl[1], kl
-    records = _records(tmp_path / "with" / "q")
+    convert(_recipe(peaked, scheme=scheme, before=before), tmp_path, check=False)
+    records = _records(tmp_path / "q")
     assert len(records) == 14
     one = next(iter(records.values()))
     assert (one["steps"], one["mode"], one["out_of_time"]) == (40, "logits", False)
-    assert one["after"] < one["before"]
+    assert one["after"] < 0.9 * one["before"]
     assert any(record["codes_changed"] > 0 for record in records.values())
     assert all(("input_limit" in record) == scheme.endswith("static") for record in records.values())
+
+
+def test_the_check_measures_what_training_won(peaked: Path, tmp_path: Path) -> None:
+    with_it, text = convert(_recipe(peaked), tmp_path / "with"), RECIPE.replace(", {{recover: {{{options}}}}}", "")
+    plain = convert(parse_recipe(text.format(model=peaked, scheme="int8-static", before="rtn"), "r.yaml", name="r"), tmp_path / "without")
+    assert with_it.passed, [check for check in with_it.reports[0].checks if not check.passed]
+    kl = [outcome.reports[0].runtimes[0].divergence.kl_nats for outcome in (with_it, plain)]  # type: ignore[union-attr]
+    assert kl[0] < 0.9 * kl[1], kl
 
 
 def test_the_artifact_is_the_model_that_was_trained(peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +133,7 @@ def test_the_same_recipe_gives_the_same_bytes_however_many_threads(
 
 
 def test_block_by_block_each_block_comes_closer_to_the_sources(peaked: Path, tmp_path: Path) -> None:
-    outcome = convert(_recipe(peaked, OPTIONS.replace("logits", "blocks")), tmp_path)
-    assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
+    convert(_recipe(peaked, OPTIONS.replace("logits", "blocks")), tmp_path, check=False)
     records = _records(tmp_path / "q")
     assert {record["mode"] for record in records.values()} == {"blocks"}
     assert all(record["after"] < record["before"] for record in records.values())
@@ -204,8 +203,7 @@ convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), P
 
 
 def test_time_that_runs_out_ends_training_and_the_manifest_says_so(peaked: Path, tmp_path: Path) -> None:
-    outcome = convert(_recipe(peaked, "steps: 100000, batch: 4, minutes: 0.05, mode: logits"), tmp_path)
-    assert outcome.passed
+    convert(_recipe(peaked, "steps: 100000, batch: 4, minutes: 0.05, mode: logits"), tmp_path, check=False)
     one = next(iter(_records(tmp_path / "q").values()))
     assert one["out_of_time"]
     assert 5 <= one["steps"] < one["asked"] == 100000
@@ -326,6 +324,34 @@ def test_numbers_notice_a_code_and_a_scale_that_training_did_not_leave(peaked: P
         assert sum(value > 1 for value in worst.values()) == 1
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_it_is_the_last_rung_and_left_out_where_it_cannot_be(
+    make_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, quantized: bool
+) -> None:
+    from convert import recipe
+
+    monkeypatch.setitem(recipe._RUNG_OPTIONS, "recover", {"steps": 3, "mode": "logits"})
+    source = make_llama()
+    if quantized:
+        text = f"model: {source}\ntargets: [{{name: q, format: compressed-tensors, rules: [{{match: linear, scheme: fp8-dynamic}}]}}]"
+        convert(parse_recipe(text, "r.yaml", name="r"), tmp_path / "fp8", check=False)
+        source = tmp_path / "fp8" / "q"
+    text = f"""
+model: {source}
+calibration: {{sequences: 6, length: 32}}
+validation: {{tokens: 128, length: 32}}
+targets:
+  - name: q
+    format: compressed-tensors
+    rules: [{{match: linear, scheme: int8-dynamic}}]
+    budget: {{kl_nats: 1.0e-9}}
+    ladder: [rtn, recover]
+"""
+    outcome = convert(parse_recipe(text, "r.yaml", name="r"), tmp_path / "out")
+    assert not outcome.passed
+    assert [rung["name"] for rung in outcome.reports[0].ladder["rungs"]] == (["rtn"] if quantized else ["rtn", "recover"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["logits", "blocks"])
 def test_a_gpu_trains_and_twice_the_same(peaked: Path, tmp_path: Path, mode: str) -> None:
@@ -333,6 +359,5 @@ def test_a_gpu_trains_and_twice_the_same(peaked: Path, tmp_path: Path, mode: str
     for name in ("one", "two"):
         convert(recipe, tmp_path / name, device="cuda", check=False)
     assert _digest(tmp_path / "one" / "q") == _digest(tmp_path / "two" / "q")
-    records = _records(tmp_path / "one" / "q")
-    assert all(record["after"] < record["before"] for record in records.values())
-    assert json.loads(json.dumps(records))
+    records = _records(tmp_path / "one" / "q").values()
+    assert sum(record["after"] for record in records) < sum(record["before"] for record in records)
