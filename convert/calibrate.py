@@ -108,6 +108,8 @@ def _recoveries(
 
             recovery = Recovery(plan, target, "", device, hands, progress, training(target.name))
             recovery.mode = choose_mode(plan, target, recovery.options, device)
+            if recovery.mode == "blocks" and recovery.options.generated:
+                progress.say(f"warning: {target.name}: trained block by block, for the whole does not fit, on calibration text alone")
             found[target.name] = recovery
     return found
 

@@ -141,6 +141,14 @@ class Recover(_Section):
     seed: int = 0
     """Chooses the order of sequences, and what is generated."""
 
+    @model_validator(mode="after")
+    def _text(self) -> Recover:
+        if self.mode == "blocks" and self.generated:
+            raise ValueError(
+                "blocks are trained on calibration text alone, behind which the source's hidden states are known; leave generated out"
+            )
+        return self
+
 
 class Step(_Section):
     """One algorithm and its options."""
