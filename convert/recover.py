@@ -354,7 +354,6 @@ class Recovery:
     _starts: dict[str, Start] = field(default_factory=dict)
     _solved: list[Solved] = field(default_factory=list)
     _changed: dict[str, torch.Tensor] = field(default_factory=dict)
-    _spent: float = 0.0
 
     @property
     def options(self) -> Recover:
@@ -418,7 +417,9 @@ class Recovery:
         return student, self._record(found, held, seen)
 
     def _record(self, found: Fit, held: Sequence[int], seen: Sequence[int]) -> dict[str, Any]:
-        return {**asdict(found), "mode": self.mode, "sequences": len(seen), "held_back": len(held)}
+        """For the manifest; how long it took only where bytes hang on it, for the same job has to give the same manifest."""
+        told = {name: value for name, value in asdict(found).items() if name != "seconds" or found.out_of_time}
+        return {**told, "mode": self.mode, "sequences": len(seen), "held_back": len(held)}
 
     def block(
         self,

@@ -58,7 +58,8 @@ def _records(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    """Of the weights and of everything that is said of them."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes() + (folder / "octavo.json").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("scheme", ["int8-static", "int8-dynamic", "int8-weight-only-g32", "fp8-static", "fp8-dynamic"])
