@@ -22,7 +22,6 @@ from convert import environments, tasks
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.answers import Question, describe, encode, judge, read_questions
 from convert.child import request, run
-from convert.datasets import Selection
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
@@ -31,7 +30,7 @@ from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import HARNESSED, RUNTIMES
 from convert.source import open_source
-from convert.text import load_tokenizer, take_tokens
+from convert.text import load_tokenizer, take_held_out
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
@@ -386,15 +385,8 @@ def _check_recovery(runtime: str, result: RuntimeResult, recipe: Recipe, limit: 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     validation = recipe.validation
     tokenizer = load_tokenizer(artifact, trust_remote_code=recipe.trust_remote_code)
-    sequences = validation.tokens // validation.length
-    tokens, record = take_tokens(
-        validation.text,
-        tokenizer,
-        sequences=sequences,
-        length=validation.length,
-        purpose="validation",
-        selection=Selection(validation.config, validation.split, validation.column),
-    )
+    tokens, record = take_held_out(validation, tokenizer)
+    sequences = len(tokens)
     prompt, prompt_ids = QUESTION, tokenizer(QUESTION).input_ids
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": QUESTION}]

@@ -131,6 +131,7 @@ def draw_comparison(rows: Sequence[Row]) -> Markup:
     import matplotlib
 
     shown = [row for row in rows if math.isfinite(row.loss)]
+    alone = len({row.run.name for row in rows}) == 1
     best = sorted((row.size_bytes / 1e6, row.loss) for row in shown if row.frontier)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -142,7 +143,8 @@ def draw_comparison(rows: Sequence[Row]) -> Markup:
             x, low, high = row.size_bytes / 1e6, *((row.interval.low, row.interval.high) if row.interval else (row.loss, row.loss))
             axes.plot([x, x], [low, high], color=LINE_INK, linewidth=1.3)
             axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
-            axes.annotate(f"{row.name}, {row.run.name}", (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
+            label = row.name if alone else f"{row.name}, {row.run.name.partition(' (')[0]}"
+            axes.annotate(label, (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
         axes.margins(x=0.25, y=0.15)
         # Sizes that are all but the same would be spread over the whole axis.
         low, high = axes.get_xlim()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert.answers import read_questions
+from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
+from convert.calibrate import lane_tokens, source_tokenizer, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
@@ -29,6 +30,7 @@ from convert.report import Report, manifest_digest, plain_json, read_report, rep
 from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
+from convert.text import take_held_out
 from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
@@ -310,12 +312,15 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
+        with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+            tokenizer = source_tokenizer(job, Path(scratch))
+        take_held_out(job.recipe.validation, tokenizer)
         if job.recipe.validation.prompts is not None:
             if not job.predicts:
                 raise InputError(
                     f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
                 )
-            read_questions(Path(job.recipe.validation.prompts))
+            encode(read_questions(Path(job.recipe.validation.prompts)), tokenizer)
         if job.recipe.validation.tasks and not job.predicts:
             where = job.recipe.where("validation", "tasks")
             raise InputError(f"{where}: {job.checkpoint.origin} predicts no tokens, so it has no score in them")
