@@ -268,7 +268,7 @@ def test_grouped_attention_is_the_same_decoder(family: str, tmp_path: Path, expo
 def test_grouped_attention_takes_what_it_can_do_itself(
     family: str, inputs: int, inside: bool, tmp_path: Path, export: Callable[..., Path]
 ) -> None:
-    """Queries, keys and values as one, unless their heads are normed or turned before; angles, unless its kernels have none of such a size."""
+    """Queries, keys and values as one, unless their heads are normed or turned before; angles, unless its kernels have no such size."""
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT, targets__0__options="{attention: gqa}")
     nodes = read_graph(out / find_graph(out)).graph.node
