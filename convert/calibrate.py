@@ -139,19 +139,26 @@ def _settings(plan: Plan) -> Any:
     return plan.recipe.calibration or Calibration()
 
 
+def source_tokenizer(plan: Plan, scratch: Path) -> Any:
+    """The tokenizer of the source, from a copy in ``scratch`` of the small files beside its weights. Raises :class:`InputError`."""
+    from convert.text import load_tokenizer
+
+    folder = scratch / "tokenizer"
+    folder.mkdir()
+    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
+        (folder / name).write_bytes(content)
+    return load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+
+
 def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
     from convert.datasets import Selection
-    from convert.text import load_tokenizer, take_documents, take_tokens
+    from convert.text import take_documents, take_tokens
 
     settings = _settings(plan)
-    folder = scratch / "tokenizer"
-    folder.mkdir()
-    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
-        (folder / name).write_bytes(content)
-    tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+    tokenizer = source_tokenizer(plan, scratch)
     selection = Selection(settings.config, settings.split, settings.column)
     wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:

@@ -29,7 +29,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from convert.algorithms import ALGORITHMS, CORRECTIONS, TRANSFORMS
 from convert.datasets import is_hub_id
-from convert.runtimes import RUNTIMES
+from convert.runtimes import HARNESSED, RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
@@ -212,11 +212,13 @@ class Limits(_Section):
     """Of a model that predicts no tokens: mean error of its last hidden states, as a share of their length, at most."""
     answers: Annotated[float, Field(ge=0, le=1)] | None = None
     """Of `validation.prompts`: the share answered right may be so much smaller than the source's, for instance 0.02."""
+    recovery: Annotated[float, Field(gt=0)] | None = None
+    """Of each of `validation.tasks`: the score as a share of the source's, at least, for instance 0.98."""
 
 
 def applicable(*, predicts: bool) -> tuple[str, ...]:
     """The limits that a model can meet or miss: what is compared follows from what it gives, next tokens or hidden states."""
-    return ("kl_nats", "top1", "perplexity_ratio", "answers") if predicts else ("relative_error",)
+    return ("kl_nats", "top1", "perplexity_ratio", "answers", "recovery") if predicts else ("relative_error",)
 
 
 class Options(_Section):
@@ -354,6 +356,7 @@ class Target(_Section):
             perplexity_ratio=_or(limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
             relative_error=_or(limits, "relative_error", max(d.relative_error for d in defaults)),
             answers=limits.answers,
+            recovery=limits.recovery,
         )
 
     def merged_limits(self) -> Limits:
@@ -395,6 +398,24 @@ class Calibration(_Section):
     """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 
 
+class Task(_Section):
+    """A task of lm-evaluation-harness, or of your own in its YAML, run on source and artifact in transformers."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """As the harness calls it (`hellaswag`, `gsm8k`, a group, a tag), or what `task:` says in a YAML of yours."""
+    limit: Positive | None = None
+    """Of each task no more than its first so many documents; all unless given."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; the task's own number unless given."""
+    chat: bool = False
+    """Apply the model's chat template."""
+    metric: str | None = None
+    """Which of its metrics counts, for instance `acc` or `exact_match,strict-match`; `acc_norm`, `acc`, `exact_match` or its first, unless
+    given."""
+    include_path: str | None = None
+    """A folder with task YAMLs of your own. They may name Python functions, which then run on this machine."""
+
+
 class Validation(_Section):
     """The held-out text on which artifact and source are compared."""
 
@@ -418,11 +439,16 @@ class Validation(_Section):
     list of texts; the continuation's first line must be one of them) or a `pattern` (a regular expression to be found in it)."""
     answer_tokens: Positive = 32
     """How many tokens are written for each prompt, greedily."""
+    tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ()
+    """Tasks of lm-evaluation-harness (`pip install 'octavo[eval]'`), for instance `[{name: hellaswag, limit: 200}]`."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Validation:
         if self.tokens < self.length:
             raise ValueError(f"tokens ({self.tokens}) must be at least length ({self.length})")
+        names = [task.name for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"task {twice} is there twice; a report has one score for each")
         return self
 
 
@@ -626,6 +652,15 @@ def _cross_check(recipe: Recipe) -> None:
         if target.limits.answers is not None and recipe.validation.prompts is None:
             where = recipe.where("targets", i, "limits", "answers")
             raise RecipeError(f"{where}: validation has no prompts to answer; give validation.prompts a .jsonl file")
+        if target.limits.recovery is not None and not recipe.validation.tasks:
+            where = recipe.where("targets", i, "limits", "recovery")
+            raise RecipeError(f"{where}: validation has no tasks whose score could be recovered; give validation.tasks a list")
+        if recipe.validation.tasks and not any(name in HARNESSED for name in target.runtimes):
+            where = recipe.where("targets", i, "runtimes")
+            raise RecipeError(
+                f"{where}: lm-evaluation-harness runs {target.name} in {' or '.join(HARNESSED)}, and it names neither; add one, or leave "
+                "validation.tasks out"
+            )
     if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
         raise RecipeError(
             f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "
@@ -793,6 +828,7 @@ def _fields_at(path: Path_) -> list[str]:
         "budget": Budget,
         "options": Options,
         "validation": Validation,
+        "tasks": Task,
         "calibration": Calibration,
         "rotation": Rotation,
         "push": Push,
