@@ -85,7 +85,10 @@ def choose(groups: Sequence[Sequence[Option]], *, allowed: float) -> Choice | No
     for column, (i, _) in enumerate(flat):
         one_each[i, column] = 1
     # HiGHS lets a constraint be missed by 1e-6: in units of the whole loss, and asking for that much less, nothing is missed.
-    bound = max(allowed / total - 2e-6, least / total)
+    bound = allowed / total - 2e-6
+    if bound <= least / total:
+        smallest = [min(range(len(group)), key=lambda j, group=group: (group[j].loss, group[j].extra_bytes)) for group in groups]  # type: ignore[misc]
+        return _without_idle(groups, smallest, allowed)
     found = milp(
         cost / max(np.abs(cost).max(), 1.0),
         constraints=[LinearConstraint(loss[None] / total, ub=bound), LinearConstraint(one_each, lb=1, ub=1)],
@@ -94,9 +97,8 @@ def choose(groups: Sequence[Sequence[Option]], *, allowed: float) -> Choice | No
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        choice = [min(range(len(group)), key=lambda j, group=group: group[j].loss) for group in groups]  # type: ignore[misc]
-    else:
-        choice = [max(range(len(group)), key=lambda j, i=i: found.x[flat.index((i, j))]) for i, group in enumerate(groups)]  # type: ignore[misc]
+        return None
+    choice = [max(range(len(group)), key=lambda j, i=i: found.x[flat.index((i, j))]) for i, group in enumerate(groups)]  # type: ignore[misc]
     return _without_idle(groups, choice, allowed)
 
 

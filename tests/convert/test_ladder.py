@@ -129,7 +129,11 @@ def test_another_scheme_is_chosen_before_sixteen_bits(make_llama: Any, recipe_fo
     folder = make_llama(num_hidden_layers=3, dtype="float32")
     plain = _text(1e-9, "[rtn]").replace("calibration", "# ")
     kl = convert(recipe_for(folder, text=plain), tmp_path / "rtn").reports[0].ladder["rungs"][0]["kl_nats"]
-    text = _text(kl * 1.02, "[rtn, mixed]").replace("int8-dynamic", "fp8-dynamic").replace("64}", "64, choices: [int8-dynamic, keep]}")
+    text = (
+        _text(kl * 1.02, "[rtn, mixed]")
+        .replace("int8-dynamic", "fp8-dynamic")
+        .replace("tokens: 64}", "tokens: 64, choices: [int8-dynamic, keep]}")
+    )
     outcome = convert(recipe_for(folder, text=text), tmp_path / "mixed")
     assert outcome.passed
     ledger = outcome.artifacts[0].manifest.ledger
