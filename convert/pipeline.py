@@ -26,6 +26,7 @@ from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, Target, parse_recipe
+from convert.recover import training_bytes
 from convert.report import Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
@@ -88,6 +89,9 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         # A block is smoothed in float32, whatever it is watched in.
         walked = sizes.peak_bytes + 2 * sizes.block_bytes
         memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
+        memory = max(
+            memory, *(BASE_BYTES + training_bytes(plan, target, walked, free_bytes=free, device=device) for target in plan.targets)
+        )
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)

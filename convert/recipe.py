@@ -118,6 +118,38 @@ class BiasCorrection(_Section):
     """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
 
 
+class Recover(_Section):
+    """`recover`, behind what chooses the codes: weights of quantized layers, their scales and those of static inputs are trained, the
+    rest of the model stays as it is, until the quantized model predicts what the source predicts (quantization-aware distillation)."""
+
+    steps: Positive = 500
+    """Steps of the optimizer."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Train no longer than this: where fewer steps are expected to fit, the learning rate falls to its end sooner, and the manifest records
+    that it was the clock's doing. Otherwise the same recipe gives the same bytes."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Of weights, at most: Adam moves an element by about so much in a step. It rises over the first twentieth and falls along a cosine."""
+    scale_learning_rate: Annotated[float, Field(ge=0)] = 1e-3
+    """Of scales: their relative change in a step, at most; 0 leaves them."""
+    batch: Positive = 8
+    """Sequences in a step."""
+    generated: Annotated[int, Field(ge=0)] = 0
+    """So many sequences that the source writes itself, from random first tokens, are trained on beside the calibration text."""
+    mode: Literal["auto", "logits", "blocks"] = "auto"
+    """`logits`: the whole model at once, against the source's predictions; `blocks`: block after block, each against the source's hidden
+    states, in the memory of one; `auto`: `logits` where that fits into memory."""
+    seed: int = 0
+    """Chooses the order of sequences, and what is generated."""
+
+    @model_validator(mode="after")
+    def _text(self) -> Recover:
+        if self.mode == "blocks" and self.generated:
+            raise ValueError(
+                "blocks are trained on calibration text alone, behind which the source's hidden states are known; leave generated out"
+            )
+        return self
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
@@ -126,6 +158,7 @@ class Step(_Section):
     smoothquant: Smoothquant | None = None
     awq: Awq | None = None
     bias_correction: BiasCorrection | None = None
+    recover: Recover | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +218,8 @@ class Rule(_Section):
         names = [step.name for step in self.algorithm]
         while len(names) > 1 and names[-1] in CORRECTIONS:
             names.pop()
+        if "recover" in [step.name for step in self.algorithm[:-1]]:
+            raise ValueError("recover trains what the other algorithms made; write it last, and once")
         *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
@@ -234,10 +269,10 @@ class Options(_Section):
     """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
-#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, or ``mixed``.
-LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed")
+#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, ``mixed``, or ``recover``.
+LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed", "recover")
 #: What a rung asks of algorithms beyond their defaults: the user wants what is cheapest, not to be asked which layers cannot be smoothed.
-_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}}
+_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}, "recover": {"minutes": 10.0}}
 
 
 def _check_choices(choices: tuple[str, ...]) -> tuple[str, ...]:
@@ -275,24 +310,26 @@ class Budget(_Section):
 
 def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
     for i, rung in enumerate(rungs):
-        if rung == "recover":
-            raise ValueError("recover (training with quantization) is not in this version; leave it out")
-        if rung == "mixed" and i != len(rungs) - 1:
-            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last")
+        if rung == "recover" and i != len(rungs) - 1:
+            raise ValueError("recover trains for minutes what the cheaper rungs could not reach, so it comes last")
+        if rung == "mixed" and rungs[i + 1 :] not in ((), ("recover",)):
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last, or before recover")
         if rung == "mixed" and i == 0:
             raise ValueError("mixed keeps groups of the best rung before it in 16 bit; name one before it")
-        for name in rung.split("+") if rung != "mixed" else ():
-            known = (*ALGORITHMS, *TRANSFORMS, "mixed")
+        for name in rung.split("+") if rung not in ("mixed", "recover") else ():
+            known = (*ALGORITHMS, *TRANSFORMS)
             if name not in known:
-                raise ValueError(f"no rung is called {rung!r}{_nearest(name, known)}; write algorithms with + between them, or mixed")
+                near = _nearest(name, (*known, "mixed", "recover"))
+                raise ValueError(f"no rung is called {rung!r}{near}; write algorithms with + between them, or mixed or recover")
         if rung in rungs[:i]:
             raise ValueError(f"{rung} is there twice")
     return rungs
 
 
 def rung_steps(rung: str) -> tuple[Step, ...]:
-    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding."""
-    names = rung.split("+")
+    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding, and training
+    begins at what smoothing and GPTQ give."""
+    names = ["smoothquant", "gptq", "recover"] if rung == "recover" else rung.split("+")
     names += ["rtn"] if names[-1] in TRANSFORMS else []
     return tuple(Step.model_validate({name: _RUNG_OPTIONS.get(name, {})}) for name in names)
 
@@ -320,14 +357,22 @@ class Target(_Section):
     budget: Budget | None = None
     """Instead of an algorithm: climb the ladder until this is met."""
     ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
-    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed]` unless given; each is
-    algorithms with `+` between them, and `mixed` keeps in 16 bit what it must of the best before it."""
+    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed, recover]` unless given; each
+    is algorithms with `+` between them, `mixed` keeps in 16 bit what it must of the best before it, and `recover` trains, for ten minutes
+    at most, what smoothing and GPTQ made with every layer quantized."""
     alone: dict[str, float] | None = None
     """What the group of a module loses alone, nats a token, by module, as `mixed` measured it; the ledger notes it."""
     options: Options = Options()
     """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
+
+    @model_validator(mode="after")
+    def _one_training(self) -> Target:
+        asked = [step.recover for rule in self.rules if rule.scheme for step in rule.algorithm if step.recover]
+        if any(options != asked[0] for options in asked):
+            raise ValueError("a target is trained once, so every recover in its rules has the same options")
+        return self
 
     @model_validator(mode="after")
     def _budget_or_algorithm(self) -> Target:
@@ -838,6 +883,7 @@ def _fields_at(path: Path_) -> list[str]:
         "smoothquant": Smoothquant,
         "awq": Awq,
         "bias_correction": BiasCorrection,
+        "recover": Recover,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)
