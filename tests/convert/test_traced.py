@@ -147,7 +147,11 @@ def put_back(model: Any, folder: Path, form: str = "onnx") -> int:
 def tensor(folder: Path, item: Any) -> torch.Tensor:
     """A tensor of a data file, read without the tool."""
     raw = (folder / item.file).read_bytes()[item.start : item.stop]
-    return torch.from_numpy(np.frombuffer(raw, numpy_dtype(item.spec.dtype)).reshape(item.spec.shape).copy())
+    dtype = numpy_dtype(item.spec.dtype)
+    array = np.frombuffer(raw, dtype).reshape(item.spec.shape).copy()
+    if "float8" in str(dtype):  # torch takes no such array from NumPy
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(array)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,7 +214,7 @@ def test_every_form_of_a_layer(
 ) -> None:
     folder, model = saved("bert")
     _with_tokenizer(folder)
-    static = {"calibration": {"text": "sample", "tokens": 512, "length": 64}} if "static" in scheme else {}
+    static = {"calibration": {"text": "sample", "sequences": 8, "length": 64}} if "static" in scheme else {}
     out = export(folder, f"[{{match: linear, scheme: {scheme}}}]", targets__0__format=form, **_as_overrides(static))
     inputs = inputs_for("bert")
     # ONNX Runtime rounds the inputs of MatMulNBits to INT8 itself; the standard's operators are exact.
@@ -287,17 +291,6 @@ def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for
     config = json.loads((out / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {"model_quantized.onnx": 1}
     assert inspect(out)["quantization"]["schemes"] == ["int8-dynamic"]
-
-
-def test_a_layer_that_the_graph_does_not_compute_is_dropped_and_cannot_be_named(
-    saved: Callable[..., Any], export: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A checkpoint that has more than its class: what is not the model's is said to be none of it."""
-    folder, _ = saved("vit")
-    plain = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)
-    plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(RecipeError, match="matches nothing"):
-        export(tmp_path / "plain", "[{match: pooler.dense, scheme: int8-dynamic}]")
 
 
 @pytest.mark.parametrize(
