@@ -9,6 +9,7 @@ declarations: it knows the symbol ``batch_size``, and takes any other for zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -41,23 +42,23 @@ def build(
 ) -> bytes:
     """The graph as bytes, its weights by reference. ``stored`` by the model's name of a parameter, ``dtype``: F32 or F16, of what is not
     quantized; ``attention``: ``standard`` or ``gqa``. Raises ``KeyError`` for a parameter that is not there."""
-    nodes = Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers})
+    grouped = attention == "gqa"
+    nodes = Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers}, fused=grouped)
     integers = ir.DataType.INT64
     ids = nodes.input("input_ids", integers, ("batch_size", "sequence_length"))
     attended = nodes.input("attention_mask", integers, ("batch_size", "total_sequence_length"))
     places = _Places(nodes, ids, attended)
-    hidden = _embed(nodes, decoder, ids, places)
-    grouped = attention == "gqa"
+    residual = _Residual(_embed(nodes, decoder, ids, places))
     masks = {
         window: (places.bias(window), *places.counts) if grouped else (places.mask(window),)
         for window in dict.fromkeys(layer.window for layer in decoder.layers)
     }
-    turns = {name: _angles(nodes, name, rotary, places.positions) for name, rotary in decoder.rotaries.items()}
+    turns = {name: _angles(nodes, decoder, name, rotary, places) for name, rotary in decoder.rotaries.items()}
     outputs = []
     for i, layer in enumerate(decoder.layers):
-        hidden, cache = _block(nodes, decoder, i, hidden, masks[layer.window], turns.get(layer.rotary))
+        residual, cache = _block(nodes, decoder, i, residual, masks[layer.window], turns.get(layer.rotary))
         outputs += cache
-    hidden = _norm(nodes, decoder, decoder.family.norm, hidden)
+    hidden, _ = residual.norm(nodes, decoder, decoder.family.norm)
     logits = _logits(nodes, decoder, hidden)
     opsets = {"": OPSET, **{node.domain: 1 for node in nodes.nodes if node.domain}}
     graph = ir.Graph(
@@ -80,15 +81,16 @@ class _Places:
         counted = nodes.op("Max", "counted.positions", nodes.op("Sub", "counted.from_zero", counted, nodes.number(1)), nodes.number(0))
         #: (batch, length): of each token, how many unmasked ones stand before it.
         self.positions = nodes.op("Slice", "positions", counted, self._past, self._total, nodes.integer(1))
-        self._keys = nodes.op("Range", "keys", nodes.number(0), nodes.op("Squeeze", "total.number", self._total), nodes.number(1))
-        queries = nodes.op("Slice", "queries", self._keys, self._past, self._total, nodes.integer(0))
+        #: (total,): 0 for the first.
+        self.keys = nodes.op("Range", "keys", nodes.number(0), nodes.op("Squeeze", "total.number", self._total), nodes.number(1))
+        queries = nodes.op("Slice", "queries", self.keys, self._past, self._total, nodes.integer(0))
         self._queries = nodes.op("Unsqueeze", "queries.column", queries, nodes.integer(1))
         real = nodes.op("Cast", "attended", attended, to=ir.DataType.BOOL)
         axes = nodes.constant("axes.1.2", np.array([1, 2], dtype=np.int64))
-        itself = nodes.op("Equal", "itself", self._keys, self._queries)
+        itself = nodes.op("Equal", "itself", self.keys, self._queries)
         # A token of the padding sees itself: over nothing, a softmax is NaN to some, and NaN in its values would reach everybody.
         self._seen = nodes.op("Or", "seen", nodes.op("Unsqueeze", "attended.keys", real, axes), itself)
-        self._causal = nodes.op("LessOrEqual", "causal", self._keys, self._queries)
+        self._causal = nodes.op("LessOrEqual", "causal", self.keys, self._queries)
 
     @cached_property
     def counts(self) -> tuple[ir.Value, ir.Value]:
@@ -112,15 +114,29 @@ class _Places:
         if window is not None:
             name = f"mask.{window}"
             edge = self._nodes.op("Sub", f"{name}.edge", self._queries, self._nodes.number(window))
-            causal = self._nodes.op("And", f"{name}.causal", causal, self._nodes.op("Greater", f"{name}.inside", self._keys, edge))
+            causal = self._nodes.op("And", f"{name}.causal", causal, self._nodes.op("Greater", f"{name}.inside", self.keys, edge))
         return self._nodes.op("And", name, causal, self._seen)
 
 
-def _angles(nodes: Nodes, name: str, rotary: Rotary, positions: ir.Value) -> tuple[ir.Value, ir.Value, int]:
-    """Cosines and sines (batch, length, turned / 2), and how many features of a head are turned. Computed, not looked up: a table of the
-    longest text that some models allow is larger than a layer."""
+@dataclass(frozen=True)
+class _Turns:
+    """Cosines and sines of a layer's angles, ``turned`` features of a head: of the tokens (batch, length, turned / 2), or with
+    ``positions`` (batch, length) a table (total, turned / 2), which GroupQueryAttention looks them up in."""
+
+    cosines: ir.Value
+    sines: ir.Value
+    turned: int
+    positions: ir.Value | None
+
+
+def _angles(nodes: Nodes, decoder: Decoder, name: str, rotary: Rotary, places: _Places) -> _Turns:
+    """Computed, not looked up: a table of the longest text that some models allow is larger than a layer. GroupQueryAttention wants a row
+    for each key there is; next to what it reads of each key that is little."""
+    # What its kernels ask of a head and of a table of its angles (CheckRotaryCaches of group_query_attention_helper.h).
+    inside = nodes.fused and decoder.head_size % 16 == 0 and len(rotary.frequencies) % 8 == 0
+    positions, axis = (places.keys, 1) if inside else (places.positions, 2)
     as_float = nodes.op("Cast", f"{name}.positions", positions, to=ir.DataType.FLOAT)
-    column = nodes.op("Unsqueeze", f"{name}.column", as_float, nodes.integer(2))
+    column = nodes.op("Unsqueeze", f"{name}.column", as_float, nodes.integer(axis))
     angles = nodes.op(
         "Mul", f"{name}.angles", column, nodes.constant(f"{name}.frequencies", np.array(rotary.frequencies, dtype=np.float32))
     )
@@ -132,7 +148,7 @@ def _angles(nodes: Nodes, name: str, rotary: Rotary, positions: ir.Value) -> tup
         if nodes.dtype != ir.DataType.FLOAT:
             value = nodes.op("Cast", f"{name}.{kind.lower()}.cast", value, to=nodes.dtype)
         found.append(value)
-    return found[0], found[1], 2 * len(rotary.frequencies)
+    return _Turns(found[0], found[1], 2 * len(rotary.frequencies), places.positions if inside else None)
 
 
 def _embed(nodes: Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> ir.Value:
@@ -161,32 +177,65 @@ def _gather_codes(nodes: Nodes, module: str, rows: Stored, ids: ir.Value) -> ir.
     return nodes.op("Reshape", module, blocks, nodes.constant("heads.together", np.array([0, 0, -1], dtype=np.int64)))
 
 
+@dataclass(frozen=True)
+class _Residual:
+    """Hidden states, and what is to be added to them, which makes the value called ``name``. The next norm reads the sum, and one operator
+    may do both."""
+
+    hidden: ir.Value
+    change: ir.Value | None = None
+    name: str = ""
+
+    def norm(self, nodes: Nodes, decoder: Decoder, module: str) -> tuple[ir.Value, ir.Value]:
+        """The sum, normed and as it is."""
+        if self.change is None:
+            return _norm(nodes, decoder, module, self.hidden), self.hidden
+        return _norm_sum(nodes, decoder, module, self.name, self.hidden, self.change)
+
+
 def _block(
-    nodes: Nodes, decoder: Decoder, i: int, hidden: ir.Value, mask: tuple[ir.Value, ...], turns: tuple[ir.Value, ir.Value, int] | None
-) -> tuple[ir.Value, list[ir.Value]]:
+    nodes: Nodes, decoder: Decoder, i: int, residual: _Residual, mask: tuple[ir.Value, ...], turns: _Turns | None
+) -> tuple[_Residual, list[ir.Value]]:
     """The hidden states behind block ``i``, and its keys and values."""
     family, block = decoder.family, f"{decoder.family.blocks}.{i}"
-    normed = _norm(nodes, decoder, f"{block}.{family.before_attention}", hidden)
-    query, key, value = nodes.linear([f"{block}.{module}" for module in family.inputs], normed, decoder.head_sizes)
-    if family.normed_heads:
-        query = _norm_heads(nodes, decoder, f"{block}.{family.normed_heads[0]}", query, decoder.heads)
-        key = _norm_heads(nodes, decoder, f"{block}.{family.normed_heads[1]}", key, decoder.kv_heads)
-    if turns:
-        query = _turn(nodes, decoder, f"{block}.query.turned", query, decoder.heads, turns)
-        key = _turn(nodes, decoder, f"{block}.key.turned", key, decoder.kv_heads, turns)
-    attended, cache = _attend(nodes, decoder, i, (query, key, value), mask)
-    hidden = _add(nodes, decoder, block, family.output, family.after_attention, hidden, attended)
-    normed = _norm(nodes, decoder, f"{block}.{family.before_mlp}", hidden)
+    normed, hidden = residual.norm(nodes, decoder, f"{block}.{family.before_attention}")
+    attended, cache = _attend(nodes, decoder, i, _project(nodes, decoder, block, normed, turns), mask, turns)
+    residual = _change(nodes, decoder, block, family.output, family.after_attention, hidden, attended)
+    normed, hidden = residual.norm(nodes, decoder, f"{block}.{family.before_mlp}")
     sizes = [decoder.up_size] * (2 if family.gated else 1)
     first, *second = nodes.linear([f"{block}.{module}" for module in family.up], normed, sizes)
     active = _activate(nodes, decoder.activation, f"{block}.active", first)
     if second:
         active = nodes.op("Mul", f"{block}.gated", active, second[0])
-    return _add(nodes, decoder, block, family.down, family.after_mlp, hidden, active), cache
+    return _change(nodes, decoder, block, family.down, family.after_mlp, hidden, active), cache
+
+
+def _project(nodes: Nodes, decoder: Decoder, block: str, normed: ir.Value, turns: _Turns | None) -> tuple[ir.Value | None, ...]:
+    """Queries, keys and values; turned, unless the attention does that. GroupQueryAttention takes them as one, where nothing is done to
+    them before: then there are no keys and values."""
+    family = decoder.family
+    modules, turned_here = [f"{block}.{module}" for module in family.inputs], turns is not None and turns.positions is None
+    if nodes.fused and not family.normed_heads and not turned_here:
+        together = nodes.side_by_side(modules, normed)
+        if together is not None:
+            return together, None, None
+    query, key, value = nodes.linear(modules, normed, decoder.head_sizes)
+    if family.normed_heads:
+        query = _norm_heads(nodes, decoder, f"{block}.{family.normed_heads[0]}", query, decoder.heads)
+        key = _norm_heads(nodes, decoder, f"{block}.{family.normed_heads[1]}", key, decoder.kv_heads)
+    if turns and turned_here:
+        query = _turn(nodes, decoder, f"{block}.query.turned", query, decoder.heads, turns)
+        key = _turn(nodes, decoder, f"{block}.key.turned", key, decoder.kv_heads, turns)
+    return query, key, value
 
 
 def _attend(
-    nodes: Nodes, decoder: Decoder, i: int, projected: tuple[ir.Value, ir.Value, ir.Value], mask: tuple[ir.Value, ...]
+    nodes: Nodes,
+    decoder: Decoder,
+    i: int,
+    projected: tuple[ir.Value | None, ...],
+    mask: tuple[ir.Value, ...],
+    turns: _Turns | None,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """What the heads of block ``i`` gather, and its keys and values, past and present. ``mask``: that of the standard's Attention, or a
     bias and two counts for ONNX Runtime's."""
@@ -200,7 +249,10 @@ def _attend(
         attended, *cache = nodes.ops("Attention", names, *projected, *mask, *past, q_num_heads=decoder.heads, **options)
     else:
         bias, last, total = mask
-        inputs = (*projected, *past, last, total, None, None, None, bias)
+        rotary: tuple[ir.Value | None, ...] = (None, None, None)
+        if turns and turns.positions:
+            rotary, options = (turns.cosines, turns.sines, turns.positions), {**options, "do_rotary": 1}
+        inputs = (*projected, *past, last, total, *rotary, bias)
         attended, *cache = nodes.ops("GroupQueryAttention", names, *inputs, domain=ORT, num_heads=decoder.heads, **options)
     for present in cache:
         present.shape = ir.Shape(("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size))
@@ -208,23 +260,38 @@ def _attend(
     return attended, cache
 
 
-def _add(nodes: Nodes, decoder: Decoder, block: str, module: str, norm: str, hidden: ir.Value, value: ir.Value) -> ir.Value:
-    """What a linear layer makes of a value, normed where the family does so, added to the hidden states."""
+def _change(nodes: Nodes, decoder: Decoder, block: str, module: str, norm: str, hidden: ir.Value, value: ir.Value) -> _Residual:
+    """What a linear layer makes of a value, normed where the family does so, to be added to the hidden states."""
     change = nodes.linear([f"{block}.{module}"], value, [decoder.hidden_size])[0]
     if norm:
         change = _norm(nodes, decoder, f"{block}.{norm}", change)
-    return nodes.op("Add", f"{block}.{module}.added", hidden, change)
+    return _Residual(hidden, change, f"{block}.{module}.added")
 
 
 def _norm(nodes: Nodes, decoder: Decoder, module: str, value: ir.Value, name: str = "") -> ir.Value:
     """The norm ``module`` over the last axis."""
+    kind = "LayerNormalization" if decoder.family.norm_kind == "layer" else "RMSNormalization"
+    return nodes.op(kind, name or module, value, *_norm_weights(nodes, decoder, module), axis=-1, epsilon=decoder.epsilon)
+
+
+def _norm_sum(nodes: Nodes, decoder: Decoder, module: str, name: str, value: ir.Value, change: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The norm ``module`` of a sum, and the sum, called ``name``."""
+    if not nodes.fused:
+        total = nodes.op("Add", name, value, change)
+        return _norm(nodes, decoder, module, total), total
+    kind = "SkipLayerNormalization" if decoder.family.norm_kind == "layer" else "SkipSimplifiedLayerNormalization"
+    inputs = (value, change, *_norm_weights(nodes, decoder, module))
+    normed, *_, total = nodes.ops(kind, (module, "", "", name), *inputs, domain=ORT, epsilon=decoder.epsilon)
+    return normed, total
+
+
+def _norm_weights(nodes: Nodes, decoder: Decoder, module: str) -> list[ir.Value]:
     weight = nodes.parameter(f"{module}.weight")
     if decoder.family.norm_kind == "layer":
-        bias = nodes.parameter(f"{module}.bias")
-        return nodes.op("LayerNormalization", name or module, value, weight, bias, axis=-1, epsilon=decoder.epsilon)
+        return [weight, nodes.parameter(f"{module}.bias")]
     if decoder.family.offset:
-        weight = nodes.op("Add", f"{module}.scale", weight, nodes.float("norm.offset", decoder.family.offset))
-    return nodes.op("RMSNormalization", name or module, value, weight, axis=-1, epsilon=decoder.epsilon)
+        return [nodes.op("Add", f"{module}.scale", weight, nodes.float("norm.offset", decoder.family.offset))]
+    return [weight]
 
 
 def _norm_heads(nodes: Nodes, decoder: Decoder, module: str, value: ir.Value, heads: int) -> ir.Value:
@@ -234,10 +301,9 @@ def _norm_heads(nodes: Nodes, decoder: Decoder, module: str, value: ir.Value, he
     return nodes.op("Reshape", module, normed, together)
 
 
-def _turn(nodes: Nodes, decoder: Decoder, name: str, value: ir.Value, heads: int, turns: tuple[ir.Value, ir.Value, int]) -> ir.Value:
-    cosines, sines, turned = turns
-    partial: dict[str, Any] = {} if turned == decoder.head_size else {"rotary_embedding_dim": turned}
-    return nodes.op("RotaryEmbedding", name, value, cosines, sines, num_heads=heads, **partial)
+def _turn(nodes: Nodes, decoder: Decoder, name: str, value: ir.Value, heads: int, turns: _Turns) -> ir.Value:
+    partial: dict[str, Any] = {} if turns.turned == decoder.head_size else {"rotary_embedding_dim": turns.turned}
+    return nodes.op("RotaryEmbedding", name, value, turns.cosines, turns.sines, num_heads=heads, **partial)
 
 
 def _activate(nodes: Nodes, activation: str, name: str, value: ir.Value) -> ir.Value:

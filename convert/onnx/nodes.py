@@ -57,10 +57,14 @@ def packed_name(modules: Sequence[str]) -> str:
 
 
 class Nodes:
-    """A graph in the making: nodes in their order, and the tensors they read."""
+    """A graph in the making: nodes in their order, and the tensors they read. ``fused``: by ONNX Runtime's own operators where one does
+    what would take several of the standard's."""
 
-    def __init__(self, dtype: ir.DataType, stored: Mapping[str, Stored], initializers: Mapping[str, Initializer]) -> None:
+    def __init__(
+        self, dtype: ir.DataType, stored: Mapping[str, Stored], initializers: Mapping[str, Initializer], *, fused: bool = False
+    ) -> None:
         self.dtype = dtype
+        self.fused = fused
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.stored = stored
@@ -127,8 +131,19 @@ class Nodes:
 
     def linear(self, modules: Sequence[str], value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
         """What layers of one input make of it, ``sizes`` features each; one module may make all of them."""
-        if len(modules) > 1 and not packs_of(modules, self.stored):
+        product = self.side_by_side(modules, value)
+        if product is None:
             return [self.linear([module], value, [size])[0] for module, size in zip(modules, sizes, strict=True)]
+        if len(sizes) == 1:
+            return [product]
+        module = packed_name(modules) if len(modules) > 1 else modules[0]
+        parts = self.constant(f"sizes.{'.'.join(map(str, sizes))}", np.array(sizes, dtype=np.int64))
+        return self.ops("Split", [f"{module}.{i}" for i in range(len(sizes))], product, parts, axis=-1)
+
+    def side_by_side(self, modules: Sequence[str], value: ir.Value) -> ir.Value | None:
+        """What layers of one input make of it, one behind the other along the last axis; None where they are not stored as one."""
+        if len(modules) > 1 and not packs_of(modules, self.stored):
+            return None
         module = packed_name(modules) if len(modules) > 1 else modules[0]
         weight = self.stored[f"{modules[0]}.weight"]
         bias = self.stored.get(f"{modules[0]}.bias")
@@ -136,12 +151,7 @@ class Nodes:
             weight = replace(weight, name=f"{module}.weight", scale=f"{module}.weight_scale")
             bias = Stored(f"{module}.bias") if bias else None
         product = self.product(module, weight, value)
-        if bias:
-            product = self.op("Add", f"{module}.biased", product, self.tensor(bias.name))
-        if len(sizes) == 1:
-            return [product]
-        parts = self.constant(f"sizes.{'.'.join(map(str, sizes))}", np.array(sizes, dtype=np.int64))
-        return self.ops("Split", [f"{module}.{i}" for i in range(len(sizes))], product, parts, axis=-1)
+        return self.op("Add", f"{module}.biased", product, self.tensor(bias.name)) if bias else product
 
     def lookup(self, module: str, table: Stored, ids: ir.Value) -> ir.Value:
         """Rows of a table of codes, each times its scale."""
