@@ -348,12 +348,16 @@ def test_only_graphs_look_codes_up(saved: Callable[..., Any], export: Callable[.
 def test_an_encoder_is_proven_in_its_runtimes(
     runtime: str, saved: Callable[..., Any], recipe_for: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Layers are checked by what is in the graph, hidden states against the source's."""
+    """Layers are checked by what is in the graph, hidden states against the source's; what sentence-transformers reads comes along."""
     folder, _ = saved("bert")
     _with_tokenizer(folder)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     rules = "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]"
     recipe = recipe_for(folder, rules, text=RECIPE, **{"targets.0.runtimes": f"[{runtime}]"})
-    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
+    outcome = pipeline.convert(recipe, tmp_path / "out")
+    (report,) = outcome.reports
+    assert (outcome.artifacts[0].path / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_mean_tokens": true}'
     assert [check.name for check in report.checks if not check.passed] == []
     errors = [check.value for check in report.checks if check.name.endswith(": relative_error")]
     assert len(errors) == (2 if runtime == "onnxruntime" else 1)
