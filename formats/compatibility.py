@@ -1066,19 +1066,6 @@ _ONNXRUNTIME = (
         "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-23",
         "weights are widened at every call, ten times slower than floats",
     ),
-    *(
-        Row(
-            "onnxruntime",
-            ("1.32",),
-            ("cpu-vnni",),
-            form,
-            ("int8-lookup",),
-            "fused",
-            "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-29",
-            "rows that are looked up are widened; nothing is multiplied",
-        )
-        for form in ("onnx", "onnx-matmulnbits")
-    ),
 )
 
 #: What ONNX Runtime does in other programs, and OpenVINO with the same graphs.
@@ -1169,6 +1156,17 @@ _ONNX_ELSEWHERE = (
     ),
 )
 
+#: Tables of embeddings, which nothing multiplies with.
+_TABLES = tuple(
+    Row(runtime, (version,), ("cpu-vnni",), form, ("int8-lookup",), kernel, f"seen: {what} on AMD EPYC with AVX512-VNNI, 2026-11-29", note)
+    for runtime, version, what, kernel, note in (
+        ("onnxruntime", "1.32", "onnxruntime 1.32", "fused", "the rows that are looked up are widened"),
+        *((runtime, version, what, "fused", "the rows that are looked up are widened") for runtime, version, what in _ORT_ELSEWHERE),
+        ("openvino", "2026.4", "OpenVINO 2026.4.1", "dequantize", "it gives the same logits, and does not say in what it holds the table"),
+    )
+    for form in ("onnx", "onnx-matmulnbits")
+)
+
 TABLE: tuple[Row, ...] = (
     *_TRANSFORMERS,
     *_BITSANDBYTES,
@@ -1179,6 +1177,7 @@ TABLE: tuple[Row, ...] = (
     *_TENSORRT_LLM,
     *_ONNXRUNTIME,
     *_ONNX_ELSEWHERE,
+    *_TABLES,
     *_PLAIN,
 )
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from convert import pipeline
+from convert.recipe import parse_recipe
 from formats import FORMATS
 from formats.dtypes import numpy_dtype
 from formats.errors import InputError, RecipeError, SourceError
@@ -147,8 +148,11 @@ def put_back(model: Any, folder: Path, form: str = "onnx") -> int:
 def tensor(folder: Path, item: Any) -> torch.Tensor:
     """A tensor of a data file, read without the tool."""
     raw = (folder / item.file).read_bytes()[item.start : item.stop]
-    array = np.frombuffer(raw, numpy_dtype(item.spec.dtype)).reshape(item.spec.shape).copy()
-    return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn) if item.spec.dtype == "F8_E4M3" else torch.from_numpy(array)
+    dtype = numpy_dtype(item.spec.dtype)
+    array = np.frombuffer(raw, dtype).reshape(item.spec.shape).copy()
+    if "float8" in str(dtype):  # torch takes no such array from NumPy
+        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(array)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,43 +198,59 @@ def test_a_tied_head_is_codes_and_its_embedding_is_not(saved: Callable[..., Any]
     assert np.abs(seen(got["logits"], inputs) - seen(expected["logits"], inputs)).max() < 2e-5 * np.abs(expected["logits"]).max()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "form", "operator", "tolerance"),
-    [
-        ("int8-weight-only-g32", "onnx", "DequantizeLinear", 2e-5),
-        ("int8-weight-only", "onnx-matmulnbits", "MatMulNBits", 2e-5),
-        ("int8-weight-only-g32", "onnx-matmulnbits", "MatMulNBits", 2e-5),
-        ("int8-dynamic", "onnx", "DynamicQuantizeLinear", 0.05),
-        ("int8-static", "onnx", "QuantizeLinear", 0.1),
-        ("fp8-static", "onnx", "QuantizeLinear", 0.3),
-        ("fp8-weight-only", "onnx", "DequantizeLinear", 2e-5),
-    ],
-)
-def test_every_form_of_a_layer(
-    scheme: str, form: str, operator: str, tolerance: float, saved: Callable[..., Any], export: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder, model = saved("bert")
-    _with_tokenizer(folder)
-    static = {"calibration": {"text": "sample", "sequences": 8, "length": 64}} if "static" in scheme else {}
-    # The pooler stands behind the blocks, where calibration does not look.
-    pooler = "{match: pooler.dense, keep: true, why: not seen}, " if static else ""
-    out = export(folder, f"[{pooler}{{match: linear, scheme: {scheme}}}]", targets__0__format=form, **_as_overrides(static))
-    inputs = inputs_for("bert")
+#: name -> (format, scheme, the operator that there is one of a layer, how far hidden states are from those of the decoded weights)
+FORMS = {
+    "groups": ("onnx", "int8-weight-only-g32", "DequantizeLinear", 2e-5),
     # ONNX Runtime rounds the inputs of MatMulNBits to INT8 itself; the standard's operators are exact.
-    expected, got = (put_back(model, out, form), expect(model, inputs))[1], run(out, inputs)
-    state, found = seen(expected["last_hidden_state"], inputs), seen(got["last_hidden_state"], inputs)
-    error = np.linalg.norm(found - state, axis=-1).mean() / np.linalg.norm(state, axis=-1).mean()
-    assert error < max(tolerance, 0.02 if form == "onnx-matmulnbits" else 0)
-    graph = read_graph(out / find_graph(out))
-    operators = [node.op_type for node in graph.graph.node]
-    layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - bool(static)
-    # Query, key and value read one input, whose codes are made once.
-    assert operators.count(operator) == (layers - 2 * model.config.num_hidden_layers if scheme == "int8-dynamic" else layers)
+    "product": ("onnx-matmulnbits", "int8-weight-only", "MatMulNBits", 0.02),
+    "product-groups": ("onnx-matmulnbits", "int8-weight-only-g32", "MatMulNBits", 0.02),
+    "dynamic": ("onnx", "int8-dynamic", "DynamicQuantizeLinear", 0.05),
+    "static": ("onnx", "int8-static", "QuantizeLinear", 0.1),
+    "fp8-static": ("onnx", "fp8-static", "QuantizeLinear", 0.3),
+    "fp8": ("onnx", "fp8-weight-only", "DequantizeLinear", 2e-5),
+    "table": ("onnx", "int8-lookup", "", 2e-5),
+    "product-table": ("onnx-matmulnbits", "int8-lookup", "", 2e-5),
+}
+
+
+@pytest.fixture(scope="module")
+def formed(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A BERT in every form, by name, of one recipe: what differs in its codes alone is traced once."""
+    folder, _ = saved("bert")
+    _with_tokenizer(folder)
+    targets = [
+        {"name": name, "format": form, "rules": [{"match": "word_embeddings" if "lookup" in scheme else "linear", "scheme": scheme}]}
+        for name, (form, scheme, _, _) in FORMS.items()
+    ]
+    text = {"model": str(folder), "calibration": {"text": "sample", "sequences": 8, "length": 64}, "targets": targets}
+    recipe = parse_recipe(json.dumps(text), "test.yaml", name="test")
+    return {
+        artifact.path.name: artifact.path for artifact in pipeline.convert(recipe, tmp_path_factory.mktemp("forms"), check=False).artifacts
+    }
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_a_layer(name: str, saved: Callable[..., Any], formed: dict[str, Path]) -> None:
+    _, model = saved("bert")
+    form, scheme, operator, tolerance = FORMS[name]
+    inputs = inputs_for("bert")
+    plain = expect(model, inputs)["last_hidden_state"]
+    layers = 1 if "lookup" in scheme else sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert put_back(model, formed[name], form) == layers
+    expected, got = expect(model, inputs)["last_hidden_state"], run(formed[name], inputs)["last_hidden_state"]
+    state, found, source = seen(expected, inputs), seen(got, inputs), seen(plain, inputs)
+    length = np.linalg.norm(state, axis=-1).mean()
+    assert np.linalg.norm(found - state, axis=-1).mean() / length < tolerance
+    assert np.linalg.norm(source - state, axis=-1).mean() / length > 1e-4  # the codes did change something
+    graph = read_graph(formed[name] / find_graph(formed[name]))
+    if operator:
+        # Query, key and value read one input, whose codes are made once.
+        together = 2 * model.config.num_hidden_layers if scheme == "int8-dynamic" else 0
+        assert [node.op_type for node in graph.graph.node].count(operator) == layers - together
+    else:
+        table = read_folder(formed[name])["embeddings.word_embeddings.weight"].spec
+        assert (table.dtype, table.shape) == ("I8", (300, 64))  # rows, so that one can be taken out
     assert metadata_of(graph)["schemes"] == [scheme]
-
-
-def _as_overrides(values: dict[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def _with_tokenizer(folder: Path) -> None:
@@ -261,7 +281,7 @@ def test_the_ledger_accounts_for_every_tensor_and_every_initializer(saved: Calla
 def test_nothing_of_this_machine_is_in_the_graph_and_its_bytes_are_always_the_same(
     saved: Callable[..., Any], export: Callable[..., Path]
 ) -> None:
-    folder, _ = saved("bert")
+    folder, _ = saved("distilbert")
     rules = "[{match: linear, scheme: int8-dynamic}]"
     first, second = export(folder, rules), export(folder, rules, out="again")
     raw = (first / "onnx" / "model_quantized.onnx").read_bytes()
@@ -271,11 +291,8 @@ def test_nothing_of_this_machine_is_in_the_graph_and_its_bytes_are_always_the_sa
         assert word not in raw
 
 
-def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for(
-    saved: Callable[..., Any], export: Callable[..., Path]
-) -> None:
-    folder, _ = saved("bert")
-    out = export(folder, "[{match: linear, scheme: int8-dynamic}]")
+def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for(formed: dict[str, Path]) -> None:
+    out = formed["dynamic"]
     graph = read_graph(out / "onnx" / "model_quantized.onnx").graph
     shapes = {
         item.name: [axis.dim_param or axis.dim_value for axis in item.type.tensor_type.shape.dim] for item in (*graph.input, *graph.output)
@@ -290,16 +307,6 @@ def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for
     config = json.loads((out / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {"model_quantized.onnx": 1}
     assert inspect(out)["quantization"]["schemes"] == ["int8-dynamic"]
-
-
-def test_a_checkpoint_without_the_pooler_of_its_class_is_said_to_miss_it(
-    saved: Callable[..., Any], export: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder, _ = saved("vit")
-    plain = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)
-    plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(SourceError, match=r"pooler.dense.weight of ViTModel .* is in no weight file"):
-        export(tmp_path / "plain", "[{match: linear, scheme: int8-dynamic}]")
 
 
 @pytest.mark.parametrize(
@@ -328,20 +335,6 @@ def test_a_model_of_sound_is_refused_by_name(tmp_path: Path, export: Callable[..
         export(tmp_path / "sound", "[{match: linear, scheme: int8-dynamic}]")
 
 
-@pytest.mark.parametrize("form", ["onnx", "onnx-matmulnbits"])
-def test_a_table_is_looked_up_among_codes(form: str, saved: Callable[..., Any], export: Callable[..., Path]) -> None:
-    folder, model = saved("bert")
-    out = export(folder, "[{match: word_embeddings, scheme: int8-lookup}]", targets__0__format=form)
-    inputs = inputs_for("bert")
-    plain = expect(model, inputs)["last_hidden_state"]
-    assert put_back(model, out, form) == 1
-    expected, got = expect(model, inputs)["last_hidden_state"], run(out, inputs)["last_hidden_state"]
-    assert np.abs(seen(got, inputs) - seen(expected, inputs)).max() < 2e-5
-    assert np.abs(seen(plain, inputs) - seen(expected, inputs)).max() > 1e-4
-    table = read_folder(out)["embeddings.word_embeddings.weight"].spec
-    assert (table.dtype, table.shape) == ("I8", (300, 64))  # rows, so that one can be taken out
-
-
 def test_only_graphs_look_codes_up(saved: Callable[..., Any], export: Callable[..., Path]) -> None:
     folder, _ = saved("bert")
     rules = "[{match: word_embeddings, scheme: int8-lookup}]"
@@ -355,12 +348,16 @@ def test_only_graphs_look_codes_up(saved: Callable[..., Any], export: Callable[.
 def test_an_encoder_is_proven_in_its_runtimes(
     runtime: str, saved: Callable[..., Any], recipe_for: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Layers are checked by what is in the graph, hidden states against the source's."""
+    """Layers are checked by what is in the graph, hidden states against the source's; what sentence-transformers reads comes along."""
     folder, _ = saved("bert")
     _with_tokenizer(folder)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     rules = "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]"
     recipe = recipe_for(folder, rules, text=RECIPE, **{"targets.0.runtimes": f"[{runtime}]"})
-    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
+    outcome = pipeline.convert(recipe, tmp_path / "out")
+    (report,) = outcome.reports
+    assert (outcome.artifacts[0].path / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_mean_tokens": true}'
     assert [check.name for check in report.checks if not check.passed] == []
     errors = [check.value for check in report.checks if check.name.endswith(": relative_error")]
     assert len(errors) == (2 if runtime == "onnxruntime" else 1)
