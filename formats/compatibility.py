@@ -1072,7 +1072,6 @@ _ONNXRUNTIME = (
 _ORT_ELSEWHERE = (("onnxruntime-genai", "0.18", "onnxruntime-genai 0.18"), ("transformers.js", "4.3", "transformers.js 4.3.1 on Node 20"))
 _EPYC = "on AMD EPYC with AVX512-VNNI, 2026-11-24"
 _WIDENED = "weights are widened at every call, several times slower than floats"
-_GRAPHS = ("onnx", "onnx-matmulnbits")
 _ONNX_ELSEWHERE = (
     *(
         Row(runtime, (version,), ("cpu-vnni",), form, schemes, kernel, f"seen: {what} {_EPYC}", note)
@@ -1088,21 +1087,7 @@ _ONNX_ELSEWHERE = (
                 "where several products share an input, both are widened first; only the others are multiplied in INT8",
             ),
             ("onnx", ("fp8-weight-only",), "dequantize", _WIDENED),
-            *((form, ("int8-lookup",), "fused", "rows that are looked up are widened; nothing is multiplied") for form in _GRAPHS),
         )
-    ),
-    *(
-        Row(
-            "openvino",
-            ("2026.4",),
-            ("cpu-vnni",),
-            form,
-            ("int8-lookup",),
-            "dequantize",
-            "seen: OpenVINO 2026.4.1 on AMD EPYC with AVX512-VNNI, 2026-11-29",
-            "gives the same logits; its own graph does not show the table's codes, so the check finds that module absent",
-        )
-        for form in _GRAPHS
     ),
     Row(
         "onnxruntime-genai",

@@ -18,7 +18,7 @@ from convert import pipeline
 from convert.recipe import parse_recipe
 from formats import FORMATS
 from formats.dtypes import numpy_dtype
-from formats.errors import InputError, RecipeError, SourceError
+from formats.errors import InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
