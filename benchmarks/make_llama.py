@@ -41,6 +41,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    tied: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -62,7 +63,8 @@ class Shape:
             yield _bf16(f"{prefix}.mlp.up_proj.weight", self.ffn, self.hidden)
             yield _bf16(f"{prefix}.mlp.down_proj.weight", self.hidden, self.ffn)
         yield _bf16("model.norm.weight", self.hidden)
-        yield _bf16("lm_head.weight", self.vocab, self.hidden)
+        if not self.tied:
+            yield _bf16("lm_head.weight", self.vocab, self.hidden)
 
     def config(self) -> dict[str, Any]:
         """``config.json``."""
@@ -83,7 +85,7 @@ class Shape:
             "attention_bias": False,
             "mlp_bias": False,
             "initializer_range": 0.02,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tied,
             "bos_token_id": 0,
             "eos_token_id": 1,
             "torch_dtype": "bfloat16",
@@ -174,10 +176,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--tied", action="store_true", help="the embedding is the head, as in Llama-3.2-1B")
     parser.add_argument("--shard-size", type=_size_bytes, default=2 * 10**9, help="for example 2GB (the default) or 500MB")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shape = Shape(args.layers, args.hidden, args.ffn, args.heads, args.kv_heads, args.vocab)
+    shape = Shape(args.layers, args.hidden, args.ffn, args.heads, args.kv_heads, args.vocab, args.tied)
     make(args.out, shape, shard_bytes=args.shard_size, seed=args.seed)
 
 

@@ -85,7 +85,8 @@ class Quality:
     ``kl_nats``: mean over tokens of KL(source || artifact), at most. ``top1``: share of tokens whose most likely
     successor is the same, at least. ``perplexity_ratio``: artifact over source, at most. ``relative_error``: of a model that predicts no
     tokens, the mean error of its last hidden states as a share of their length, at most. ``answers``: how much smaller the share of the
-    user's prompts that it answers may be than the source's; None where it is not held to that.
+    user's prompts that it answers may be than the source's, and ``recovery``: what share of the source's score it must reach in each task;
+    None where it is not held to that.
     """
 
     kl_nats: float
@@ -93,16 +94,19 @@ class Quality:
     perplexity_ratio: float
     relative_error: float = 0.1
     answers: float | None = None
+    recovery: float | None = None
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named way to quantize a linear layer. ``default_limits`` is what an artifact of it must meet unless told otherwise."""
+    """A named way to quantize a linear layer. ``default_limits`` is what an artifact of it must meet unless told otherwise. ``lookup``: it
+    is for a table of embeddings instead, (rows, features), of which some rows are read and none multiplied."""
 
     name: str
     weight: Quantization
     activation: Quantization | None
     default_limits: Quality
+    lookup: bool = False
 
     @property
     def static(self) -> bool:
@@ -133,6 +137,7 @@ SCHEMES = {
         Scheme("fp8-weight-only", _FP8_CHANNEL, None, _WEIGHT_ONLY),
         Scheme("llm-int8", replace(_INT8_CHANNEL, scale="absmax"), Quantization(INT8, PER_TOKEN, dynamic=True), _EIGHT_BY_EIGHT),
         Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("int8-lookup", _INT8_CHANNEL, None, _WEIGHT_ONLY, lookup=True),
     )
 }
 
