@@ -219,7 +219,12 @@ def formed(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
     folder, _ = saved("bert")
     _with_tokenizer(folder)
     targets = [
-        {"name": name, "format": form, "rules": [{"match": "word_embeddings" if "lookup" in scheme else "linear", "scheme": scheme}]}
+        {
+            "name": name,
+            "format": form,
+            "rules": [{"match": "word_embeddings" if "lookup" in scheme else "linear", "scheme": scheme}],
+            "runtimes": ["onnxruntime"],
+        }
         for name, (form, scheme, _, _) in FORMS.items()
     ]
     text = {"model": str(folder), "calibration": {"text": "sample", "sequences": 8, "length": 64}, "targets": targets}
