@@ -222,8 +222,8 @@ def formed(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
         {
             "name": name,
             "format": form,
-            "runtimes": ["onnxruntime"],
             "rules": [{"match": "word_embeddings" if "lookup" in scheme else "linear", "scheme": scheme}],
+            "runtimes": ["onnxruntime"],
         }
         for name, (form, scheme, _, _) in FORMS.items()
     ]
