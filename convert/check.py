@@ -299,8 +299,8 @@ def _check_modules(name: str, runtime: str, manifest: Manifest, dtypes: dict[str
             if "experts" in entry and RUNTIMES[runtime].merges is not None and module not in dtypes:
                 merged += 1
                 continue
-            if SCHEMES[entry["scheme"]].lookup and module not in dtypes:
-                continue  # OpenVINO names its products, and a table is in none; a graph's own program names what is in the graph
+            if SCHEMES[entry["scheme"]].lookup and RUNTIMES[runtime].products_only:
+                continue
             names = (f"{stored}.weight", f"{stored}.weight_packed", f"{stored}._weight_qdata")
             promised[module] = DTYPES[next(dtype for name, dtype, _ in entry["outputs"] if name in names)].torch_name
     if dequantized:

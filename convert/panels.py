@@ -7,7 +7,8 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,34 +110,43 @@ def draw_ranges(layers: Mapping[str, Mapping[str, Any]]) -> list[Ranges]:
     return drawn
 
 
-def _draw_range(points: Sequence[tuple[int, float, float]], smoothed: Sequence[tuple[int, float]], bounds: Any, last: int) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
+def _draw_range(
+    points: Sequence[tuple[int, float, float]], smoothed: Sequence[tuple[int, float]], bounds: tuple[float, float], last: int
+) -> str:
     layers, largest, typical = zip(*points, strict=True)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = Figure(figsize=(3.5, 2.0), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
+    with _panel(last, bounds, "layer", "magnitude") as (axes, drawn):
         axes.fill_between(layers, typical, largest, color=LINE_INK, alpha=0.15, linewidth=0)
         axes.plot(layers, largest, color=LINE_INK, linewidth=1.4)
         axes.plot(layers, typical, color=FAINT_INK, linewidth=1.0)
         if smoothed:
             axes.plot(*zip(*smoothed, strict=True), color=LINE_INK, linewidth=1.0, linestyle=(0, (3, 2)))
         axes.set_yscale("log")
+        axes.minorticks_off()
+    return drawn.getvalue()
+
+
+@contextmanager
+def _panel(last: int, bounds: tuple[float, float], label: str, measure: str) -> Iterator[tuple[Any, io.StringIO]]:
+    """Axes over layers 0 to ``last``, and where the drawing, an SVG file, stands when the context ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = io.StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the bytes
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = Figure(figsize=(3.5, 2.0), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        yield axes, drawn
         axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), ylim=bounds)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.minorticks_off()
-        axes.set_xlabel("layer", color=TEXT_INK)
-        axes.set_ylabel("magnitude", color=TEXT_INK)
+        axes.set_xlabel(label, color=TEXT_INK)
+        axes.set_ylabel(measure, color=TEXT_INK)
         axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT_INK)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return buffer.getvalue()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
 
 
 def place(tensor: str) -> tuple[str, int | None]:
@@ -149,32 +159,17 @@ def place(tensor: str) -> tuple[str, int | None]:
 
 def _draw(points: dict[int, list[float]], bounds: tuple[float, float], median_db: float, last: int, label: str) -> str:
     """An SVG file: the lowest decibels of each layer as a line, a band up to the highest where a layer has several tensors."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     x = sorted(points)
     low, high = [min(points[i]) for i in x], [max(points[i]) for i in x]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own matplotlibrc must not change the bytes
-        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = Figure(figsize=(3.5, 2.0), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
+    with _panel(last, bounds, label, "signal to noise (dB)") as (axes, drawn):
         axes.axhline(median_db, color=FAINT_INK, linewidth=0.8, linestyle=(0, (4, 3)))
         if low != high:
             axes.fill_between(x, low, high, color=LINE_INK, alpha=0.25, linewidth=0)
         axes.plot(x, low, color=LINE_INK, linewidth=1.3, marker="o" if len(x) <= MAX_MARKERS else None, markersize=2.6)
-        axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), ylim=bounds)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(label, color=TEXT_INK)
-        axes.set_ylabel("signal to noise (dB)", color=TEXT_INK)
-        axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT_INK)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return buffer.getvalue()
+    return drawn.getvalue()
 
 
 def inline(svg: str, name: str) -> Markup:

@@ -201,6 +201,7 @@ class Student:
 
 
 def on(codes: QTensor, device: str) -> QTensor:
+    """The same codes and scales, on ``device``."""
     return replace(codes, values=codes.values.to(device), scale=codes.scale.to(device))
 
 

@@ -19,7 +19,7 @@ class Runtime:
     ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
     can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
     8 bit itself. ``modes``: it is run once in each, and every check says in which. ``decoders_only``: it runs what predicts tokens, or its
-    program here does.
+    program here does. ``products_only``: of what a graph holds in 8 bit it tells the layers it multiplies with, not tables of embeddings.
     """
 
     program: str
@@ -30,6 +30,7 @@ class Runtime:
     merges: frozenset[str] | None = None
     modes: tuple[str, ...] = ("",)
     decoders_only: bool = False
+    products_only: bool = False
 
 
 #: Programs with a ``load`` whose model :mod:`convert.runtimes.harness` can put its tasks to.
@@ -60,7 +61,12 @@ RUNTIMES = {
         "convert.runtimes.onnxruntime_genai", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, decoders_only=True
     ),
     "openvino": Runtime(
-        "convert.runtimes.openvino", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, decoders_only=True
+        "convert.runtimes.openvino",
+        formats={"onnx": (), "onnx-matmulnbits": ()},
+        needs=(),
+        environment=True,
+        decoders_only=True,
+        products_only=True,
     ),
     "transformers.js": Runtime("transformers_js.cjs", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True),
     "vllm": Runtime(
