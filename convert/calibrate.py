@@ -403,8 +403,7 @@ def _walk(
             observer.forget("hessian", "histogram", "mean", "mean_magnitude", *health.KINDS)
             advance(count)
     if teachers:
-        with torch.enable_grad():  # a generator leaves this as it was when it began
-            teachers.close()
+        teachers.close()
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
     if few:

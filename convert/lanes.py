@@ -56,12 +56,14 @@ class Stand:
         later one begins, so that no more than these inputs are held. With an ``observer`` and without ``keep``, later batches run no
         further than to the last input that the first ones showed.
         """
+        import torch
+
         count = len(self.arguments)
         enough: int | None = None
 
         def one(i: int) -> tuple[Any, Any]:
             output = None
-            with observer.watching(enough) if observer else nullcontext() as seen:
+            with torch.no_grad(), observer.watching(enough) if observer else nullcontext() as seen:
                 output = self._run(i)
             return self._keep(output) if keep else None, seen
 
@@ -76,7 +78,8 @@ class Stand:
                 enough = len(seen[0]) if not keep and observer.steady and len({len(each) for each in seen}) == 1 else None
 
     def output(self, i: int, dtype: torch.dtype | None = None) -> Any:
-        """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept."""
+        """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept. With
+        gradients, where the caller keeps them."""
         return self._run(i, dtype)
 
     def hand_on(self, outputs: Sequence[Any]) -> None:
@@ -135,11 +138,16 @@ def walk(
         arguments = {key: _mapped(value, lambda tensor: tensor.to(home)) for key, value in batch.items()}
         return "", model(**arguments), None
 
+    def forward(run: greenlet, handed: Any) -> tuple[str, Any, Any]:
+        # Gradients are off only while the model computes: a generator that yielded within would leave them off in its caller.
+        with torch.no_grad():
+            return run.switch(handed)  # type: ignore[no-any-return]
+
     runs = [greenlet(start, scheduler) for _ in batches]
     seen = 0
     try:
-        with torch.no_grad(), ahead:
-            states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
+        with ahead:
+            states: list[Any] = [forward(run, batch) for run, batch in zip(runs, batches, strict=True)]
             while (name := states[0][0]) != "":
                 if any(state[0] != name for state in states):
                     raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
@@ -168,7 +176,7 @@ def walk(
                 for i, switched in enumerate(runs):
                     states[i] = None
                     output, outputs[i] = outputs[i], None
-                    states[i] = switched.switch(output)
+                    states[i] = forward(switched, output)
                     if states[i][0] == "":
                         if finish is not None:
                             finish(i, states[i][1])

@@ -112,6 +112,18 @@ def test_only_the_block_at_work_is_in_memory(family_folder: Any) -> None:
         assert skeleton.model.model.embed_tokens.weight.shape[0] == 5
 
 
+def test_the_caller_keeps_its_gradients_while_walks_are_under_way_and_when_they_end_in_any_order(family_folder: Any) -> None:
+    first, second = (
+        walk(Skeleton(open_source(str(family_folder("llama"))), dtype="float32"), [{"input_ids": torch.arange(5)[None]}]) for _ in range(2)
+    )
+    for stands in (first, second):
+        next(stands).run(keep=True)
+        assert torch.is_grad_enabled()
+    first.close()
+    second.close()
+    assert torch.is_grad_enabled()
+
+
 def test_what_a_block_is_changed_to_is_what_its_successors_see(family_folder: Any) -> None:
     """Against the plain model with the same change, run without keeping in between."""
     import transformers
