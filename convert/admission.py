@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from convert.progress import Progress
 from convert.recipe import Recipe, Target, parse_recipe
 from convert.report import Check, Report, manifest_digest, read_report, report_path
-from convert.runtimes import RUNTIMES
+from convert.runtimes import HARNESSED, RUNTIMES
 from formats.errors import FormatError, RefusedError
 from formats.manifest import CARD, MANIFEST, FileRecord, Manifest, hash_file, read_manifest
 from formats.safetensors import json_bytes
@@ -126,17 +127,25 @@ def _objections(path: Path, manifest: Manifest, report: Report, target: Target) 
     for runtime in (f"{name} {mode}".rstrip() for name in target.runtimes for mode in RUNTIMES[name].modes):
         # Of a run the name goes on with its session, where there are several kinds.
         run = next((name for name in ran if name == runtime or name.startswith(f"{runtime} (")), runtime)
-        wanted = [f"{run}: loads and runs", *(f"{run}: {name}" for name in limits)]
+        held = {name: limit for wanted, limit in limits.items() for name in _checks_of(wanted, runtime, manifest.recipe)}
+        wanted = [f"{run}: loads and runs", *(f"{run}: {name}" for name in held)]
         absent = [name for name in wanted if name not in checks]
         if run not in ran or absent:
             yield f"it was not proven in {runtime}, which its target names" + (f" (no {', '.join(absent)})" if absent else "")
-        for name, limit in limits.items():
+        for name, limit in held.items():
             found = checks.get(f"{run}: {name}")
             if found is not None and found.limit != limit:
                 yield f"{found.name} was held against {found.limit:g}, its recipe says {limit:g}"
     card = path / CARD
     if not card.is_file() or hashlib.sha256(card.read_bytes()).hexdigest() != report.card_sha256:
         yield f"{CARD} is not the one that was made from the report: it may say what was not measured"
+
+
+def _checks_of(limit: str, runtime: str, recipe: Mapping[str, Any]) -> list[str]:
+    """What the checks of a limit are called, after the runtime."""
+    if limit != "recovery":
+        return [limit]
+    return [f"recovery of {task['name']}" for task in recipe["validation"]["tasks"]] if runtime in HARNESSED else []
 
 
 def _follows(check: Check) -> bool:

@@ -43,7 +43,7 @@ def read_questions(path: Path) -> list[Question]:
     Raises :class:`InputError` naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"validation.prompts: {path} cannot be read ({error})") from None
     found = [_parse(line, f"{path}:{i}", i) for i, line in enumerate(lines, 1) if line.strip()]

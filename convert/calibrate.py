@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from convert.loading import Skeleton
     from convert.plan import Plan
     from convert.progress import Progress
+    from convert.recover import Recovery
     from convert.solve import Solved
+    from formats.qtensor import QTensor
 
 #: Why a layer is not smoothed, for messages and the ledger.
 NOTHING_FEEDS_IT = "nothing was found that feeds it and could take up the factors"
@@ -46,13 +48,15 @@ def calibrate(
     done: Mapping[str, frozenset[str]],
     recall: Recall,
     scratch: Callable[[], Path],
+    training: Callable[[str], Path],
     device: str = "cpu",
     workers: int = 1,
 ) -> Generator[Solved, None, dict[str, Stats]]:
     """Yields what was solved, block by block, and returns what each target needs to know of the model at work, by target.
 
-    ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run. Targets whose blocks see
-    the same inputs share a walk. On a CPU ``workers`` threads share the batches of a block, and then its layers.
+    ``done``: by target, tensors that were written before; ``scratch`` makes an empty folder for files of this run, ``training`` says where
+    the state of a target's training lies from run to run. Targets whose blocks see the same inputs share a walk. On a CPU
+    ``workers`` threads share the batches of a block, and then its layers.
 
     Raises :class:`InputError` when the text is too short or the source has no tokenizer, :class:`MachineError` when the model cannot be
     run, :class:`NumericsError` naming the module whose input was not finite, or always zero, or whose Hessian cannot be factorised.
@@ -72,16 +76,41 @@ def calibrate(
     others = [target for target in wanted if target not in quantized]
     count = sum(len(sequence) for sequence in tokens)
     with crew(workers if device == "cpu" else 1) as hands:
+        recoveries = _recoveries(plan, wanted, progress, device, hands, training)
+        # Of what is trained whole, everything is done again: each block's training hangs on all others.
+        before = {**done, **{name: frozenset[str]() for name, found in recoveries.items() if found.mode == "logits"}}
         for walked in [*([others] if others else []), *([target] for target in quantized)]:
             names = ", ".join(target.name for target in walked)
             progress.say(f"{names}: calibrating on {count:,} tokens")
             stats, looked = yield from _walk(
-                plan, walked, progress, tokens, done=done, recall=recall, known=known, scratch=folder, device=device, hands=hands
-            )
+                plan, walked, progress, tokens, done=before, recall=recall, known=known, scratch=folder, device=device, hands=hands,
+                recoveries=recoveries,
+            )  # fmt: skip
+            for recovery in (recoveries[target.name] for target in walked if target.name in recoveries):
+                for solved in recovery.whole(tokens) if recovery.mode == "logits" else ():
+                    if solved.tensor not in done[solved.target]:
+                        yield solved
             for target in walked:
                 held = stats.limits[target.name]
                 inputs = {**stats.inputs, **{module: limit.limit for module, limit in held.items()}}
                 found[target.name] = replace(stats, inputs=inputs, record=record, limits={target.name: held}, health=looked[target.name])
+    return found
+
+
+def _recoveries(
+    plan: Plan, targets: Sequence[TargetPlan], progress: Progress, device: str, hands: Crew, training: Callable[[str], Path]
+) -> dict[str, Recovery]:
+    """By target, those that are trained, and how."""
+    found: dict[str, Recovery] = {}
+    for target in targets:
+        if any(entry.asks("recover") for entry in target.quantized):
+            from convert.recover import Recovery, choose_mode
+
+            recovery = Recovery(plan, target, "", device, hands, progress, training(target.name))
+            recovery.mode = choose_mode(plan, target, recovery.options, device)
+            if recovery.mode == "blocks" and recovery.options.generated:
+                progress.say(f"warning: {target.name}: trained block by block, for the whole does not fit, on calibration text alone")
+            found[target.name] = recovery
     return found
 
 
@@ -139,19 +168,26 @@ def _settings(plan: Plan) -> Any:
     return plan.recipe.calibration or Calibration()
 
 
+def source_tokenizer(plan: Plan, scratch: Path) -> Any:
+    """The tokenizer of the source, from a copy in ``scratch`` of the small files beside its weights. Raises :class:`InputError`."""
+    from convert.text import load_tokenizer
+
+    folder = scratch / "tokenizer"
+    folder.mkdir()
+    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
+        (folder / name).write_bytes(content)
+    return load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+
+
 def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Sequences, int64 (tokens,) each, and what they were made of."""
     import torch
 
     from convert.datasets import Selection
-    from convert.text import load_tokenizer, take_documents, take_tokens
+    from convert.text import take_documents, take_tokens
 
     settings = _settings(plan)
-    folder = scratch / "tokenizer"
-    folder.mkdir()
-    for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
-        (folder / name).write_bytes(content)
-    tokenizer = load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+    tokenizer = source_tokenizer(plan, scratch)
     selection = Selection(settings.config, settings.split, settings.column)
     wanted = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:
@@ -217,6 +253,7 @@ def _walk(
     scratch: Path,
     device: str,
     hands: Crew,
+    recoveries: Mapping[str, Recovery],
 ) -> Generator[Solved, None, tuple[Stats, dict[str, dict[str, Any]]]]:
     """What was seen, and what there is to say of layers that are not solved, by target."""
     import psutil
@@ -226,7 +263,7 @@ def _walk(
     from convert.groups import Group, find_groups
     from convert.lanes import place_for, walk
     from convert.loading import Skeleton
-    from convert.solve import smooth_block, solve_block
+    from convert.solve import input_limits, smooth_block, solve_block
 
     assert plan.architecture is not None
     dtype = walk_dtype(plan, device)
@@ -247,6 +284,10 @@ def _walk(
     observer = Observer(skeleton, plan.architecture.groups)
     observer.want(static, "absmax")
     stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
+    by_block = any(recoveries[target.name].mode == "blocks" for target in targets if target.name in recoveries)
+    # Beside it goes the source in float32, for blocks to be trained to return what its blocks do.
+    source = Skeleton(plan.checkpoint, dtype="float32", trust_remote_code=plan.recipe.trust_remote_code) if by_block else None
+    teachers = walk(source, batches, device=device, place=place, scratch=scratch, crew=hands) if source else None
     groups: tuple[Group, ...] = ()
     limits: dict[str, dict[str, Limit]] = {target.name: {} for target in targets}
     looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
@@ -257,6 +298,7 @@ def _walk(
         while True:
             with _explained(plan):
                 stand = next(stands, None)
+                teacher = next(teachers, None) if teachers and stand else None
             if stand is None:
                 break
             todo = {
@@ -290,7 +332,8 @@ def _walk(
                     stand.run(keep=not quantized, observer=observer)
                 needed = [*_modules(entry for entry in entries if entry.coder == "gptq"), *of_static]
                 few += _judge_experts(plan, needed, stand, observer)
-                was_dtype = _widened(stand.module) if smoothing else {}
+                wide = smoothing or any(entry.asks("recover") for entry in entries)
+                was_dtype = _widened(stand.module) if wide else {}
                 groups = find_groups(stand, groups) if smoothing else groups
             for target in targets:
                 held = find_limits(target, plain[target.name], observer)
@@ -309,7 +352,7 @@ def _walk(
                     with _explained(plan), _narrow(was_dtype):
                         behind = [entry for entry in statics[target.name] if entry.asks(*TRANSFORMS)]
                         held |= _see_again(target, behind, stand, skeleton, plan.architecture.groups)
-                    for solved, codes in solve_block(
+                    results: Iterable[tuple[Solved, dict[str, QTensor]]] = solve_block(
                         target,
                         again[target.name],
                         skeleton,
@@ -320,10 +363,24 @@ def _walk(
                         looked[target.name],
                         changed=changed,
                         crew=hands,
-                    ):
+                    )
+                    if (recovery := recoveries.get(target.name)) is not None:
+                        bounds = input_limits(observer, inputs, smoothed, held)
+                        results = _recovered(
+                            recovery,
+                            again[target.name],
+                            list(results),
+                            stand,
+                            teacher,
+                            skeleton,
+                            observer,
+                            bounds,
+                            len(plan.architecture.blocks),
+                        )
+                    for solved, codes in results:
                         for module, code in codes.items() if quantized else ():
                             skeleton.weight(module).copy_(code.dequantize())
-                        if solved.tensor not in done[target.name]:
+                        if solved.tensor not in done[target.name] and not (recovery and recovery.mode == "logits"):
                             yield solved
                     for parameter, was in were or ():
                         parameter.copy_(was)
@@ -333,6 +390,9 @@ def _walk(
                 parameter.data = parameter.data.to(narrow)
             observer.forget("hessian", "histogram", "mean", "mean_magnitude", *health.KINDS)
             advance(count)
+    if teachers:
+        with torch.enable_grad():  # a generator leaves this as it was when it began
+            teachers.close()
     if bare:
         progress.say(f"{bare[0]} (and {len(bare) - 1} more) is not smoothed: {NOTHING_FEEDS_IT}; the ledger says so of each")
     if few:
@@ -357,6 +417,38 @@ def _walk(
         experts=observer.experts(),
     )
     return stats, {target.name: {} if target.solved else looked[target.name] for target in targets}
+
+
+def _recovered(
+    recovery: Recovery,
+    entries: Sequence[Entry],
+    solved: Sequence[tuple[Solved, dict[str, QTensor]]],
+    stand: Stand,
+    teacher: Stand | None,
+    skeleton: Skeleton,
+    observer: Observer,
+    limits: Mapping[str, float],
+    blocks: int,
+) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
+    """What was solved of a block, trained if that goes block by block, else kept for when all blocks are there."""
+    from convert.recover import Start
+
+    codes = {module: code for _, chosen in solved for module, code in chosen.items()}
+    starts = {
+        module: Start(
+            entry,
+            codes[module],
+            skeleton.weight(module).float().clone(),
+            limits[module] if entry.scheme and entry.scheme.static else None,
+            observer.leader.get(module, module),
+        )
+        for entry in entries
+        for module in _modules([entry])
+    }
+    if teacher is not None:
+        return iter(recovery.block(stand, teacher, solved, starts, skeleton, blocks))
+    recovery.keep([item for item, _ in solved], starts, skeleton)
+    return iter(solved)
 
 
 def _find_experts(skeleton: Skeleton, targets: Sequence[TargetPlan]) -> None:

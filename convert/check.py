@@ -18,20 +18,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-from convert import environments
+from convert import environments, tasks
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.answers import Question, describe, encode, judge, read_questions
 from convert.child import request, run
-from convert.datasets import Selection
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
-from convert.runtimes import RUNTIMES
+from convert.runtimes import HARNESSED, RUNTIMES
 from convert.source import open_source
-from convert.text import load_tokenizer, take_tokens
+from convert.text import load_tokenizer, take_held_out
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
@@ -39,12 +38,15 @@ from formats.scheme import Quality
 
 NEW_TOKENS = 32
 QUESTION = "What is the capital of France?"
+#: Passages of the held-out text that are continued beside the question, and how many tokens of each are given.
+PASSAGES, PASSAGE_TOKENS = 2, 40
 
 
 @dataclass(frozen=True)
 class _Text:
     """Held-out tokens (sequences, length), what they were made of, a prompt to continue, ``templated`` where it went through the chat
-    template, which writes special tokens itself, and the user's own questions with theirs."""
+    template, which writes special tokens itself, the user's own questions with theirs, how many tokens answer them, and passages of the
+    held-out text."""
 
     tokens: np.ndarray
     record: dict[str, Any]
@@ -54,6 +56,19 @@ class _Text:
     tokenizer: Any
     questions: Sequence[Question]
     question_ids: list[list[int]]
+    answer_tokens: int
+    passage_ids: list[list[int]]
+
+    def written(self, answer: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Of a program's answer: what it says to the questions, and after the passages; of neither where it did not write all of them."""
+        ids, count = answer.get("answers", []), len(self.questions)
+        if len(ids) != count + len(self.passage_ids):
+            return [], []
+        # Greedily written, fewer tokens are the beginning of more.
+        return [self.decode(item[: self.answer_tokens]) for item in ids[:count]], [self.decode(item[:NEW_TOKENS]) for item in ids[count:]]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def require_runtimes(target: Target) -> None:
@@ -104,26 +119,37 @@ def check(
             "text": text.prompt,
             "special_tokens": not text.templated,
             "new_tokens": NEW_TOKENS,
-            "prompts": text.question_ids,
-            "answer_tokens": recipe.validation.answer_tokens,
+            "prompts": [*text.question_ids, *text.passage_ids],
+            "answer_tokens": max(recipe.validation.answer_tokens, NEW_TOKENS),
         }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
         checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
         blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
         if blocks:
-            if text.questions:
+            whole_ones = [name for name in ("prompts", "tasks") if getattr(recipe.validation, name)]
+            if whole_ones:
                 raise MachineError(
-                    f"{model}: {whole / 1e9:.1f} GB of memory are needed for the source to answer validation.prompts, and are not free; "
-                    "set validation.reference: source, leave the prompts out, or run octavo check on a larger machine"
+                    f"{model}: {whole / 1e9:.1f} GB of memory are needed for the source to answer validation.{whole_ones[0]}, and are not "
+                    f"free; set validation.reference: source, leave the {whole_ones[0]} out, or run octavo check on a larger machine"
                 )
             progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
         source_logits = str(scratch / "source.f32")
         request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
-        answer, failure = _run_source(request_source, scratch, reference)
+        answer, failure = _run_source("convert.runtimes.source", request_source, scratch, reference)
         if answer is None:
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
+        if recipe.validation.tasks:
+            names = ", ".join(task.name for task in recipe.validation.tasks)
+            progress.say(f"running the source on {names} of lm-evaluation-harness")
+            of_tasks = _task_request(request_source, recipe, artifacts[0], "source")
+            scored, failure = _run_source(tasks.PROGRAM, of_tasks, scratch, reference)
+            if scored is None or "error" in scored:
+                raise MachineError(f"{model}: the source could not be run on {names}: {scored['error'] if scored else failure}")
+            of_source = replace(of_source, tasks=tasks.score(scored))
+            text.record.update(tasks.describe(scored))
+            answer["tasks"] = scored
         reports = []
         for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
             target = next(item for item in own.targets if item.name == manifest.target)
@@ -131,22 +157,31 @@ def check(
         return reports
 
 
-def _run_source(asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
-    """The source's answer, with its logits in ``scratch``: those in ``kept`` where the same was asked before of the same tokens."""
+def _task_request(asked: dict[str, Any], recipe: Recipe, artifact: Path, program: str) -> dict[str, Any]:
+    """What the harness is asked, beside what the program that loads the model is."""
+    kept = {key: value for key, value in asked.items() if key not in ("logits", "prompts")}
+    return {**kept, "program": program, "tokenizer": str(artifact), "tasks": tasks.asked(recipe)}
+
+
+def _run_source(program: str, asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
+    """The source's answer, with its logits, if it writes them, in ``scratch``: those in ``kept`` where the same was asked before of the
+    same tokens."""
     if kept is None:
-        return run("convert.runtimes.source", asked, scratch)
+        return run(program, asked, scratch)
     # What differs from check to check: where things lie, and whose tokenizer was used.
-    facts = {key: value for key, value in asked.items() if key not in ("artifact", "tokens", "logits")}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + Path(asked["tokens"]).read_bytes()).hexdigest()
+    facts = {key: value for key, value in asked.items() if key not in ("artifact", "tokenizer", "tokens", "logits")}
+    digest = hashlib.sha256(json.dumps([program, facts], sort_keys=True).encode() + Path(asked["tokens"]).read_bytes()).hexdigest()
     told, logits = kept / f"{digest}.json", kept / f"{digest}.f32"
     if told.exists():
-        os.link(logits, asked["logits"])
+        if "logits" in asked:
+            os.link(logits, asked["logits"])
         return json.loads(told.read_text()), ""
-    answer, failure = run("convert.runtimes.source", asked, scratch)
+    answer, failure = run(program, asked, scratch)
     if answer is not None:
         kept.mkdir(parents=True, exist_ok=True)
-        logits.unlink(missing_ok=True)
-        os.link(asked["logits"], logits)
+        if "logits" in asked:
+            logits.unlink(missing_ok=True)
+            os.link(asked["logits"], logits)
         told.write_text(json.dumps(answer))
     return answer, failure
 
@@ -188,6 +223,15 @@ def _check_one(
             checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))
             continue
         result = _result(name, answer, text, found_here)
+        if recipe.validation.tasks and runtime in HARNESSED:
+            names = ", ".join(task.name for task in recipe.validation.tasks)
+            progress.say(f"{target.name}: running it in {name} on {names} of lm-evaluation-harness")
+            scored, failure = run(tasks.PROGRAM, _task_request(runtime_request, recipe, path, runtime), scratch)
+            failure = scored["error"] if scored and "error" in scored else failure
+            checks.append(holds(f"{name}: tasks run", not failure, failure))
+            if scored and not failure:
+                result = replace(result, tasks=tasks.score(scored, source["tasks"]))
+                checks += _check_recovery(name, result, recipe, target.limits.recovery)
         results.append(result)
         if "module_dtypes" in answer:
             checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
@@ -210,6 +254,7 @@ def _check_one(
         runtimes=tuple(results),
         validation=text.record,
         prompt=text.prompt,
+        passages=tuple(text.decode(ids) for ids in text.passage_ids),
         health=(manifest.calibration or {}).get("health", {}),
     )
 
@@ -312,32 +357,36 @@ def _check_answers(
     """That not many more of the user's prompts are answered wrong than by the source."""
     name, asked = f"{runtime}: answers", len(text.questions)
     if result.answers is None or reference.answers is None:
-        return at_most(name, math.nan, limit, "share", f"{runtime} continued {len(answer.get('answers', []))} of {asked} prompts")
+        return at_most(name, math.nan, limit, "share", f"{runtime} did not continue all {asked} prompts")
     pairs = list(zip(reference.answers.right, result.answers.right, strict=True))
     lost = [i for i, (before, after) in enumerate(pairs) if before and not after]
     gained = sum(after and not before for before, after in pairs)
-    said = [f"line {text.questions[i].line}: {_decode(text, answer['answers'][i]).strip()[:60]!r}" for i in lost[:3]]
+    written, _ = text.written(answer)
+    said = [f"line {text.questions[i].line}: {written[i].strip()[:60]!r}" for i in lost[:3]]
     detail = f"right {sum(result.answers.right)} of {asked}, the source {sum(reference.answers.right)}; lost {len(lost)}, won {gained}"
     value, interval = reference.answers.share - result.answers.share, drop(asked, len(lost), gained)
     return _with_doubt(at_most(name, value, limit, "share less", "; ".join([detail, *said]), interval), asked, "prompts")
 
 
-def _decode(text: _Text, ids: list[int]) -> str:
-    return str(text.tokenizer.decode(ids, skip_special_tokens=True))
+def _check_recovery(runtime: str, result: RuntimeResult, recipe: Recipe, limit: float | None) -> list[Check]:
+    """That of each task enough of the source's score is left, if there is a limit; of a group without a score of its own, in each part."""
+    if limit is None:
+        return []
+    found = []
+    for task in recipe.validation.tasks:
+        worst = tasks.lowest(result.tasks, task.name)
+        detail = f"{worst.name}: {worst.metric} {worst.score:.4g} over {worst.documents:,} documents"
+        share = math.nan if worst.recovery is None else worst.recovery
+        check = at_least(f"{runtime}: recovery of {task.name}", share, limit, "of the source", detail, worst.recovery_interval)
+        found.append(_with_doubt(check, worst.documents, "documents"))
+    return found
 
 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     validation = recipe.validation
     tokenizer = load_tokenizer(artifact, trust_remote_code=recipe.trust_remote_code)
-    sequences = validation.tokens // validation.length
-    tokens, record = take_tokens(
-        validation.text,
-        tokenizer,
-        sequences=sequences,
-        length=validation.length,
-        purpose="validation",
-        selection=Selection(validation.config, validation.split, validation.column),
-    )
+    tokens, record = take_held_out(validation, tokenizer)
+    sequences = len(tokens)
     prompt, prompt_ids = QUESTION, tokenizer(QUESTION).input_ids
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": QUESTION}]
@@ -346,13 +395,23 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
     path = Path(validation.prompts) if validation.prompts is not None else None
     questions = read_questions(path) if path else []
     record |= {"reference": validation.reference, **(describe(path, questions) if path else {})}
+    chosen = sorted({i * sequences // PASSAGES for i in range(PASSAGES)})
     return _Text(
-        tokens, record, prompt, list(prompt_ids), bool(tokenizer.chat_template), tokenizer, questions, encode(questions, tokenizer)
+        tokens,
+        record,
+        prompt,
+        list(prompt_ids),
+        bool(tokenizer.chat_template),
+        tokenizer,
+        questions,
+        encode(questions, tokenizer),
+        validation.answer_tokens,
+        [tokens[i, : min(PASSAGE_TOKENS, validation.length // 2)].tolist() for i in chosen],
     )
 
 
 def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | Drift | None) -> RuntimeResult:
-    answers = answer.get("answers", [])
+    written, passages = text.written(answer)
     return RuntimeResult(
         name=name,
         versions=answer["versions"],
@@ -362,9 +421,10 @@ def _result(name: str, answer: dict[str, Any], text: _Text, found: Divergence | 
         load_seconds=answer["load_seconds"],
         prefill_tokens_per_second=answer["prefill_tokens_per_second"],
         decode_tokens_per_second=answer["decode_tokens_per_second"],
-        continuation=_decode(text, answer["generated"]),
+        continuation=text.decode(answer["generated"]),
         divergence=found if isinstance(found, Divergence) else None,
         drift=found if isinstance(found, Drift) else None,
         kernels=answer.get("kernels", {}),
-        answers=judge(text.questions, [_decode(text, ids) for ids in answers]) if answers and len(answers) == len(text.questions) else None,
+        answers=judge(text.questions, written) if written else None,
+        passages=tuple(passages),
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Lines of a drawing that stands alone; what a page colours takes the page's.
 _COLOURS = ("#2a5f93", "#b5541c", "#1c6637", "#8a2f6b", "#6b6b1c", "#5d5a54")
+#: Lines of a drawing within a page, told apart on light ground and on dark.
+_MIDDLING = ("#3a82c8", "#c8702c", "#2f9a64", "#ab5aa5", "#8d8a2e", "#7d7a74")
 _MARKERS = ("o", "s", "^", "D")
 
 
@@ -92,11 +94,44 @@ def draw_frontier(ladder: Mapping[str, Any]) -> Markup:
     return inline(drawn, "frontier")
 
 
+def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Markup:
+    """An SVG element for a page: what each group of layers loses alone, by layer, a line a kind; those kept in 16 bit are marked."""
+    import matplotlib
+
+    kinds = list(dict.fromkeys(_kind(group["modules"]) for group in groups))
+    last = max((index for group in groups if (index := place(group["modules"][0])[1]) is not None), default=0)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = _figure((6.4, 3.2))
+        axes = figure.add_subplot(facecolor="none")
+        for i, kind in enumerate(kinds[: len(_MIDDLING)]):
+            points = sorted(
+                (last + 1 if (index := place(group["modules"][0])[1]) is None else index, max(group["alone_nats"], 1e-12), group["kept"])
+                for group in groups
+                if _kind(group["modules"]) == kind
+            )
+            ink = _MIDDLING[i]
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=ink, linewidth=1.0, marker="o", markersize=2.4, label=kind)
+            kept = [(x, y) for x, y, is_kept in points if is_kept]
+            axes.plot([x for x, _ in kept], [y for _, y in kept], color=ink, linestyle="", marker="D", markersize=6, markerfacecolor="none")
+        axes.set_yscale("log")
+        axes.set_xlabel("layer", color=TEXT_INK)
+        axes.set_ylabel("KL alone (nats a token)", color=TEXT_INK)
+        axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT_INK)
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+        drawn = _svg(figure)
+    return inline(drawn, "alone")
+
+
 def draw_comparison(rows: Sequence[Row]) -> Markup:
     """An SVG element for a page: size against loss, an interval as a bar, and a line through the rows that nothing beats."""
     import matplotlib
 
     shown = [row for row in rows if math.isfinite(row.loss)]
+    alone = len({row.run.name for row in rows}) == 1
     best = sorted((row.size_bytes / 1e6, row.loss) for row in shown if row.frontier)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -108,7 +143,8 @@ def draw_comparison(rows: Sequence[Row]) -> Markup:
             x, low, high = row.size_bytes / 1e6, *((row.interval.low, row.interval.high) if row.interval else (row.loss, row.loss))
             axes.plot([x, x], [low, high], color=LINE_INK, linewidth=1.3)
             axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
-            axes.annotate(f"{row.name}, {row.run.name}", (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
+            label = row.name if alone else f"{row.name}, {row.run.name.partition(' (')[0]}"
+            axes.annotate(label, (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
         axes.margins(x=0.25, y=0.15)
         # Sizes that are all but the same would be spread over the whole axis.
         low, high = axes.get_xlim()

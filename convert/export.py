@@ -59,6 +59,8 @@ UNSEEN = {
 }
 #: What calibration keeps in files for the time it runs.
 SCRATCH = "scratch"
+#: The state of a training, from which it goes on when it was killed.
+TRAINING = "training.pt"
 
 #: Solved tensors that may wait to be written: about a block's.
 SOLVED_AHEAD = 8
@@ -129,6 +131,7 @@ def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *
             done={name: frozenset(writer.done) for name, writer in writers.items()},
             recall=lambda target, entry, part: writers[target].recall(entry, part),
             scratch=next(iter(writers.values())).scratch,
+            training=lambda target: writers[target].training,
             device=device,
             workers=workers,
         )
@@ -271,6 +274,11 @@ class _Writer:
         folder.mkdir()
         return folder
 
+    @property
+    def training(self) -> Path:
+        """Where the state of a training lies until the artifact is whole."""
+        return self._partial / TRAINING
+
     def recall(self, entry: Entry, part: Part | None) -> torch.Tensor:
         """What an earlier run has written: the values that the codes of a part stand for, or those of a tensor that is kept."""
         reader = SafetensorsReader(
@@ -325,6 +333,8 @@ class _Writer:
         (self._partial / PROVENANCE).write_bytes(statement(manifest))
         (self._partial / JOURNAL).unlink()
         (self._partial / HEALTH).unlink(missing_ok=True)
+        for path in self._partial.glob(f"{self.training.stem}.*"):
+            path.unlink()
         shutil.rmtree(self._partial / SCRATCH, ignore_errors=True)
         old = self._final.with_name(f".{self.target.name}.old")
         if self._final.exists():

@@ -117,8 +117,9 @@ def off(health: Mapping[str, Any], step: int = -1) -> float:
 
 
 def is_ruined(health: Mapping[str, Any]) -> bool:
-    """Whether a static scale leaves a layer's output off by :data:`RUINED` or more."""
-    return "limit" in health["inputs"] and off(health) >= RUINED
+    """Whether a static scale leaves a layer's output off by :data:`RUINED` or more. Of a layer that was trained afterwards
+    its own output does not tell: what it loses may be made up for elsewhere."""
+    return "limit" in health["inputs"] and not health.get("trained") and off(health) >= RUINED
 
 
 def ruined(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -7,27 +7,27 @@ import hashlib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from convert.comparison import Comparison, explain
-from convert.curves import draw_comparison, draw_frontier
+from convert.curves import draw_comparison, draw_frontier, draw_groups
+from convert.gauges import SHADES, draw_gauge, draw_stages, shade
 from convert.health import is_ruined, off, remark
-from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, is_drawable, place
+from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, draw_ranges, is_drawable, place
 from convert.plan import REQUANTIZED
-from convert.report import Check, Interval, Report
+from convert.report import Check, Interval, Report, RuntimeResult
 from formats.errors import FormatError
 from formats.manifest import Manifest
 from formats.safetensors import json_bytes
 
 #: How a bound is written before its limit.
 SIGNS = {"at most": "\u2264", "at least": "\u2265"}
-#: Shades of the heat map: none up to an error of a thousandth, the last from all of the output on, in equal steps of its logarithm.
-SHADES = 8
 #: Rows of the table of layers; of a mixture with thousands of experts those with the largest error at the output.
 MAX_LAYERS = 1000
 WEIGHT_FILES = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data", ".bin")
@@ -40,6 +40,42 @@ class _CheckRow:
     limit: str
     unit: str
     interval: str = ""
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A check of quality as people call it, with its drawing."""
+
+    row: _CheckRow
+    label: str
+    gauge: Markup
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A figure at the head of the page, and what it is to be held against."""
+
+    name: str
+    value: str
+    beside: str
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What one run wrote: as far as the source's text goes (``same``), and from where it parts."""
+
+    name: str
+    same: str
+    parted: str
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A prompt, what the source wrote, and what each run of the artifact did."""
+
+    prompt: str
+    source: str
+    runs: list[_Text]
 
 
 @dataclass(frozen=True)
@@ -78,6 +114,12 @@ def render(report: Report, manifest: Manifest) -> str:
         lead=_lead(report, sum(file.size_bytes for file in weights), sum(file["size_bytes"] for file in manifest.source["files"])),
         failed=[check for check in report.checks if not check.passed],
         checks=[_check_row(check) for check in report.checks],
+        measures=_measures(report.checks),
+        tiles=_tiles(report, sum(file.size_bytes for file in weights), sum(file["size_bytes"] for file in manifest.source["files"])),
+        passages=_passages(report),
+        stages=draw_stages(report.health),
+        ranges=draw_ranges(report.health),
+        alone=draw_groups(report.ladder["groups"]) if report.ladder.get("groups") else "",
         weights=weights,
         panels=draw_panels(drawn),
         median_db=statistics.median(layer.snr_db for layer in drawn) if drawn else math.nan,
@@ -118,6 +160,8 @@ def _page(template: str) -> Template:
         "percent": _percent,
         "size": _size,
         "share": _share,
+        "times": _times,
+        "short": _short,
         "interval": _interval,
         "decibels": _decibels,
         "csp_hash": _csp_hash,
@@ -149,10 +193,9 @@ def _heat(layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[int,
             continue
         kinds[kind] += 1
         value = off(health)
-        shade = min(SHADES, max(0, round((math.log10(max(value, 1e-9)) + 3) / 3 * SHADES)))
         row = worst.setdefault(index, {})
         if kind not in row or row[kind].value < value:
-            row[kind] = _Cell(value, shade, is_ruined(health) or (kind in row and row[kind].ruined))
+            row[kind] = _Cell(value, shade(value), is_ruined(health) or (kind in row and row[kind].ruined))
     shown = {kind for kind, _ in kinds.most_common(MAX_PANELS)}
     return [kind for kind in kinds if kind in shown], dict(sorted(worst.items()))
 
@@ -174,11 +217,23 @@ def _number(value: float, other: float | None = None) -> str:
         return "not a number"
     if math.isinf(value):
         return "infinite" if value > 0 else "minus infinite"
+    if other is not None and math.isclose(value, other, rel_tol=1e-12):
+        other = None
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return next(text for digits in (4, 6, 9, 17) if (text := f"{value:.{digits}g}") and (digits == 17 or float(text) != other))
+
+
+def _short(name: str) -> str:
+    """A runtime's name without what it says of its session."""
+    return name.partition(" (")[0]
+
+
+def _times(value: float) -> str:
+    """A factor, in as many digits as anybody reads."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _size(size_bytes: int) -> str:
@@ -208,7 +263,7 @@ def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     if drifts:
         name, worst = max(drifts, key=lambda item: (math.isnan(item[1].relative_error), item[1].relative_error))
         return (
-            f"{sizes}. Over {worst.vectors:,} last hidden states on held-out text the mean error, in {name}, is "
+            f"{sizes}. Over {worst.vectors:,} last hidden states on held-out text the mean error, in {_short(name)}, is "
             f"{_number(worst.relative_error)} of their length."
         )
     measured = [(run.name, run.divergence) for run in report.runtimes if run.divergence]
@@ -220,7 +275,80 @@ def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     distance = f"{_number(far.kl_nats, limit)}{' nats a token' if math.isfinite(far.kl_nats) else ''}"
     if far.kl_interval:
         distance += f" {_interval(far.kl_interval, limit)}"
-    return f"{sizes}. On {far.tokens:,} held-out tokens the KL divergence from the source, in {name}, is {distance}{allowed}."
+    return f"{sizes}. On {far.tokens:,} held-out tokens the KL divergence from the source, in {_short(name)}, is {distance}{allowed}."
+
+
+#: Checks of quality, as people call them; that of a task is called after it.
+LABELS = {
+    "kl_nats": "KL divergence",
+    "top1": "Same top token",
+    "perplexity_ratio": "Perplexity ratio",
+    "relative_error": "Relative error",
+    "answers": "Prompts lost",
+}
+
+
+def _measures(checks: Sequence[Check]) -> dict[str, list[_Measure]]:
+    """By runtime."""
+    found: dict[str, list[_Measure]] = {}
+    for check in checks:
+        runtime, _, name = check.name.rpartition(": ")
+        if name in LABELS or name.startswith("recovery of "):
+            label = LABELS.get(name) or f"R{name[1:]}"
+            found.setdefault(runtime, []).append(_Measure(_check_row(check), label, draw_gauge(check)))
+    return found
+
+
+def _tiles(report: Report, weight_bytes: int, source_bytes: int) -> list[_Tile]:
+    """The worst of what was measured, and what it costs."""
+    found = []
+    far = [run.divergence for run in report.runtimes if run.divergence]
+    if far:
+        worst = max(far, key=lambda item: (math.isnan(item.kl_nats), item.kl_nats))
+        found += [
+            _Tile("KL divergence", f"{worst.kl_nats:.3g}", "nats a token"),
+            _Tile("Perplexity", f"{worst.perplexity_ratio - 1:+.2%}", f"{worst.perplexity:.4g}, the source {worst.source_perplexity:.4g}"),
+            _Tile("Same top token", f"{worst.top1:.1%}", f"of {worst.tokens:,} tokens"),
+        ]
+    drifts = [run.drift for run in report.runtimes if run.drift]
+    if drifts:
+        found.append(_Tile("Relative error", f"{max(item.relative_error for item in drifts):.3g}", "of the last hidden states"))
+    # Of a source in four bits, a factor would tell nobody anything.
+    beside = f"{_times(weight_bytes / source_bytes)} × the source" if weight_bytes < source_bytes else f"the source {_size(source_bytes)}"
+    found.append(_Tile("On disk", _size(weight_bytes), beside))
+    for run in sorted(report.runtimes, key=lambda run: -run.decode_tokens_per_second)[:1]:
+        before = report.source.decode_tokens_per_second
+        beside = "tokens/s" + (f", {_times(run.decode_tokens_per_second / before)} × the source" if before else f" in {run.program}")
+        if run.decode_tokens_per_second:
+            found.append(_Tile("Writes", _times(run.decode_tokens_per_second), beside))
+    return found
+
+
+def _passages(report: Report) -> list[_Passage]:
+    """Each prompt with what was written after it; those of which nothing is known are left out."""
+    found = []
+    for i, prompt in enumerate((report.prompt, *report.passages)):
+        texts = [(run.name, _written(run, i)) for run in (report.source, *report.runtimes)]
+        (_, source), *others = texts
+        if any(text for _, text in texts):
+            found.append(_Passage(prompt, source, [_text(name, text, source) for name, text in others]))
+    return found
+
+
+def _written(run: RuntimeResult, number: int) -> str:
+    """What a run wrote after the prompt, or after one of the passages."""
+    texts = (run.continuation, *run.passages)
+    return texts[number] if number < len(texts) else ""
+
+
+def _text(name: str, text: str, source: str) -> _Text:
+    """Parted at the word in which they differ."""
+    if not source or text == source:
+        return _Text(name, text, "")
+    end = next((i for i, (ours, theirs) in enumerate(zip(text, source, strict=False)) if ours != theirs), min(len(text), len(source)))
+    while 0 < end < len(text) and not text[end - 1].isspace() and not text[end].isspace():
+        end -= 1
+    return _Text(name, text[:end], text[end:] or " (ends here)")
 
 
 def _check_row(check: Check) -> _CheckRow:

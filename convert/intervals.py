@@ -31,7 +31,7 @@ def block_lengths(length: int) -> list[int]:
     return [length // count + (i < length % count) for i in range(count)]
 
 
-def bootstrap(sums: Sequence[float], counts: Sequence[int]) -> Interval | None:
+def bootstrap(sums: Sequence[float], counts: Sequence[float]) -> Interval | None:
     """Of ``sum(sums) / sum(counts)``, a mean over all tokens, from the sums and counts of each block.
 
     None with fewer than two blocks, or where a sum is not finite.
@@ -87,6 +87,18 @@ def difference(one: Blocks, other: Blocks) -> Interval | None:
     if one.tokens != other.tokens:
         raise ValueError(f"{len(one.tokens)} and {len(other.tokens)} blocks of other lengths: not the same tokens")
     return bootstrap([a - b for a, b in zip(one.kl_nats, other.kl_nats, strict=True)], one.tokens)
+
+
+def recovery(above: Sequence[float], below: Sequence[float]) -> Interval | None:
+    """Of ``sum(above) / sum(below)``, scores of the same documents, which are drawn again in pairs.
+
+    None where some draws have nothing below, so that the sample is too small to say anything.
+    """
+    if sum(value != 0 for value in below) < 2:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = bootstrap(above, below)
+    return found if found and math.isfinite(found.low) and math.isfinite(found.high) else None
 
 
 def wilson(right: int, asked: int) -> Interval:

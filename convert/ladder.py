@@ -3,7 +3,8 @@
 A rung is a recipe of its own, with algorithms in its rules and the budget among its limits; the one that wins is what the manifest records,
 so that the artifact can be made again without climbing. ``mixed`` takes the best rung below it, measures on its artifact what each group
 of layers loses alone, and keeps in 16 bit the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes
-of it is measured, the model of how they add is corrected, and the choice made again.
+of it is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every
+layer quantized.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from convert.progress import Progress
 from convert.recipe import LADDER, Budget, Recipe, Rule, Target, reads_calibration, rung_steps
 from convert.report import Report
 from convert.sensitivity import Loss, artifact_trials, measure, spelled
+from formats.errors import RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
 WORTHWHILE = 0.9
@@ -88,15 +90,27 @@ def climb(recipe: Recipe, target: Target, out: Path, make: Make, progress: Progr
     """Makes rung after rung of a target in ``out/<rung>``. Raises what planning, converting and measuring raise."""
     assert target.budget is not None
     rungs: list[Rung] = []
+    mixed: Climb | None = None
     for name in target.ladder or LADDER:
         if name == "mixed":
             best = min(rungs, key=lambda rung: _distance(rung, target.budget))
-            return _mix(recipe, target, out, make, progress, rungs, best, device)
+            mixed = _mix(recipe, target, out, make, progress, rungs, best, device)
+            if mixed.taken.report.passed:
+                return mixed
+            rungs = list(mixed.rungs)
+            continue
         progress.say(f"{target.name}: rung {name}")
-        rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, make, progress))
+        try:
+            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, make, progress))
+        except RecipeError as error:
+            # It is the one rung that not every model can take, and there is an artifact already.
+            if name != "recover" or not rungs:
+                raise
+            progress.say(f"{target.name}: rung recover is left out: {error}")
+            break
         if rungs[-1].report.passed:
             break
-    return Climb(tuple(rungs), _taken(rungs, target.budget))
+    return Climb(tuple(rungs), _taken(rungs, target.budget), *((mixed.groups, mixed.curves) if mixed else ()))
 
 
 def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rule] = (), alone: dict[str, float] | None = None) -> Recipe:

@@ -9,7 +9,7 @@ model does between blocks is its own code, so the result is that of the plain fo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ def walk(
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
     crew: Crew = Crew(),  # noqa: B008  a frozen record
-) -> Iterator[Stand]:
+) -> Generator[Stand, None, None]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
 
     ``batches``: keyword arguments of the model's forward, tensors on the CPU, and no cache that keeps what it is given, for a block may run

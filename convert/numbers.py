@@ -1,7 +1,8 @@
 """Every quantized tensor of an artifact, decoded and compared with its source under the bound that its scheme implies.
 
 Smoothing is made again from the factors in the manifest, so that what it changed has the same bound as what it did not. GPTQ moves codes
-further than rounding: of these the scales have to be those of rounding, and the error what was noted when they were chosen.
+further than rounding: of these the scales have to be those of rounding, and the error what was noted when they were chosen. Training moves
+scales too: the error has to be what was noted, in steps of the scale as well as in all, and a static input's scale what was learned.
 
 Run as ``python -m convert.numbers REQUEST ANSWER``, both JSON files; request: ``artifact``, ``model``, ``trust_remote_code``, ``threads``;
 answer: ``layers``, one record a tensor.
@@ -128,7 +129,8 @@ def _compare_part(
     rows, columns = part.shape(source)
     mine = form.layer_tensors(TensorSpec(f"{part.module}.weight", "F32", (rows, columns)), scheme)
     coder = _coder(entry)
-    options, by_gptq = entry.get("options", {}).get(coder, {}), coder == "gptq" and not told.get("rounded")
+    trained = "recover" in str(entry["algorithm"]).split("+")
+    options, by_gptq = entry.get("options", {}).get(coder, {}), trained or (coder == "gptq" and not told.get("rounded"))
     total, worst, clipped = Moved(0.0, 0.0, 0.0), 0.0, 0
     for start, stop in _slabs(part, rows, columns, scheme.weight.tile.rows, TRANSPOSED_SLAB_ELEMENTS if mine.columns else SLAB_ELEMENTS):
         if part.columns is None:
@@ -148,7 +150,7 @@ def _compare_part(
         scale = decoded.spread_scale() if scheme.weight.unit == 1 else decoded.spread_scale() * scheme.weight.unit
         if scheme.weight.scale == "model":  # to whose dtype it was rounded, even where it is stored in float32
             scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
-        if scheme.weight.scale != "absmax" and not _on_the_way(options, scheme.weight):
+        if scheme.weight.scale != "absmax" and not trained and not _on_the_way(options, scheme.weight):
             worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=CLIP_RATIOS if options.get("clip") else ()))
         if not by_gptq:
             # float32 rounding of the comparison itself is not the codes' fault
@@ -159,6 +161,8 @@ def _compare_part(
         clipped += int((weight.abs() > scheme.weight.grid.high * scale.float()).sum())
     if by_gptq:
         worst = max(worst, _deviation(total, told))
+    if trained and scheme.static:
+        worst = max(worst, _input_deviation(entry, part, rows, columns, artifact, form, told))
     snr = 10 * math.log10(total.signal / total.noise) if total.noise and total.signal else math.inf
     name = source.name if len(entry["parts"]) == 1 else f"{part.module}.weight"
     return LayerNumbers(name, scheme.name, min(snr, 999.0), worst if math.isfinite(worst) else 1e9, clipped / (rows * columns))
@@ -209,6 +213,25 @@ def _deviation(found: Moved, told: dict[str, Any]) -> float:
     noted = Moved(**told["moved"])
     pairs = ((found.steps, noted.steps), (found.noise, noted.noise), (found.signal, noted.signal))
     return max(abs(x - y) / (y * SUM_ROUNDING) if y else math.inf if x else 0.0 for x, y in pairs)
+
+
+def _input_deviation(
+    entry: dict[str, Any], part: Part, rows: int, columns: int, artifact: SafetensorsReader, form: Format, told: dict[str, Any]
+) -> float:
+    """How far the scale of a static input is from what training noted, in quarters of a unit in its last place; infinitely, if it noted
+    nothing."""
+    noted = told.get("recover", {}).get("input_limit")
+    if noted is None:
+        return math.inf
+    weight = TensorSpec(f"{part.module}.weight", entry["scale_dtype"], (rows, columns))
+    worst = 0.0
+    for name, expected in form.constants(weight, SCHEMES[entry["scheme"]], noted).items():
+        if expected.is_floating_point():
+            spec = next(TensorSpec(name, dtype, tuple(shape)) for output, dtype, shape in entry["outputs"] if output == name)
+            found = artifact.read(name, 0, spec.matrix_shape[0]).reshape(-1).float()
+            unit = expected.float().reshape(-1).abs() * torch.finfo(expected.dtype).eps
+            worst = _worse(worst, (found - expected.float().reshape(-1)).abs(), unit / 4)
+    return worst
 
 
 def _worse(worst: float, error: torch.Tensor, bound: torch.Tensor) -> float:

@@ -7,8 +7,9 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -65,6 +66,77 @@ def draw_panels(layers: Sequence[LayerNumbers]) -> list[Panel]:
         flat = [value for group in points.values() for value in group]
         found.append(Panel(name, len(flat), min(flat), max(flat), None if outside else low, svg))
     return found
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Inputs of the layers of some kinds, which read the same ones: the largest of all, in layer ``layer``, against the median there."""
+
+    kinds: str
+    largest: float
+    typical: float
+    layer: int
+    outliers: int
+    svg: Markup
+
+
+def draw_ranges(layers: Mapping[str, Mapping[str, Any]]) -> list[Ranges]:
+    """One panel for each input of a block, from :mod:`convert.health`: the largest and the median magnitude by layer, and the largest after
+    smoothing, all on the same logarithmic axis."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for module, health in layers.items():
+        kind, index = place(module)
+        # Of experts, the one with the largest input stands for all.
+        if index is not None and health["inputs"]["absmax"] >= found[kind].get(index, health)["inputs"]["absmax"]:
+            found[kind][index] = health
+    shared: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for kind, by_layer in found.items():
+        if by_layer:
+            shared[tuple((i, by_layer[i]["inputs"]["absmax"], by_layer[i]["inputs"]["typical"]) for i in sorted(by_layer))].append(kind)
+    every = [value for points in shared for _, *both in points for value in both if value > 0]
+    if not every:
+        return []
+    bounds = min(every) / 2, max(every) * 2
+    last = max(i for points in shared for i, *_ in points)
+    drawn = []
+    for number, (points, kinds) in enumerate(list(shared.items())[:MAX_PANELS]):
+        layer, largest, typical = max(points, key=lambda point: point[1])
+        by_layer = found[kinds[0]]
+        smoothed = [(i, by_layer[i]["smoothed"]["absmax"]) for i, *_ in points if by_layer[i].get("smoothed")]
+        svg = inline(_draw_range(points, smoothed, bounds, last), f"range{number}")
+        outliers = max(health["inputs"]["outliers"] for health in by_layer.values())
+        drawn.append(Ranges(", ".join(kinds), largest, typical, layer, outliers, svg))
+    return drawn
+
+
+def _draw_range(points: Sequence[tuple[int, float, float]], smoothed: Sequence[tuple[int, float]], bounds: Any, last: int) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers, largest, typical = zip(*points, strict=True)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
+        figure = Figure(figsize=(3.5, 2.0), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        axes.fill_between(layers, typical, largest, color=LINE_INK, alpha=0.15, linewidth=0)
+        axes.plot(layers, largest, color=LINE_INK, linewidth=1.4)
+        axes.plot(layers, typical, color=FAINT_INK, linewidth=1.0)
+        if smoothed:
+            axes.plot(*zip(*smoothed, strict=True), color=LINE_INK, linewidth=1.0, linestyle=(0, (3, 2)))
+        axes.set_yscale("log")
+        axes.set(xlim=(-0.03 * last - 0.5, 1.03 * last + 0.5), ylim=bounds)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.minorticks_off()
+        axes.set_xlabel("layer", color=TEXT_INK)
+        axes.set_ylabel("magnitude", color=TEXT_INK)
+        axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT_INK)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
 
 
 def place(tensor: str) -> tuple[str, int | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert.answers import read_questions
+from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import lane_tokens, statistics_bytes, walk_dtype
+from convert.calibrate import lane_tokens, source_tokenizer, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
@@ -25,9 +26,12 @@ from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.recipe import Recipe, Target, parse_recipe
+from convert.recover import training_bytes
 from convert.report import Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate
 from convert.source import Checkpoint, SourceDigests, open_source
+from convert.tasks import require_tasks
+from convert.text import take_held_out
 from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
@@ -85,6 +89,9 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         # A block is smoothed in float32, whatever it is watched in.
         walked = sizes.peak_bytes + 2 * sizes.block_bytes
         memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
+        memory = max(
+            memory, *(BASE_BYTES + training_bytes(plan, target, walked, free_bytes=free, device=device) for target in plan.targets)
+        )
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
@@ -138,6 +145,8 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
         _require_all(job, out, progress, check=check, device=device)
+        if check:
+            require_tasks(job.recipe)
         if budgeted:
             return _climb_all(job, checkpoint, out, digests, progress, device=device)
         artifacts = export(job, out, progress, digests=digests, device=device)
@@ -166,6 +175,7 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     for recipe in recipes:  # what cannot be carried to its end stops all, before any work
         job = plan(recipe)
         _require_all(job, out / recipe.name, QUIET, check=True, device=device)
+    require_tasks(recipes[0])
     climbs = [any(target.budget is not None for target in recipe.targets) for recipe in recipes]
     made = [
         convert(recipe, out / recipe.name, device=device, check=climb_it, progress=progress)
@@ -251,7 +261,9 @@ def prove(
     """
     from convert.check import check
 
-    recipe = recipe or recipe_of(artifacts[0])
+    if recipe is None:
+        recipe = recipe_of(artifacts[0])
+        require_tasks(recipe)
     reports = []
     for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference), strict=True):
         manifest = read_manifest(path)
@@ -304,12 +316,18 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
+        with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+            tokenizer = source_tokenizer(job, Path(scratch))
+        take_held_out(job.recipe.validation, tokenizer)
         if job.recipe.validation.prompts is not None:
             if not job.predicts:
                 raise InputError(
                     f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
                 )
-            read_questions(Path(job.recipe.validation.prompts))
+            encode(read_questions(Path(job.recipe.validation.prompts)), tokenizer)
+        if job.recipe.validation.tasks and not job.predicts:
+            where = job.recipe.where("validation", "tasks")
+            raise InputError(f"{where}: {job.checkpoint.origin} predicts no tokens, so it has no score in them")
         for target in job.recipe.targets:
             require_runtimes(target)
     require(needs(job, out, check=check, device=device), out)

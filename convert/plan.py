@@ -339,6 +339,7 @@ def _plan_target(
     )
     _require_loadable(recipe, index, target, entries, claims, architecture)
     _require_biases(recipe, index, target, claims, checkpoint)
+    _require_predictions(recipe, index, target, predicts=predicts)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
     doubled = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
@@ -612,6 +613,15 @@ def _enter(
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
+    # What a GGUF file holds is floats to all that comes, as everywhere here.
+    first = next((name for name, found in checkpoint.coded.items() if found.quantization is not None), None)
+    if first and any(step.recover for step in rule.algorithm):
+        raise RecipeError(
+            f"{_position(recipe, index, rule, label)}: recover teaches a model to predict what its source predicts in 16 bit, and this "
+            f"source is quantized already ({first}: {checkpoint.coded[first].description}): what it lost cannot come back from itself. "
+            "Take the 16-bit model it was made from; fine-tune that first, if you want to; then convert it, with recover behind the other "
+            "algorithms: quantization comes last"
+        )
     refusal = _refusal(spec, parameter, scheme, target) or _unsolvable(parameter, rule, architecture)
     if refusal:
         raise RecipeError(f"{_position(recipe, index, rule, label)}: {spec.name} cannot be {scheme.name}: {refusal}")
@@ -741,6 +751,14 @@ def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[
             raise RecipeError(f"{_position(recipe, index, rule, label)}: bias_correction: none of the {len(claimed)} layers has a bias")
 
 
+def _require_predictions(recipe: Recipe, index: int, target: Target, *, predicts: bool) -> None:
+    """Raises :class:`RecipeError` where predictions are to be taught, and the model makes none."""
+    for i, rule in enumerate(target.rules):
+        if not predicts and any(step.recover and step.recover.mode == "logits" for step in rule.algorithm):
+            where = recipe.where("targets", index, "rules", i)
+            raise RecipeError(f"{where}: the model predicts no tokens, so recover has no logits to go by; set mode: blocks")
+
+
 def _fate(entry: Entry) -> str:
     return entry.scheme.name if entry.scheme else "kept"
 
@@ -807,6 +825,8 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return f"observer {rule.observer} does not see what goes into one expert; use absmax for experts"
     if parameter.kind == "expert" and any(step.bias_correction for step in rule.algorithm):
         return "an expert has no bias of its own to correct; leave bias_correction out"
+    if any(step.recover for step in rule.algorithm) and (refused := _untrainable(parameter, SCHEMES[str(rule.scheme)])):
+        return refused
     if not calibrated(rule.algorithm):
         return None
     name = next(step.name for step in rule.algorithm if calibrated([step]))
@@ -816,6 +836,14 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return f"{name} runs the model block by block, and no blocks were found in it"
     if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
         return f"{name} works block by block, and it lies in none; use rtn"
+    return None
+
+
+def _untrainable(parameter: Parameter, scheme: Scheme) -> str | None:
+    if parameter.kind == "expert":
+        return "recover does not train experts; give them a rule without it"
+    if scheme.weight.scale == "F8_E8M0":
+        return f"recover learns scales, and those of {scheme.name} are powers of two; leave it out"
     return None
 
 

@@ -29,7 +29,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from convert.algorithms import ALGORITHMS, CORRECTIONS, TRANSFORMS
 from convert.datasets import is_hub_id
-from convert.runtimes import RUNTIMES
+from convert.runtimes import HARNESSED, RUNTIMES
 from formats import FORMATS
 from formats.compatibility import HARDWARE
 from formats.errors import RecipeError
@@ -118,6 +118,38 @@ class BiasCorrection(_Section):
     """`bias_correction`, behind what chooses the codes: the mean error at the output is taken out of the bias, in layers that have one."""
 
 
+class Recover(_Section):
+    """`recover`, behind what chooses the codes: weights of quantized layers, their scales and those of static inputs are trained, the
+    rest of the model stays as it is, until the quantized model predicts what the source predicts (quantization-aware distillation)."""
+
+    steps: Positive = 500
+    """Steps of the optimizer."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Train no longer than this: where fewer steps are expected to fit, the learning rate falls to its end sooner, and the manifest records
+    that it was the clock's doing. Otherwise the same recipe gives the same bytes."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Of weights, at most: Adam moves an element by about so much in a step. It rises over the first twentieth and falls along a cosine."""
+    scale_learning_rate: Annotated[float, Field(ge=0)] = 1e-3
+    """Of scales: their relative change in a step, at most; 0 leaves them."""
+    batch: Positive = 8
+    """Sequences in a step."""
+    generated: Annotated[int, Field(ge=0)] = 0
+    """So many sequences that the source writes itself, from random first tokens, are trained on beside the calibration text."""
+    mode: Literal["auto", "logits", "blocks"] = "auto"
+    """`logits`: the whole model at once, against the source's predictions; `blocks`: block after block, each against the source's hidden
+    states, in the memory of one; `auto`: `logits` where that fits into memory."""
+    seed: int = 0
+    """Chooses the order of sequences, and what is generated."""
+
+    @model_validator(mode="after")
+    def _text(self) -> Recover:
+        if self.mode == "blocks" and self.generated:
+            raise ValueError(
+                "blocks are trained on calibration text alone, behind which the source's hidden states are known; leave generated out"
+            )
+        return self
+
+
 class Step(_Section):
     """One algorithm and its options."""
 
@@ -126,6 +158,7 @@ class Step(_Section):
     smoothquant: Smoothquant | None = None
     awq: Awq | None = None
     bias_correction: BiasCorrection | None = None
+    recover: Recover | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +218,8 @@ class Rule(_Section):
         names = [step.name for step in self.algorithm]
         while len(names) > 1 and names[-1] in CORRECTIONS:
             names.pop()
+        if "recover" in [step.name for step in self.algorithm[:-1]]:
+            raise ValueError("recover trains what the other algorithms made; write it last, and once")
         *before, last = names
         if last not in ALGORITHMS:
             raise ValueError(f"{last} chooses no codes; end the list with {' or '.join(ALGORITHMS)}")
@@ -214,11 +249,13 @@ class Limits(_Section):
     """Of a model that predicts no tokens: mean error of its last hidden states, as a share of their length, at most."""
     answers: Annotated[float, Field(ge=0, le=1)] | None = None
     """Of `validation.prompts`: the share answered right may be so much smaller than the source's, for instance 0.02."""
+    recovery: Annotated[float, Field(gt=0)] | None = None
+    """Of each of `validation.tasks`: the score as a share of the source's, at least, for instance 0.98."""
 
 
 def applicable(*, predicts: bool) -> tuple[str, ...]:
     """The limits that a model can meet or miss: what is compared follows from what it gives, next tokens or hidden states."""
-    return ("kl_nats", "top1", "perplexity_ratio", "answers") if predicts else ("relative_error",)
+    return ("kl_nats", "top1", "perplexity_ratio", "answers", "recovery") if predicts else ("relative_error",)
 
 
 class Options(_Section):
@@ -234,10 +271,10 @@ class Options(_Section):
     """onnx: the standard's Attention unless given, or ONNX Runtime's GroupQueryAttention, whose cache can be one buffer."""
 
 
-#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, or ``mixed``.
-LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed")
+#: The rungs that are climbed unless told otherwise; each is a list of algorithms in order, ``mixed``, or ``recover``.
+LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed", "recover")
 #: What a rung asks of algorithms beyond their defaults: the user wants what is cheapest, not to be asked which layers cannot be smoothed.
-_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}}
+_RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}, "recover": {"minutes": 10.0}}
 
 
 class Budget(_Section):
@@ -261,24 +298,26 @@ class Budget(_Section):
 
 def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
     for i, rung in enumerate(rungs):
-        if rung == "recover":
-            raise ValueError("recover (training with quantization) is not in this version; leave it out")
-        if rung == "mixed" and i != len(rungs) - 1:
-            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last")
+        if rung == "recover" and i != len(rungs) - 1:
+            raise ValueError("recover trains for minutes what the cheaper rungs could not reach, so it comes last")
+        if rung == "mixed" and rungs[i + 1 :] not in ((), ("recover",)):
+            raise ValueError("mixed keeps groups of the best rung before it in 16 bit, so it comes last, or before recover")
         if rung == "mixed" and i == 0:
             raise ValueError("mixed keeps groups of the best rung before it in 16 bit; name one before it")
-        for name in rung.split("+") if rung != "mixed" else ():
-            known = (*ALGORITHMS, *TRANSFORMS, "mixed")
+        for name in rung.split("+") if rung not in ("mixed", "recover") else ():
+            known = (*ALGORITHMS, *TRANSFORMS)
             if name not in known:
-                raise ValueError(f"no rung is called {rung!r}{_nearest(name, known)}; write algorithms with + between them, or mixed")
+                near = _nearest(name, (*known, "mixed", "recover"))
+                raise ValueError(f"no rung is called {rung!r}{near}; write algorithms with + between them, or mixed or recover")
         if rung in rungs[:i]:
             raise ValueError(f"{rung} is there twice")
     return rungs
 
 
 def rung_steps(rung: str) -> tuple[Step, ...]:
-    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding."""
-    names = rung.split("+")
+    """The algorithms of a rung, with the options that a ladder gives them; a transformation alone is followed by rounding, and training
+    begins at what smoothing and GPTQ give."""
+    names = ["smoothquant", "gptq", "recover"] if rung == "recover" else rung.split("+")
     names += ["rtn"] if names[-1] in TRANSFORMS else []
     return tuple(Step.model_validate({name: _RUNG_OPTIONS.get(name, {})}) for name in names)
 
@@ -306,14 +345,22 @@ class Target(_Section):
     budget: Budget | None = None
     """Instead of an algorithm: climb the ladder until this is met."""
     ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
-    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed]` unless given; each is
-    algorithms with `+` between them, and `mixed` keeps in 16 bit what it must of the best before it."""
+    """With a budget: what to try, the first that meets it wins. `[rtn, smoothquant, smoothquant+gptq, mixed, recover]` unless given; each
+    is algorithms with `+` between them, `mixed` keeps in 16 bit what it must of the best before it, and `recover` trains, for ten minutes
+    at most, what smoothing and GPTQ made with every layer quantized."""
     alone: dict[str, float] | None = None
     """What the group of a module loses alone, nats a token, by module, as `mixed` measured it; the ledger notes it."""
     options: Options = Options()
     """What only this format can say."""
     max_shard_size: Bytes = 2_000_000_000
     """The largest weight file, for instance `5GB`. Files are hashed beside each other, one core each."""
+
+    @model_validator(mode="after")
+    def _one_training(self) -> Target:
+        asked = [step.recover for rule in self.rules if rule.scheme for step in rule.algorithm if step.recover]
+        if any(options != asked[0] for options in asked):
+            raise ValueError("a target is trained once, so every recover in its rules has the same options")
+        return self
 
     @model_validator(mode="after")
     def _budget_or_algorithm(self) -> Target:
@@ -342,6 +389,7 @@ class Target(_Section):
             perplexity_ratio=_or(limits, "perplexity_ratio", max(d.perplexity_ratio for d in defaults)),
             relative_error=_or(limits, "relative_error", max(d.relative_error for d in defaults)),
             answers=limits.answers,
+            recovery=limits.recovery,
         )
 
     def merged_limits(self) -> Limits:
@@ -383,6 +431,24 @@ class Calibration(_Section):
     """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 
 
+class Task(_Section):
+    """A task of lm-evaluation-harness, or of your own in its YAML, run on source and artifact in transformers."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """As the harness calls it (`hellaswag`, `gsm8k`, a group, a tag), or what `task:` says in a YAML of yours."""
+    limit: Positive | None = None
+    """Of each task no more than its first so many documents; all unless given."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; the task's own number unless given."""
+    chat: bool = False
+    """Apply the model's chat template."""
+    metric: str | None = None
+    """Which of its metrics counts, for instance `acc` or `exact_match,strict-match`; `acc_norm`, `acc`, `exact_match` or its first, unless
+    given."""
+    include_path: str | None = None
+    """A folder with task YAMLs of your own. They may name Python functions, which then run on this machine."""
+
+
 class Validation(_Section):
     """The held-out text on which artifact and source are compared."""
 
@@ -406,11 +472,16 @@ class Validation(_Section):
     list of texts; the continuation's first line must be one of them) or a `pattern` (a regular expression to be found in it)."""
     answer_tokens: Positive = 32
     """How many tokens are written for each prompt, greedily."""
+    tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ()
+    """Tasks of lm-evaluation-harness (`pip install 'octavo[eval]'`), for instance `[{name: hellaswag, limit: 200}]`."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Validation:
         if self.tokens < self.length:
             raise ValueError(f"tokens ({self.tokens}) must be at least length ({self.length})")
+        names = [task.name for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"task {twice} is there twice; a report has one score for each")
         return self
 
 
@@ -614,6 +685,15 @@ def _cross_check(recipe: Recipe) -> None:
         if target.limits.answers is not None and recipe.validation.prompts is None:
             where = recipe.where("targets", i, "limits", "answers")
             raise RecipeError(f"{where}: validation has no prompts to answer; give validation.prompts a .jsonl file")
+        if target.limits.recovery is not None and not recipe.validation.tasks:
+            where = recipe.where("targets", i, "limits", "recovery")
+            raise RecipeError(f"{where}: validation has no tasks whose score could be recovered; give validation.tasks a list")
+        if recipe.validation.tasks and not any(name in HARNESSED for name in target.runtimes):
+            where = recipe.where("targets", i, "runtimes")
+            raise RecipeError(
+                f"{where}: lm-evaluation-harness runs {target.name} in {' or '.join(HARNESSED)}, and it names neither; add one, or leave "
+                "validation.tasks out"
+            )
     if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
         raise RecipeError(
             f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "
@@ -781,6 +861,7 @@ def _fields_at(path: Path_) -> list[str]:
         "budget": Budget,
         "options": Options,
         "validation": Validation,
+        "tasks": Task,
         "calibration": Calibration,
         "rotation": Rotation,
         "push": Push,
@@ -790,6 +871,7 @@ def _fields_at(path: Path_) -> list[str]:
         "smoothquant": Smoothquant,
         "awq": Awq,
         "bias_correction": BiasCorrection,
+        "recover": Recover,
     }
     names = [part for part in path if isinstance(part, str)]
     return list((sections[names[-1]] if names else Recipe).model_fields)

@@ -126,10 +126,28 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """The ``score`` of a model in one task of lm-evaluation-harness (``name``; ``task`` is what the recipe asked for, maybe a group of it),
+    over ``documents``, in ``interval``. ``recovery``: as a share of the source's score, or the source's as a share of it where less is
+    better; None for the source itself. Intervals are None where a metric is not the mean of its documents'."""
+
+    task: str
+    name: str
+    metric: str
+    higher_is_better: bool
+    score: float
+    documents: int
+    shots: int
+    interval: Interval | None = None
+    recovery: float | None = None
+    recovery_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
 class RuntimeResult:
     """What one runtime did with a model folder, or with the source. ``divergence`` and ``drift`` are None for the source, and where it did
     not run; which of them there is follows from what the model gives. ``kernels`` says how many layers use which eight-bit kernel, where
-    the runtime tells."""
+    the runtime tells. ``passages``: how it goes on after each of the report's."""
 
     name: str
     versions: dict[str, str]
@@ -144,6 +162,8 @@ class RuntimeResult:
     drift: Drift | None = None
     kernels: dict[str, int] = field(default_factory=dict)
     answers: Answers | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    passages: tuple[str, ...] = ()
 
     @property
     def program(self) -> str:
@@ -154,6 +174,7 @@ class RuntimeResult:
 @dataclass(frozen=True)
 class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
+    ``passages`` of it are continued as ``prompt`` is;
     ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
     (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`)."""
 
@@ -166,6 +187,7 @@ class Report:
     runtimes: tuple[RuntimeResult, ...]
     validation: dict[str, Any]
     prompt: str
+    passages: tuple[str, ...] = ()
     card_sha256: str | None = None
     health: dict[str, Any] = field(default_factory=dict)
     ladder: dict[str, Any] = field(default_factory=dict)
@@ -209,6 +231,7 @@ def read_report(path: Path) -> Report:
                 "layers": tuple(_record(LayerNumbers, item) for item in raw["layers"]),
                 "source": _runtime(raw["source"]),
                 "runtimes": tuple(_runtime(item) for item in raw["runtimes"]),
+                "passages": tuple(raw.get("passages", ())),
             }
         )
     except (KeyError, TypeError) as error:
@@ -223,8 +246,17 @@ def _runtime(raw: dict[str, Any]) -> RuntimeResult:
         "divergence": _with_intervals(Divergence, divergence) if divergence else None,
         "drift": _record(Drift, drift) if drift else None,
         "answers": Answers(tuple(answers["right"]), Interval(**answers["interval"])) if answers else None,
+        "tasks": tuple(_score(item) for item in raw.get("tasks", ())),
+        "passages": tuple(raw.get("passages", ())),
     }
     return RuntimeResult(**{**raw, **found})
+
+
+def _score(raw: dict[str, Any]) -> TaskScore:
+    intervals = {key: Interval(**raw[key]) if raw[key] else None for key in ("interval", "recovery_interval")}
+    score = math.nan if raw["score"] is None else raw["score"]
+    # What is not finite is null, and only the source has no recovery at all.
+    return TaskScore(**{**raw, **intervals, "score": score})
 
 
 def _record(kind: type[_Record], raw: dict[str, Any]) -> _Record:

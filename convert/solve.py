@@ -179,12 +179,7 @@ def solve_block(
     """
     codes: dict[str, QTensor] = {}
     noted: dict[str, dict[str, Any]] = {}
-    divided = {
-        module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
-        for module, leader in observer.leader.items()
-        if leader in smoothed
-    }
-    stats = Stats(inputs={**inputs, **divided, **{module: found.limit for module, found in limits.items()}})
+    stats = Stats(inputs=input_limits(observer, inputs, smoothed, limits))
     solve = partial(
         _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
     )
@@ -207,6 +202,18 @@ def solve_block(
             target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
         )
         yield solved, {entry.module(part): codes[entry.module(part)] for part in entry.parts}
+
+
+def input_limits(
+    observer: Observer, inputs: Mapping[str, float], smoothed: Mapping[str, Smoothed], limits: Mapping[str, Limit]
+) -> dict[str, float]:
+    """By module, the largest magnitude that the scale of a static input holds, behind smoothing; arguments as of :func:`solve_block`."""
+    divided = {
+        module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
+        for module, leader in observer.leader.items()
+        if leader in smoothed
+    }
+    return {**inputs, **divided, **{module: found.limit for module, found in limits.items()}}
 
 
 def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:

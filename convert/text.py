@@ -7,12 +7,15 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from convert.datasets import Rows, Selection, is_hub_id, open_dataset, open_parquet
 from formats.errors import InputError
+
+if TYPE_CHECKING:
+    from convert.recipe import Validation
 
 TEXTS = Path(__file__).parent / "texts"
 
@@ -62,7 +65,7 @@ def take_tokens(
         content, name, seed = _enough(rows, tokenizer, sequences * body), rows.name, None
     else:
         content, name = _read_text(text, purpose, selection.column or "text")
-    ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+    ids = _encode(content, tokenizer, sequences * body if seed is None else None)
     if len(ids) < sequences * body:
         raise InputError(
             f"{purpose} text {name}: {len(ids):,} tokens, {sequences * body:,} are needed; give a longer text or ask for fewer"
@@ -73,6 +76,17 @@ def take_tokens(
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     record = rows.record if rows is not None else {}
     return tokens, {"text": name, **record, "tokens": int(tokens.size), "length": length, "tokens_sha256": digest}
+
+
+def _encode(content: str, tokenizer: Any, enough: int | None) -> list[int]:
+    """Token ids of a text; no more of it than gives ``enough`` is looked at, so that a gigabyte does not cost its minutes. The cut lies far
+    behind what is taken, so its tokens are those of the whole."""
+    end = len(content) if enough is None else 16 * enough
+    while True:
+        ids: list[int] = tokenizer(content[:end], add_special_tokens=False, verbose=False).input_ids
+        if enough is None or end >= len(content) or len(ids) >= enough + enough // 50 + 16:
+            return ids
+        end *= 4
 
 
 def take_documents(
@@ -111,6 +125,18 @@ def take_documents(
         "length": length,
         "tokens_sha256": digest,
     }
+
+
+def take_held_out(validation: Validation, tokenizer: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """What a recipe's ``validation`` compares: :func:`take_tokens` from the beginning of its text."""
+    return take_tokens(
+        validation.text,
+        tokenizer,
+        sequences=validation.tokens // validation.length,
+        length=validation.length,
+        purpose="validation",
+        selection=Selection(validation.config, validation.split, validation.column),
+    )
 
 
 def _open_rows(text: str, selection: Selection, *, purpose: str, column: str, seed: int | None) -> Rows | None:
@@ -158,9 +184,11 @@ def _drawn(path: Path, key: str, count: int, seed: int) -> list[tuple[str, Any]]
             "documents and chat out"
         )
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except OSError as error:
         raise InputError(f"calibration text {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"calibration text {path}: not UTF-8 ({error.reason} at byte {error.start:,}); convert it") from None
     if len(lines) < count:
         raise InputError(f"calibration text {path.name}: {len(lines):,} documents, {count:,} are needed; give more or ask for fewer")
     found = []
@@ -178,11 +206,35 @@ def _read_text(name: str, purpose: str, column: str = "text") -> tuple[str, str]
         return (TEXTS / file).read_text(encoding="utf-8"), title
     path = Path(name)
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            content = "\n\n".join(str(json.loads(line)[column]) for line in content.splitlines() if line.strip())
+        content = path.read_text(encoding="utf-8-sig")  # a mark at the beginning is no text
+    except FileNotFoundError:
+        hint = "" if path.suffix else "; a dataset on the Hub is named org/name"
+        raise InputError(f"{purpose} text {name}: cannot be read (No such file or directory){hint}") from None
     except OSError as error:
         raise InputError(f"{purpose} text {name}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{purpose} text {name}: each line must be a JSON object with a "{column}" ({error})') from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{purpose} text {name}: not UTF-8 ({error.reason} at byte {error.start:,}); convert it, for instance: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    if path.suffix == ".jsonl":
+        lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+        values = [_value(line, column, f"{purpose} text {name}:{i}") for i, line in lines]
+        content = "\n\n".join(value for value in values if value is not None)
+    if not content.strip():
+        raise InputError(f"{purpose} text {name}: there is no text in it")
     return content, path.name
+
+
+def _value(line: str, column: str, where: str) -> str | None:
+    """The text of a line of .jsonl; null is none. Raises :class:`InputError` naming the line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or column not in row:
+        has = f"it has {', '.join(map(repr, row))}; say column: with one of these" if isinstance(row, dict) and row else "it has none"
+        raise InputError(f'{where}: each line must be a JSON object with a "{column}"; {has}')
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        raise InputError(f'{where}: "{column}" holds {type(value).__name__}, not text; say another column')
+    return value

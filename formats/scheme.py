@@ -85,7 +85,8 @@ class Quality:
     ``kl_nats``: mean over tokens of KL(source || artifact), at most. ``top1``: share of tokens whose most likely
     successor is the same, at least. ``perplexity_ratio``: artifact over source, at most. ``relative_error``: of a model that predicts no
     tokens, the mean error of its last hidden states as a share of their length, at most. ``answers``: how much smaller the share of the
-    user's prompts that it answers may be than the source's; None where it is not held to that.
+    user's prompts that it answers may be than the source's, and ``recovery``: what share of the source's score it must reach in each task;
+    None where it is not held to that.
     """
 
     kl_nats: float
@@ -93,6 +94,7 @@ class Quality:
     perplexity_ratio: float
     relative_error: float = 0.1
     answers: float | None = None
+    recovery: float | None = None
 
 
 @dataclass(frozen=True)

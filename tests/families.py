@@ -27,6 +27,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {**SMALL, **FFN, **GQA}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SMALL, **FFN, **GQA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**SMALL, **FFN, **GQA, "pad_token_id": 0}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**SMALL, **FFN, **GQA, "head_dim": 16}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SMALL, **FFN, **GQA, "head_dim": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SMALL, **FFN, **GQA, "head_dim": 16}),
     "phi": ("PhiForCausalLM", "PhiConfig", {**SMALL, **FFN}),

@@ -18,8 +18,10 @@ from typing import Any
 import matplotlib
 import pytest
 
+from convert.gauges import draw_gauge, draw_stages
 from convert.html import render
-from convert.report import Divergence, Interval, LayerNumbers, Report, RuntimeResult, at_most, holds
+from convert.panels import draw_ranges
+from convert.report import Check, Divergence, Interval, LayerNumbers, Report, RuntimeResult, TaskScore, at_least, at_most, holds
 from formats.errors import FormatError
 from formats.manifest import FileRecord, Manifest
 
@@ -160,6 +162,65 @@ def test_shows_the_interval_beside_the_value() -> None:
     assert "is 0.0358 nats a token [0.0341, 0.0376] at 95 %; the limit is 0.05." in text
 
 
+def test_where_a_text_parts_from_the_source_is_marked_at_the_word() -> None:
+    source = replace(make_run("source"), continuation="The whale was white.", passages=("and the sea was calm",))
+    same = replace(make_run("transformers", 0.01), continuation="The whale was white.", passages=("and the seal was calm",))
+    short = replace(make_run("vllm (cpu; 2 threads)", 0.01), continuation="The whale", passages=("or not",))
+    page = render(*make_pair(source=source, runtimes=(same, short), passages=("It was night",)))
+    text = page[page.index("What it says") : page.index("The ledger")]
+    assert '<h3>transformers <span class="note">the same</span></h3><pre>The whale was white.</pre>' in text
+    assert "<h3>vllm</h3><pre>The whale<mark> (ends here)</mark></pre>" in text
+    assert "<pre>and the <mark>seal was calm</mark></pre>" in text
+    assert "<pre><mark>or not</mark></pre>" in text
+    assert "It was night" in text
+
+
+def test_a_gauge_has_value_interval_and_limit_in_their_order() -> None:
+    def places(check: Check) -> list[float]:
+        drawn = str(draw_gauge(check))
+        dot, limit = re.findall(r'cx="([\d.]+)"', drawn), re.findall(r'd="M([\d.]+) 1V19"', drawn)
+        start, width = re.findall(r'<rect x="([\d.]+)" y="6" width="([\d.]+)"', drawn)[0]
+        return [float(start), float(dot[0]), float(start) + float(width), float(limit[0])]
+
+    low, value, high, limit = places(at_most("a: kl_nats", 0.03, 0.05, "nats", "", Interval(0.02, 0.04)))
+    assert 4 < low < value < high < limit < 196
+    low, value, high, limit = places(at_least("a: top1", 0.8, 0.9, "share", "", Interval(0.7, 0.85)))
+    assert 4 < low < value < high < limit < 196
+    assert draw_gauge(at_most("a: kl_nats", math.nan, 0.05, "nats")) == ""
+    assert "gauge" in draw_gauge(at_most("a: kl_nats", 0.0, 0.0, "nats")), "all in one place"
+
+
+def test_errors_are_mapped_after_each_algorithm() -> None:
+    health = make_health(4, static=False)
+    health["model.layers.3.mlp.down_proj"]["errors"].pop()  # which gptq left alone
+    stages = draw_stages(health)
+    assert [stage.after for stage in stages] == ["rtn", "gptq"]
+    tones = [re.findall(r'width="(\d+)" height="10" class="tone(\d)"', str(stage.svg)) for stage in stages]
+    assert all(sum(int(width) for width, _ in drawn) == 4 * len(PROJECTIONS) * 10 for drawn in tones)
+    last_row = [tone for width, tone in tones[1] for _ in range(int(width) // 10)][-4:]
+    assert last_row[3] > last_row[0], "what an algorithm left alone is as it was"
+    assert draw_stages({"lm_head": health["model.layers.0.mlp.down_proj"]}) == []
+
+
+def test_ranges_of_one_input_are_one_panel() -> None:
+    health = make_health(4)
+    for i in range(4):
+        health[f"model.layers.{i}.mlp.up_proj"]["inputs"] = {**health[f"model.layers.{i}.mlp.up_proj"]["inputs"], "absmax": 77.0}
+    drawn = draw_ranges(health)
+    assert [panel.kinds for panel in drawn] == ["q_proj, k_proj, v_proj, o_proj, gate_proj", "up_proj", "down_proj"]
+    assert (drawn[2].largest, drawn[2].layer, drawn[2].outliers) == (3000.0, 2, 1)
+
+
+def test_recovery_stands_beside_both_scores() -> None:
+    before = TaskScore("hellaswag", "hellaswag", "acc_norm", True, 0.43, 200, 0, Interval(0.36, 0.5))
+    after = replace(before, score=0.42, recovery=0.42 / 0.43, recovery_interval=Interval(0.95, 1.01))
+    runs = (replace(make_run("transformers", 0.01), tasks=(after,)),)
+    text = Page(render(*make_pair(source=replace(make_run("source"), tasks=(before,)), runtimes=runs))).text
+    assert (
+        "hellaswag acc_norm, 200 documents, 0 shots 0.43 [0.36, 0.5] at 95 % 0.42 [0.36, 0.5] at 95 % 97.7 % [95.0, 101.0] at 95 %" in text
+    )
+
+
 def test_refuses_a_report_of_other_bytes() -> None:
     report, manifest = make_pair()
     with pytest.raises(FormatError, match="another manifest"):
@@ -252,7 +313,7 @@ def test_health_shows_before_and_after_each_algorithm() -> None:
 def test_everything_kept() -> None:
     page = Page(render(*make_pair(())))
     assert "No tensor is quantized" in page.text
-    assert not [tag for tag, _ in page.tags if tag == "svg"]
+    assert [attrs["class"] for tag, attrs in page.tags if tag == "svg"] == ["gauge"]
 
 
 def test_weights_that_could_not_be_compared() -> None:
@@ -396,7 +457,7 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert "Taken: <strong>mixed</strong>" in section
     assert "mixed, 7 groups kept" in section
     assert "not measured" in section, "the rung that did not run"
-    assert section.count("<svg ") == 1
+    assert section.count("<svg ") == 2, "the frontier, and what each group loses"
     assert "var(--accent)" in section
     assert NASTY not in page
     assert render(*make_pair(ladder=LADDER)) == page

@@ -42,4 +42,4 @@ ALGORITHMS = {
 TRANSFORMS = ("smoothquant", "awq")
 
 #: What makes up for codes that were chosen.
-CORRECTIONS = ("bias_correction",)
+CORRECTIONS = ("bias_correction", "recover")

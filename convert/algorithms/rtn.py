@@ -40,7 +40,7 @@ def quantize(
         return _by_absmax(weight.to(scale_dtype), quantization)
     values = weight.float()
     rows, columns = weight.shape
-    tiles = _tiles(values, quantization)
+    tiles = tiled(values, quantization)
     stored = _scales(tiles, quantization, scale_dtype, clip_search, energy)
     scale = stored.float()
     codes = tiles.div_(scale) if values is not weight else tiles / scale
@@ -56,18 +56,18 @@ def tile_scales(
     energy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The scales that :func:`quantize` would use, of shape ``tile.scale_shape(weight.shape)``, in the dtype a reader will use."""
-    return _scales(_tiles(weight.float(), quantization), quantization, scale_dtype, clip_search, energy)[:, 0, :, 0]
+    return _scales(tiled(weight.float(), quantization), quantization, scale_dtype, clip_search, energy)[:, 0, :, 0]
 
 
 def scale_choices(
     weight: torch.Tensor, quantization: Quantization, *, scale_dtype: torch.dtype, clip_search: Sequence[float] = ()
 ) -> torch.Tensor:
     """Every scale that :func:`quantize` may take for each tile: (1 + searched, tiles down, tiles across)."""
-    absmax = _absmax(_tiles(weight.float(), quantization))
+    absmax = _absmax(tiled(weight.float(), quantization))
     return torch.stack([scale[:, 0, :, 0] for scale in _choices(absmax, quantization, scale_dtype, clip_search)])
 
 
-def _tiles(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+def tiled(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """A view (tiles down, rows of a tile, tiles across, columns of a tile)."""
     rows, columns = values.shape
     tile_rows, tile_columns = quantization.tile.rows or rows, quantization.tile.columns or columns

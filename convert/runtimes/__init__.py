@@ -30,6 +30,9 @@ class Runtime:
     modes: tuple[str, ...] = ("",)
 
 
+#: Programs with a ``load`` whose model :mod:`convert.runtimes.harness` can put its tasks to.
+HARNESSED = ("transformers", "bitsandbytes")
+
 #: What ``CompressedTensorsDequantize`` of transformers 5.23 (``integrations/compressed_tensors.py``) takes apart, each seen to load:
 #: FP8 with scales a channel, and packed INT8. Codes of other schemes end in its error "issues during automatic conversion".
 _MERGED = frozenset(("fp8-dynamic", "fp8-weight-only", "int8-weight-only", *(f"int8-weight-only-g{size}" for size in (32, 64, 128))))

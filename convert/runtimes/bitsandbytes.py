@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from convert.runtimes.transformers import measure, model_class
 
@@ -17,14 +18,22 @@ from convert.runtimes.transformers import measure, model_class
 def main(request_path: str, answer_path: str) -> None:
     """Answers one request."""
     import torch
-    from transformers import BitsAndBytesConfig
 
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
+    started = time.perf_counter()
+    model = load(request)
+    answer = measure(model, request, load_seconds=time.perf_counter() - started)
+    Path(answer_path).write_text(json.dumps(answer))
+
+
+def load(request: dict[str, Any]) -> Any:
+    """The request's ``artifact``, on its ``device``."""
+    from transformers import BitsAndBytesConfig
+
     config = json.loads((Path(request["artifact"]) / "config.json").read_text())
     quantize = {} if "quantization_config" in config else {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}  # type: ignore[no-untyped-call]
-    started = time.perf_counter()
-    model = model_class(config).from_pretrained(
+    return model_class(config).from_pretrained(
         request["artifact"],
         dtype=request["dtype"],
         device_map={"": request["device"]},
@@ -32,8 +41,6 @@ def main(request_path: str, answer_path: str) -> None:
         trust_remote_code=request["trust_remote_code"],
         **quantize,
     )
-    answer = measure(model, request, load_seconds=time.perf_counter() - started)
-    Path(answer_path).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,17 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request["threads"])
     started = time.perf_counter()
-    config = json.loads((Path(request["artifact"]) / "config.json").read_text())
-    model = (
-        model_class(config)
-        .from_pretrained(request["artifact"], dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"])
-        .to(request["device"])
-    )
+    model = load(request).to(request["device"])
     answer = measure(model, request, load_seconds=time.perf_counter() - started)
     Path(answer_path).write_text(json.dumps(answer))
+
+
+def load(request: dict[str, Any]) -> Any:
+    """The request's ``artifact``, on the CPU."""
+    config = json.loads((Path(request["artifact"]) / "config.json").read_text())
+    return model_class(config).from_pretrained(
+        request["artifact"], dtype=request["dtype"], local_files_only=True, trust_remote_code=request["trust_remote_code"]
+    )
 
 
 def model_class(config: dict[str, Any]) -> Any:

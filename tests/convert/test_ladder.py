@@ -99,7 +99,8 @@ def test_smoothed_groups_are_measured_as_they_were_made(make_llama: Any, recipe_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("ladder: [rtn]", "ladder: [rtn, recover]"), "recover .training with quantization. is not in this version"),
+        (("ladder: [rtn]", "ladder: [recover, rtn]"), "so it comes last"),
+        (("ladder: [rtn]", "ladder: [rtn, mixed, recover, gptq]"), "so it comes last"),
         (("ladder: [rtn]", "ladder: [mixed]"), "name one before it"),
         (("ladder: [rtn]", "ladder: [rtn, mixed, gptq]"), "it comes last"),
         (("ladder: [rtn]", "ladder: [rtm]"), r"no rung is called 'rtm' \(did you mean rtn\?\)"),

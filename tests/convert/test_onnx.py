@@ -60,6 +60,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "smollm3": {
+        "no_rope_layers": [1, 0],
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 24},
     "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 24},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -119,7 +123,7 @@ def logits(model: Any, ids: np.ndarray) -> np.ndarray:
         return model(input_ids=torch.from_numpy(ids)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"])
 def test_float_graph_is_the_model(family: str, tmp_path: Path, export: Callable[..., Path]) -> None:
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT)
@@ -132,8 +136,7 @@ def test_float_graph_is_the_model(family: str, tmp_path: Path, export: Callable[
 
 
 def test_every_family_is_tested() -> None:
-    tested = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"}
-    assert set(KNOWN) - tested == {"gemma", "smollm3"}  # llama and gemma2 without what they add
+    assert set(KNOWN) == {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2"}
 
 
 def test_int8_codes_are_those_of_the_checkpoint_formats(
@@ -259,6 +262,24 @@ def test_grouped_attention_is_the_same_decoder(family: str, tmp_path: Path, expo
     rest = run(out, ids[:, 5:6], past={name: value for name, value in first.items() if name != "logits"})["logits"]
     assert np.abs(rest[:, 0] - logits(model, ids)[:, 5]).max() < 2e-5 * max(1.0, np.abs(together).max())
     assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is True
+
+
+@pytest.mark.parametrize(("family", "inputs", "inside"), [("llama", 1, True), ("qwen3", 3, True), ("phi3", 3, False), ("gpt2", 1, False)])
+def test_grouped_attention_takes_what_it_can_do_itself(
+    family: str, inputs: int, inside: bool, tmp_path: Path, export: Callable[..., Path]
+) -> None:
+    """Queries, keys and values as one, unless their heads are normed or turned before; angles, unless its kernels have no such size."""
+    folder, model = save(family, tmp_path)
+    out = export(folder, FLOAT, targets__0__options="{attention: gqa}")
+    nodes = read_graph(out / find_graph(out)).graph.node
+    grouped = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    assert [sum(bool(name) for name in node.input[:3]) for node in grouped] == [inputs] * 2
+    assert [any(item.name == "do_rotary" for item in node.attribute) for node in grouped] == [inside] * 2
+    assert not [node for node in nodes if node.op_type == "RotaryEmbedding"] or family == "phi3"
+    assert sum("Skip" in node.op_type for node in nodes) == 4
+    ids = np.random.default_rng(3).integers(3, 300, (2, 9))
+    expected = logits(model, ids)
+    assert np.abs(run(out, ids)["logits"] - expected).max() < 2e-5 * max(1.0, np.abs(expected).max())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])

@@ -1,0 +1,100 @@
+"""Anybody's text files: what is read of them, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert import pipeline
+from convert.text import load_tokenizer, take_documents, take_tokens
+from formats.errors import InputError
+
+TEXT = "It was a night of storms and the sea rose up.\n\nNobody slept, and the captain least of all.\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_llama: Any) -> Any:
+    return load_tokenizer(make_llama(), trust_remote_code=False)
+
+
+def taken(path: Path, tokenizer: Any, **more: Any) -> np.ndarray:
+    return take_tokens(str(path), tokenizer, **{"sequences": 4, "length": 32, "purpose": "validation"} | more)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mark.txt", b"\xef\xbb\xbf" + TEXT.encode()),
+        ("dos.txt", TEXT.replace("\n", "\r\n").encode()),
+        ("notes", TEXT.encode()),
+        ("rows.jsonl", "\n".join(json.dumps({"text": part}) for part in TEXT.strip().split("\n\n")).encode()),
+        ("some.jsonl", "\n".join(json.dumps({"text": part}) for part in (None, *TEXT.strip().split("\n\n"), "")).encode()),
+    ],
+)
+def test_the_same_text_in_many_clothes(name: str, content: bytes, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text(TEXT)
+    (tmp_path / name).write_bytes(content)
+    np.testing.assert_array_equal(taken(tmp_path / name, tokenizer), taken(tmp_path / "plain.txt", tokenizer))
+
+
+def test_of_one_giant_line_no_more_is_read_than_needed(tokenizer: Any, tmp_path: Path) -> None:
+    class Counting:
+        bos_token_id = None
+        seen = 0
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            self.seen += len(text)
+            return tokenizer(text, **options)
+
+    path = tmp_path / "giant.txt"
+    path.write_text(" ".join(TEXT.split()) * 200)
+    counting = Counting()
+    found = taken(path, counting, sequences=2)
+    assert counting.seen < 20_000 < path.stat().st_size
+    whole = tokenizer(path.read_text(), add_special_tokens=False).input_ids
+    assert found.ravel().tolist() == whole[:64]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt: there is no text in it"),
+        ("a.txt", b" \n" * 900, r"a\.txt: there is no text in it"),
+        ("a.txt", b"Short.", r"a\.txt: \d+ tokens, 128 are needed; give a longer text or ask for fewer"),
+        ("a.txt", "caf\u00e9 ".encode("latin-1") * 90, r"a\.txt: not UTF-8 \(invalid continuation byte at byte 3\); convert it"),
+        ("a.txt", TEXT.encode("utf-16"), r"a\.txt: not UTF-8 \(invalid start byte at byte 0\)"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'\n{"body": "a", "id": 1}\n', r"a\.jsonl:2: each line must be .* \"text\"; it has 'body', 'id'; say column"),
+        ("a.jsonl", b'["a"]\n', r"a\.jsonl:1: each line must be a JSON object"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: \"text\" holds int, not text"),
+        ("a.jsonl", b'{"text": null}\n' * 99, r"a\.jsonl: there is no text in it"),
+    ],
+)
+def test_what_is_no_text_is_named(name: str, content: bytes, message: str, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        taken(tmp_path / name, tokenizer)
+
+
+def test_what_is_not_there_may_have_been_meant_for_the_hub(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"wikitext: cannot be read .*a dataset on the Hub is named org/name"):
+        taken(Path("wikitext"), tokenizer)
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file or directory\)$"):
+        taken(tmp_path / "none.txt", tokenizer)
+
+
+def test_documents_that_are_not_utf_8(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"text": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="not UTF-8"):
+        take_documents(str(tmp_path / "a.jsonl"), tokenizer, sequences=1, length=8, seed=0, chat=False)
+
+
+def test_validation_text_is_looked_at_before_any_work(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Short.")
+    with pytest.raises(InputError, match=r"short\.txt: \d+ tokens, 256 are needed"):
+        pipeline.convert(recipe_for(make_llama(), **{"validation.text": str(tmp_path / "short.txt")}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
