@@ -77,7 +77,7 @@ def main(request_path: str, answer_path: str) -> None:
         "vocabulary": vocabulary,
         "predicts": True,
         "device": session.device,
-        "versions": versions(),
+        "versions": versions("onnxruntime-gpu" if request["mode"] == "on CUDA" else "onnxruntime"),
         "session": session.description,
         "kernels": kernels,
         "checks": {name: [value, agreement] for name, value in session.agreements(tokens[0][:24]).items()},
@@ -243,11 +243,11 @@ class Session:
         return sum(path.stat().st_size for path in self._graph.parent.glob(f"{self._graph.name}_data*"))
 
 
-def versions() -> dict[str, str]:
-    """Of what ran."""
+def versions(distribution: str) -> dict[str, str]:
+    """Of what ran; the package with CUDA has another name."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("onnxruntime", "onnx")}
+    return {name: version(name) for name in (distribution, "onnx")}
 
 
 def peak_bytes() -> int:
