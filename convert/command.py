@@ -565,7 +565,8 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         console.print("loads in   " + "\n           ".join(loads_in(target.format, parts) or ["nothing that is known"]), markup=False)
         if ledger:
             for entry in target.entries:
-                fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else f"keep: {entry.why}"
+                fate = f"{entry.scheme.name} {entry.algorithm}" if entry.scheme else "keep"
+                fate += f": {entry.why}" if entry.why else ""
                 fate += f", {entry.note}" if entry.note else ""
                 console.print(
                     f"  {entry.tensor.name} {list(entry.tensor.shape)} {entry.tensor.dtype} -> {fate} ({entry.rule})", markup=False

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from formats.errors import SourceError
 
-#: Called with the parameter, the expert's number and what goes into it, (tokens, in).
-Seen = Callable[[str, int, torch.Tensor], None]
+#: Called with the parameter, the expert's number and what goes into it, (tokens, in); what it returns, if anything, is multiplied instead.
+Seen = Callable[[str, int, torch.Tensor], torch.Tensor | None]
 
 
 class Watch:
@@ -33,7 +33,7 @@ class Watch:
         self._names = tuple(names)
         self._seen = seen
         self._active = active
-        self._modes: dict[int, _Products] = {}
+        self._modes: dict[int, Products] = {}
         self._hooks = [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True, with_kwargs=True),
@@ -43,8 +43,8 @@ class Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def _products(self, seen: Seen) -> _Products:
-        return _Products({name: getattr(self._module, name.rpartition(".")[2]) for name in self._names}, seen)
+    def _products(self, seen: Seen) -> Products:
+        return Products({name: getattr(self._module, name.rpartition(".")[2]) for name in self._names}, seen)
 
     def _enter(self, *_: Any) -> None:
         if self._active() and not self.show:
@@ -73,6 +73,20 @@ class Watch:
                 )
 
 
+def around(module: Any, mode: Callable[[], Products]) -> list[Any]:
+    """Hooks by which every run of a module, in whatever thread, lies in a mode of its own."""
+    entered: dict[int, Products] = {}
+
+    def enter(*_: Any) -> None:
+        entered[get_ident()] = mode()
+        entered[get_ident()].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(*_: Any) -> None:
+        entered.pop(get_ident()).__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
 def _sent_to(expert: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments with (tokens, k) indices of experts, and the weights of the same shape, made (tokens, 1) for one expert of weight 1."""
     indices = [value for value in values if torch.is_tensor(value) and value.dim() == 2 and not value.dtype.is_floating_point]
@@ -86,13 +100,15 @@ def _sent_to(expert: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(sent(value) for value in values)
 
 
-class _Products(TorchDispatchMode):
-    """Calls ``seen`` for every product with a matrix that begins where an expert of one of ``parameters``, (experts, ., .), does."""
+class Products(TorchDispatchMode):
+    """While it is entered, calls ``seen`` for every product with a matrix that begins where an expert of one of ``parameters``,
+    (experts, ., .), does; with ``pieces`` for one with a part of such a matrix too. What ``seen`` returns is multiplied instead."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], seen: Seen) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], seen: Seen, *, pieces: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters = {parameter.untyped_storage().data_ptr(): (name, parameter) for name, parameter in parameters.items()}
         self._seen = seen
+        self._pieces = pieces
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
@@ -100,11 +116,20 @@ class _Products(TorchDispatchMode):
             name, parameter = self._parameters.get(matrix.untyped_storage().data_ptr(), ("", matrix))
             if name:
                 expert, inside = divmod(matrix.storage_offset() - parameter.storage_offset(), parameter[0].numel())
-                # Of a matrix that is multiplied in pieces, the first is enough: all have the same input.
-                if inside == 0 and matrix.dim() == 2:
-                    self._seen(name, expert, x)
-                elif inside == 0:
-                    for i, rows in enumerate(x):
-                        # What goes to other experts is zero here.
-                        self._seen(name, expert + i, rows[rows.any(dim=1)])
+                # To who only looks, the first piece of a matrix is enough: all have the same input.
+                if inside == 0 or self._pieces:
+                    args = (*args[:-2], self._shown(name, expert, x), matrix)
         return func(*args, **(kwargs or {}))
+
+    def _shown(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """What is to be multiplied, for an input (tokens, in) of one expert or (experts, tokens, in) of several from ``expert`` on."""
+        if x.dim() == 2:
+            instead = self._seen(name, expert, x)
+            return x if instead is None else instead
+        for i, rows in enumerate(x):
+            # What goes to other experts is zero here.
+            some = rows.any(dim=1)
+            instead = self._seen(name, expert + i, rows[some])
+            if instead is not None:
+                x = x.index_put((torch.tensor([i], device=x.device), some.nonzero()[:, 0]), instead)
+        return x

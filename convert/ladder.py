@@ -2,35 +2,49 @@
 
 A rung is a recipe of its own, with algorithms in its rules and the budget among its limits; the one that wins is what the manifest records,
 so that the artifact can be made again without climbing. ``mixed`` takes the best rung below it, measures on its artifact what each group
-of layers loses alone, and keeps in 16 bit the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes
-of it is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every
-layer quantized.
+of layers loses alone, and keeps in 16 bit, or quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses
+do not add exactly, what comes of it is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last,
+trains the model with every layer quantized.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from convert.algorithms import TRANSFORMS
 from convert.export import Artifact
-from convert.mixed import Line, Measured, by_order, choose, frontier, line_through
+from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, frontier, line_through, loss_of
 from convert.plan import Plan
 from convert.progress import Progress
-from convert.recipe import LADDER, Budget, Recipe, Rule, Target, reads_calibration, rung_steps
-from convert.report import Report
-from convert.sensitivity import Loss, artifact_trials, measure, spelled
+from convert.recipe import LADDER, Budget, Recipe, Rounding, Rule, Step, Target, reads_calibration, rung_steps
+from convert.report import Report, manifest_digest
+from convert.runtimes import RUNTIMES
+from convert.sensitivity import Loss, artifact_trials, entries_of, measure, spelled
 from formats.errors import RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
 WORTHWHILE = 0.9
-#: Plans, converts and checks a recipe of one target in a folder.
-Make = Callable[[Recipe, Path], tuple[Plan, Artifact, Report]]
+#: What ``mixed`` may spend so that the budget is met by more than the noise of the text: of the linear bytes, the share kept beyond what
+#: the value alone asks for; as much of the noise as that buys, in quarters.
+CERTAINTY = 0.05
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the pipeline does for a climb, for recipes of one target. ``draft``: plans one. ``make``: plans, converts and checks it in a
+    folder."""
+
+    draft: Callable[[Recipe], Plan]
+    make: Callable[[Recipe, Path], tuple[Plan, Artifact, Report]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,23 @@ class Rung:
     @property
     def weight_bytes(self) -> int:
         return self.plan.targets[0].weight_bytes
+
+    def noise(self) -> tuple[float, float]:
+        """How far the values may lie below what more text would show, as the upper ends of the worst intervals say: of KL as a share of it,
+        of the logarithm of the perplexity ratio in nats."""
+        found = [run.divergence for run in self.report.runtimes if run.divergence]
+        kl = [one.kl_interval.high / one.kl_nats - 1 for one in found if one.kl_interval and one.kl_nats > 0]
+        ratio = [math.log(one.ratio_interval.high / one.perplexity_ratio) for one in found if one.ratio_interval]
+        return max(kl, default=0.0), max(ratio, default=0.0)
+
+    def certain(self, budget: Budget) -> bool:
+        """Whether it passed, and the budget lies above what the text leaves in doubt."""
+        kl, ratio = self.noise()
+        return (
+            self.report.passed
+            and (budget.kl_nats is None or self.kl_nats * (1 + kl) <= budget.kl_nats)
+            and (budget.perplexity_ratio is None or self.perplexity_ratio * math.exp(ratio) <= budget.perplexity_ratio)
+        )
 
     def record(self) -> dict[str, Any]:
         """For the report."""
@@ -86,22 +117,26 @@ class Climb:
         }
 
 
-def climb(recipe: Recipe, target: Target, out: Path, make: Make, progress: Progress, *, device: str = "cpu") -> Climb:
+def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: Progress, *, device: str = "cpu") -> Climb:
     """Makes rung after rung of a target in ``out/<rung>``. Raises what planning, converting and measuring raise."""
     assert target.budget is not None
+    ladder = target.ladder or LADDER
     rungs: list[Rung] = []
+    others = [choice for choice in target.budget.choices if choice != "keep"] if "mixed" in ladder else []
+    # What the format or a runtime cannot hold is an error before the first rung.
+    schemes = {name: stages.draft(_in_scheme(recipe, target, name)) for name in others}
     mixed: Climb | None = None
-    for name in target.ladder or LADDER:
+    for name in ladder:
         if name == "mixed":
             best = min(rungs, key=lambda rung: _distance(rung, target.budget))
-            mixed = _mix(recipe, target, out, make, progress, rungs, best, device)
+            mixed = _mix(recipe, target, out, stages, progress, rungs, best, schemes, device)
             if mixed.taken.report.passed:
                 return mixed
             rungs = list(mixed.rungs)
             continue
         progress.say(f"{target.name}: rung {name}")
         try:
-            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, make, progress))
+            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, stages, progress))
         except RecipeError as error:
             # It is the one rung that not every model can take, and there is an artifact already.
             if name != "recover" or not rungs:
@@ -134,8 +169,8 @@ def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rul
     return made
 
 
-def _try(name: str, recipe: Recipe, folder: Path, make: Make, progress: Progress, *, kept_groups: int = 0) -> Rung:
-    plan, artifact, report = make(recipe, folder)
+def _try(name: str, recipe: Recipe, folder: Path, stages: Stages, progress: Progress, *, kept_groups: int = 0) -> Rung:
+    plan, artifact, report = stages.make(recipe, folder)
     divergences = [run.divergence for run in report.runtimes]
     ran = len(divergences) == len(plan.targets[0].runtimes) and all(divergences)
     kl = max((found.kl_nats for found in divergences if found), default=math.inf) if ran else math.inf
@@ -155,91 +190,225 @@ def kept_share(plan: Plan) -> float:
     return sum(entry.plain.size_bytes for entry in linear if not entry.scheme) / whole if whole else 0.0
 
 
-def _mix(recipe: Recipe, target: Target, out: Path, make: Make, progress: Progress, rungs: list[Rung], best: Rung, device: str) -> Climb:
+def _in_scheme(recipe: Recipe, target: Target, scheme: str) -> Recipe:
+    """With everything that rules quantize in another scheme, rounded."""
+    made = rung_recipe(recipe, target, "rtn")
+    rules = tuple(
+        rule.model_copy(update={"scheme": scheme, "observer": None, "percentile": None}) if rule.scheme else rule
+        for rule in made.targets[0].rules
+    )
+    return made.model_copy(update={"targets": (made.targets[0].model_copy(update={"rules": rules}),)})
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Layers that share their fate, and what it can be: the first of ``fates`` is that of the best rung, others are schemes or ``keep``."""
+
+    losses: tuple[Loss, ...]
+    fates: tuple[str, ...]
+    options: tuple[Option, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(module for loss in self.losses for module in loss.modules)
+
+    def record(self, taken: int) -> dict[str, Any]:
+        return {
+            "modules": list(self.modules),
+            "scheme": self.losses[0].scheme,
+            "alone_nats": self.options[0].loss,
+            "standard_error": math.hypot(*(loss.standard_error for loss in self.losses)),
+            "block_error": max(loss.block_error for loss in self.losses),
+            "extra_bytes": self.options[-1].extra_bytes,
+            "kept": self.fates[taken] == "keep",
+            "taken": self.fates[taken],
+        }
+
+
+def _mix(
+    recipe: Recipe,
+    target: Target,
+    out: Path,
+    stages: Stages,
+    progress: Progress,
+    rungs: list[Rung],
+    best: Rung,
+    schemes: dict[str, Plan],
+    device: str,
+) -> Climb:
     budget = target.budget
     assert budget is not None
     if not math.isfinite(best.kl_nats) or not math.isfinite(best.perplexity_ratio):
         progress.say(f"{target.name}: no rung ran everywhere with finite logits, so there is nothing to mix")
         return Climb(tuple(rungs), _taken(rungs, budget))
-    progress.say(f"{target.name}: measuring what each group of {best.name} loses alone, on {budget.tokens:,} tokens")
-    trials = artifact_trials(best.plan, best.artifact.path)
-    # Of rounding the recipe names no text, but the ladder's does.
-    asked = replace(best.plan, recipe=best.plan.recipe.model_copy(update={"calibration": recipe.calibration}))
-    losses, _ = measure(asked, trials, progress, tokens=budget.tokens, device=device)
-    # Three digits are more than the text can tell, and do not depend on how many threads shared out a product.
-    values = [float(f"{max(loss.kl_nats, 0.0):.3g}") for loss in losses]
-    sizes = [_extra_bytes(best.plan, loss) for loss in losses]
-    kl, ratio = [Measured(sum(values), best.kl_nats)], [Measured(sum(values), math.log(best.perplexity_ratio))]
-    tried: list[list[bool]] = []
-    mixed: list[tuple[Rung, list[bool]]] = []
+    losses = _losses(recipe, budget, best, list(schemes), out, progress, device)
+    items = _items(recipe, target, best, losses, schemes, stages, progress)
+    groups = [item.options for item in items]
+    most = int(CERTAINTY * sum(entry.plain.size_bytes for entry in best.plan.targets[0].quantized))
+    unchanged = loss_of(groups, [0] * len(items))
+    kl, ratio = [Measured(unchanged, best.kl_nats)], [Measured(unchanged, math.log(best.perplexity_ratio))]
+    mixed: list[tuple[Rung, Choice]] = []
     for attempt in range(budget.tries):
-        kept = choose(values, sizes, allowed=_allowed(budget, line_through(kl), line_through(ratio)))
-        if kept is None:
-            progress.say(f"{target.name}: not even keeping every group in 16 bit is expected to meet the budget")
+        choice = _chosen(groups, budget, line_through(kl), line_through(ratio), rungs[-1].noise(), most=most)
+        if choice is None:
+            progress.say(f"{target.name}: not even the smallest losses there can be are expected to meet the budget")
             break
-        passed = [(rung, choice) for rung, choice in mixed if rung.report.passed]
-        if kept in tried or (passed and _taking(kept, sizes) > WORTHWHILE * min(_taking(choice, sizes) for _, choice in passed)):
+        certain = [bytes_of(groups, was) for rung, was in mixed if rung.certain(budget)]
+        if choice in [was for _, was in mixed] or (certain and bytes_of(groups, choice) > WORTHWHILE * min(certain)):
             break
-        tried.append(kept)
-        left = sum(value for value, keep in zip(values, kept, strict=True) if not keep)
-        expected = line_through(kl).expect(left)
+        left = loss_of(groups, choice)
         name = "mixed" if attempt == 0 else f"mixed-{attempt + 1}"
+        fates = Counter(item.fates[j] for item, j in zip(items, choice, strict=True) if j)
+        said = " and ".join(f"{count} {_said(fate)}" for fate, count in fates.items())
         progress.say(
-            f"{target.name}: rung {name}: {best.name} with {sum(kept)} of {len(kept)} groups in 16 bit, {_taking(kept, sizes) / 1e6:.2f} "
-            f"MB more, KL {expected:.4g} expected"
+            f"{target.name}: rung {name}: {best.name} with {said} of {len(items)} groups, "
+            f"{bytes_of(groups, choice) / 1e6:.2f} MB more, KL {line_through(kl).expect(left):.4g} expected"
         )
-        rules = [_keep(loss, value, size) for loss, value, size, keep in zip(losses, values, sizes, kept, strict=True) if keep]
-        alone = {module: value for loss, value in zip(losses, values, strict=True) for module in loss.modules}
+        rules = [_rule(item, j, items, best) for item, j in zip(items, choice, strict=True) if j]
+        alone = {module: item.options[0].loss for item in items for module in item.modules}
         made = rung_recipe(recipe, target, best.name, kept=rules, alone=alone)
-        rung = _try(name, made, out / name, make, progress, kept_groups=sum(kept))
+        rung = _try(name, made, out / name, stages, progress, kept_groups=fates["keep"])
         rungs.append(rung)
-        mixed.append((rung, kept))
+        mixed.append((rung, choice))
         if not math.isfinite(rung.kl_nats):
             break
         kl.append(Measured(left, rung.kl_nats))
         ratio.append(Measured(left, math.log(rung.perplexity_ratio)))
     taken = _taken(rungs, budget)
-    chosen = next((choice for rung, choice in mixed if rung is taken), [False] * len(values))
-    groups = tuple(
-        {
-            "modules": list(loss.modules),
-            "scheme": loss.scheme,
-            "alone_nats": value,
-            "standard_error": loss.standard_error,
-            "block_error": loss.block_error,
-            "extra_bytes": size,
-            "kept": keep,
-        }
-        for loss, value, size, keep in zip(losses, values, sizes, chosen, strict=True)
-    )
-    return Climb(tuple(rungs), taken, groups, _curves(losses, values, sizes, line_through(kl), best.weight_bytes))
+    chosen = next((choice for rung, choice in mixed if rung is taken), [0] * len(items))
+    records = tuple(item.record(j) for item, j in zip(items, chosen, strict=True))
+    return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes))
 
 
-def _keep(loss: Loss, value: float, size: int) -> Rule:
-    """The rule that keeps a group, with its reason."""
-    pattern = "|".join(re.escape(module) for module in loss.modules)
-    return Rule(
-        match=f"re:{pattern}",
-        keep=True,
-        why=f"mixed precision: quantized alone its group loses {value:g} nats, and keeping it takes {size:,} bytes",
-    )
+def _losses(recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str) -> list[Loss]:
+    """What each group loses alone, as the best rung made it and, behind these, in other schemes; kept by content, for a climb that is taken
+    up again."""
+    # Of rounding the recipe names no text, but the ladder's does.
+    asked = replace(best.plan, recipe=best.plan.recipe.model_copy(update={"calibration": recipe.calibration}))
+    text = asked.recipe.calibration.model_dump(mode="json") if asked.recipe.calibration else {}
+    facts = [manifest_digest(best.artifact.path), budget.tokens, schemes, text]
+    kept = out / f"groups-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    if kept.exists():
+        return [Loss(**{**record, "modules": tuple(record["modules"])}) for record in json.loads(kept.read_text())]
+    progress.say(f"{best.plan.targets[0].name}: measuring what each group of {best.name} loses alone, on {budget.tokens:,} tokens")
+    losses, _ = measure(asked, artifact_trials(best.plan, best.artifact.path, schemes), progress, tokens=budget.tokens, device=device)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps([asdict(loss) for loss in losses]))
+    partial.rename(kept)
+    return losses
 
 
-def _extra_bytes(plan: Plan, loss: Loss) -> int:
-    """What a group takes more in 16 bit."""
-    entries = {entry.module(part): entry for entry in plan.targets[0].quantized for part in entry.parts}
-    return sum(entries[module].plain.size_bytes - entries[module].size_bytes for module in loss.modules)
+def _items(
+    recipe: Recipe,
+    target: Target,
+    best: Rung,
+    losses: Sequence[Loss],
+    schemes: dict[str, Plan],
+    stages: Stages,
+    progress: Progress,
+) -> list[_Item]:
+    """What can be chosen: group by group, or all experts of the model at once where a runtime reads them in one way; and of experts only
+    what the plan says that all runtimes of the target can load."""
+    assert target.budget is not None
+    entries = best.plan.targets[0].entries
+    experts = {entry.module(part): entry.reading for entry in entries if entry.experts for part in entry.parts}
+    merges = any(RUNTIMES[name].merges is not None for name in target.runtimes)
+    count = len(losses) // (1 + len(schemes))
+    together: dict[object, list[int]] = {}
+    for i, loss in enumerate(losses[:count]):
+        reading = experts.get(loss.modules[0])
+        together.setdefault(reading if reading == "merged" and merges else i, []).append(i)
+    items: list[_Item] = []
+    refused: dict[str, bool] = {}
+    for members in together.values():
+        own = tuple(losses[i] for i in members)
+        item = _Item(own, ("",), (Option(math.fsum(_rounded(loss) for loss in own), 0),))
+        modules = item.modules
+        now, plain = _bytes(best.plan, modules, plain=False), _bytes(best.plan, modules, plain=True)
+        for choice in target.budget.choices:
+            if choice == own[0].scheme:
+                continue
+            if choice == "keep":
+                option = Option(0.0, plain - now)
+            else:
+                k = 1 + list(schemes).index(choice)
+                option = Option(
+                    math.fsum(_rounded(losses[count * k + i]) for i in members), _bytes(schemes[choice], modules, plain=False) - now
+                )
+            more = _Item(own, (*item.fates, choice), (*item.options, option))
+            if modules[0] in experts:
+                if choice not in refused:
+                    refused[choice] = _refuses(recipe, target, best, _rule(more, len(more.fates) - 1, [], best), stages, progress)
+                if refused[choice]:
+                    continue
+            item = more
+        items.append(item)
+    return items
 
 
-def _allowed(budget: Budget, kl: Line, log_ratio: Line) -> float:
-    """How much groups may lose alone, together, so that both bounds are expected to be met."""
-    bounds = [kl.allows(budget.kl_nats)] if budget.kl_nats is not None else []
-    bounds += [log_ratio.allows(math.log(budget.perplexity_ratio))] if budget.perplexity_ratio is not None else []
-    return min(bounds)
+def _refuses(recipe: Recipe, target: Target, best: Rung, rule: Rule, stages: Stages, progress: Progress) -> bool:
+    try:
+        stages.draft(rung_recipe(recipe, target, best.name, kept=[rule]))
+    except RecipeError as error:
+        progress.say(f"{target.name}: experts stay as {best.name} has them: {error}")
+        return True
+    return False
 
 
-def _taking(kept: Sequence[bool], sizes: Sequence[int]) -> int:
-    return sum(size for size, keep in zip(sizes, kept, strict=True) if keep)
+def _rounded(loss: Loss) -> float:
+    """Three digits are more than the text can tell, and do not depend on how many threads shared out a product."""
+    return float(f"{max(loss.kl_nats, 0.0):.3g}")
+
+
+def _said(fate: str) -> str:
+    return "in 16 bit" if fate == "keep" else f"in {fate}"
+
+
+def _rule(item: _Item, taken: int, items: Sequence[_Item], best: Rung) -> Rule:
+    """The rule that gives layers another fate, with its reason."""
+    fate, option, was = item.fates[taken], item.options[taken], item.options[0]
+    match = _pattern(item.modules, [module for other in items if other is not item for module in other.modules])
+    lost = f"mixed precision: in {item.losses[0].scheme} alone its group loses {was.loss:g} nats, "
+    if fate == "keep":
+        return Rule(match=match, keep=True, why=f"{lost}and keeping it takes {option.extra_bytes:,} bytes")
+    steps = [step for step in rung_steps(best.name) if step.name in TRANSFORMS]
+    return Rule(match=match, scheme=fate, algorithm=(*steps, Step(rtn=Rounding())), why=f"{lost}in {fate} {option.loss:g}")
+
+
+def _pattern(modules: Sequence[str], others: Sequence[str]) -> str:
+    """What matches these modules and none of the others: all that lies in one, where that is so, or each by its name."""
+    common = modules[0].split(".")
+    while common and not all(module.startswith(".".join((*common, ""))) for module in modules):
+        common.pop()
+    inside = ".".join((*common, ""))
+    if len(modules) > 8 and common and not any(module.startswith(inside) for module in others):
+        return f"re:{re.escape(inside)}.*"
+    return f"re:{'|'.join(re.escape(module) for module in modules)}"
+
+
+def _bytes(plan: Plan, modules: Sequence[str], *, plain: bool) -> int:
+    """On disk, of the tensors that layers lie in, as they are planned or unquantized."""
+    return sum(entry.plain.size_bytes if plain else entry.size_bytes for entry in entries_of(plan.targets[0], modules))
+
+
+def _chosen(
+    groups: Sequence[Sequence[Option]], budget: Budget, kl: Line, log_ratio: Line, noise: tuple[float, float], *, most: int
+) -> Choice | None:
+    """The choice that is expected to meet the budget, and by as much of the noise as ``most`` bytes more buy: what was chosen for its value
+    on some text would not keep it on other text, half of the time."""
+
+    def allowed(share: float) -> float:
+        bounds = [kl.allows(budget.kl_nats / (1 + share * noise[0]))] if budget.kl_nats is not None else []
+        if budget.perplexity_ratio is not None:
+            bounds.append(log_ratio.allows(math.log(budget.perplexity_ratio) - share * noise[1]))
+        return min(bounds)
+
+    bare = choose(groups, allowed=allowed(0.0))
+    for share in (1.0, 0.75, 0.5, 0.25) if bare is not None else ():
+        sure = choose(groups, allowed=allowed(share))
+        if sure is not None and bytes_of(groups, sure) <= bytes_of(groups, bare or sure) + most:
+            return sure
+    return bare
 
 
 def _distance(rung: Rung, budget: Budget | None) -> float:
@@ -251,32 +420,34 @@ def _distance(rung: Rung, budget: Budget | None) -> float:
 
 
 def _taken(rungs: Sequence[Rung], budget: Budget | None) -> Rung:
-    """Of those that passed the smallest, which is the first but for repeated choices of ``mixed``; else the one that comes closest."""
+    """Of those that passed beyond the noise the smallest, else of those that passed, which is one but for repeated choices of ``mixed``;
+    else the one that comes closest."""
+    assert budget is not None
     passed = [rung for rung in rungs if rung.report.passed]
     if passed:
-        return min(passed, key=lambda rung: rung.weight_bytes)
+        return min([rung for rung in passed if rung.certain(budget)] or passed, key=lambda rung: rung.weight_bytes)
     return min(rungs, key=lambda rung: _distance(rung, budget))
 
 
-def _curves(
-    losses: Sequence[Loss], values: Sequence[float], sizes: Sequence[int], line: Line, base_bytes: int
-) -> dict[str, list[list[float]]]:
-    """By name, (bytes of all weights, KL expected) of choices: the exact frontier, groups in random order (one, fixed), and those with the
-    largest error in their own block first."""
-    order = sorted(range(len(values)), key=lambda i: hashlib.sha256(spelled(losses[i].modules).encode()).digest())
-    worst = sorted(range(len(values)), key=lambda i: -losses[i].block_error)
+def _curves(items: Sequence[_Item], line: Line, base_bytes: int) -> dict[str, list[list[float]]]:
+    """By name, (bytes of all weights, KL expected) of choices: the exact frontier, groups kept in random order (one, fixed), and those with
+    the largest error in their block first."""
+    groups = [item.options for item in items]
+    # Curves to compare with know two fates.
+    two = [(group[0], group[-1]) for group in groups]
 
-    def points(choices: Sequence[Sequence[bool]]) -> list[list[float]]:
-        return [
-            [base_bytes + _taking(kept, sizes), line.expect(sum(value for value, keep in zip(values, kept, strict=True) if not keep))]
-            for kept in choices
-        ]
+    def points(options: Sequence[Sequence[Option]], choices: Sequence[Choice]) -> list[list[float]]:
+        return [[float(base_bytes + bytes_of(options, choice)), line.expect(loss_of(options, choice))] for choice in choices]
 
-    nothing = [[False] * len(values)]
+    count = len(items)
+    errors = [max((loss.block_error for loss in item.losses), default=0.0) for item in items]
+    worst = sorted(range(count), key=lambda i: (-(math.inf if math.isnan(errors[i]) else errors[i]), items[i].modules))
+    shuffled = sorted(range(count), key=lambda i: hashlib.sha256(spelled(items[i].modules).encode()).digest())
+    nothing = [[0] * count]
     return {
-        "frontier": points(frontier(values, sizes)),
-        "random order": points(nothing + by_order(order, len(values))),
-        "largest error in its block first": points(nothing + by_order(worst, len(values))),
+        "frontier": points(groups, frontier(groups)),
+        "groups in random order": points(two, nothing + by_order(shuffled, count)),
+        "largest error in its block first": points(two, nothing + by_order(worst, count)),
     }
 
 

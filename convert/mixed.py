@@ -1,8 +1,9 @@
-"""What stays in 16 bit so that a budget is met with the fewest bytes: an exact choice of groups, under a model of how losses add up that
-measurements correct."""
+"""What stays in 16 bit, or takes another scheme, so that a budget is met with the fewest bytes: an exact choice of groups, under a model of
+how losses add up that measurements correct."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,55 +48,94 @@ def line_through(points: Sequence[Measured]) -> Line:
     return Line(0.0, max(last.value, 0.0) / last.alone if last.alone > 0 else 0.0)
 
 
-def choose(losses: Sequence[float], extra_bytes: Sequence[int], *, allowed: float) -> list[bool] | None:
-    """Which groups to keep in 16 bit: those that together take the fewest ``extra_bytes``, so that the losses of all others sum to at most
-    ``allowed``. None where that is negative: not even keeping everything would do.
+@dataclass(frozen=True)
+class Option:
+    """What may become of a group: it then loses ``loss`` nats alone, and takes ``extra_bytes`` more than as it is."""
 
-    A knapsack, solved exactly by branch and bound (HiGHS, through ``scipy.optimize.milp``). A loss below zero is noise and counts as none.
+    loss: float
+    extra_bytes: int
+
+
+#: For each group the number of its option; 0 leaves it as it is.
+Choice = list[int]
+
+
+def choose(groups: Sequence[Sequence[Option]], *, allowed: float) -> Choice | None:
+    """What becomes of each group, so that together they take the fewest bytes and their losses sum to at most ``allowed``; the first option
+    of each is to leave it as it is. None where even the smallest losses sum to more. Of choices that take the same bytes it is one of which
+    nothing can be left as it is.
+
+    A multiple-choice knapsack, solved exactly by branch and bound (HiGHS, through ``scipy.optimize.milp``). A loss below zero is noise and
+    counts as none.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    loss = np.maximum(np.asarray(losses, float), 0.0)
-    cost = np.asarray(extra_bytes, float)
-    if allowed < 0:
+    groups = [[Option(max(option.loss, 0.0), option.extra_bytes) for option in group] for group in groups]
+    unchanged = [0] * len(groups)
+    total = loss_of(groups, unchanged)
+    if total <= allowed:
+        return unchanged
+    least = math.fsum(min(option.loss for option in group) for group in groups)
+    if least > allowed:
         return None
-    if loss.sum() <= allowed:
-        return [False] * len(loss)
-    # HiGHS lets a constraint be missed by 1e-6: in units of the whole loss, and asking for that much more, nothing is missed.
-    total = loss.sum()
-    wanted = min((total - allowed) / total + 2e-6, 1.0)
+    flat = [(i, j) for i, group in enumerate(groups) for j in range(len(group))]
+    loss = np.array([groups[i][j].loss for i, j in flat])
+    cost = np.array([groups[i][j].extra_bytes for i, j in flat], float)
+    one_each = np.zeros((len(groups), len(flat)))
+    for column, (i, _) in enumerate(flat):
+        one_each[i, column] = 1
+    # HiGHS lets a constraint be missed by 1e-6: in units of the whole loss, and asking for that much less, nothing is missed.
+    bound = allowed / total - 2e-6
+    if bound <= least / total:
+        smallest = [min(range(len(group)), key=lambda j, group=group: (group[j].loss, group[j].extra_bytes)) for group in groups]  # type: ignore[misc]
+        return _without_idle(groups, smallest, allowed)
     found = milp(
-        cost / max(cost.max(), 1.0),
-        constraints=LinearConstraint(loss[None] / total, lb=wanted),
-        integrality=np.ones(len(loss)),
+        cost / max(np.abs(cost).max(), 1.0),
+        constraints=[LinearConstraint(loss[None] / total, ub=bound), LinearConstraint(one_each, lb=1, ub=1)],
+        integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
-    kept = [True] * len(loss) if found.x is None else [bool(x > 0.5) for x in found.x]
-    return _without_idle(kept, loss, allowed)
+    if found.x is None:
+        return None
+    choice = [max(range(len(group)), key=lambda j, i=i: found.x[flat.index((i, j))]) for i, group in enumerate(groups)]  # type: ignore[misc]
+    return _without_idle(groups, choice, allowed)
 
 
-def _without_idle(kept: list[bool], loss: np.ndarray, allowed: float) -> list[bool]:
-    """Gives up what is kept for nothing: groups of no cost, which a solver may set as it likes, and what the margin asked for too much."""
-    kept = list(kept)
-    for i in sorted((i for i, is_kept in enumerate(kept) if is_kept), key=lambda i: loss[i]):
-        left = sum(value for value, is_kept in zip(loss, kept, strict=True) if not is_kept)
-        if left + loss[i] <= allowed:
-            kept[i] = False
-    return kept
+def loss_of(groups: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
+    """The sum of what groups lose alone."""
+    return math.fsum(group[j].loss for group, j in zip(groups, choice, strict=True))
 
 
-def frontier(losses: Sequence[float], extra_bytes: Sequence[int], *, points: int = 16) -> list[list[bool]]:
-    """The best choices from nothing kept to everything kept, for losses evenly spaced."""
-    total = sum(max(loss, 0.0) for loss in losses)
-    found = [choose(losses, extra_bytes, allowed=total * (points - i) / points) for i in range(points + 1)]
+def bytes_of(groups: Sequence[Sequence[Option]], choice: Sequence[int]) -> int:
+    """What a choice takes more."""
+    return sum(group[j].extra_bytes for group, j in zip(groups, choice, strict=True))
+
+
+def _without_idle(groups: Sequence[Sequence[Option]], choice: Choice, allowed: float) -> Choice:
+    """Leaves as it is what was changed for nothing: options of no cost, which a solver may take as it likes, and what the margin asked for
+    too much. What wins least goes first."""
+    choice = list(choice)
+    changed = [i for i, j in enumerate(choice) if j and groups[i][j].extra_bytes >= groups[i][0].extra_bytes]
+    for i in sorted(changed, key=lambda i: groups[i][0].loss - groups[i][choice[i]].loss):
+        without = [*choice[:i], 0, *choice[i + 1 :]]
+        if loss_of(groups, without) <= allowed:
+            choice = without
+    return choice
+
+
+def frontier(groups: Sequence[Sequence[Option]], *, points: int = 16) -> list[Choice]:
+    """The best choices from what there is to the smallest loss there can be, for losses evenly spaced."""
+    total = math.fsum(max(group[0].loss, 0.0) for group in groups)
+    found = [choose(groups, allowed=total * (points - i) / points) for i in range(points + 1)]
     return [choice for choice in found if choice is not None]
 
 
-def by_order(order: Sequence[int], count: int) -> list[list[bool]]:
-    """The choices that keep one group after the other in some order: what a frontier is compared with."""
-    found, kept = [], [False] * count
+def by_order(order: Sequence[int], count: int) -> list[Choice]:
+    """The choices that take the last option of one group after the other in some order, of ``count`` groups with two: what a frontier is
+    compared with."""
+    found, kept = [], [0] * count
     for i in order:
-        kept = [*kept[:i], True, *kept[i + 1 :]]
+        kept = [*kept[:i], 1, *kept[i + 1 :]]
         found.append(kept)
     return found

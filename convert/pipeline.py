@@ -20,7 +20,7 @@ from convert.export import Artifact, cores, export, partial_bytes
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
-from convert.ladder import Make, climb, settle
+from convert.ladder import Stages, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
@@ -198,8 +198,11 @@ def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDige
         made = convert(job.recipe.only(plain), out, device=device, progress=progress)
         found |= {target.name: pair for target, pair in zip(plain, zip(made.artifacts, made.reports, strict=True), strict=True)}
 
+    def draft(recipe: Recipe) -> Plan:
+        return _plan(recipe, checkpoint)
+
     def make(recipe: Recipe, folder: Path) -> tuple[Plan, Artifact, Report]:
-        rung = _plan(recipe, checkpoint)
+        rung = draft(recipe)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device)[0]
         known, reference = _known_report(artifact), folder.parent / REFERENCE
@@ -207,12 +210,12 @@ def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDige
 
     for target in job.recipe.targets:
         if target.budget is not None:
-            found[target.name] = _climb_one(job, target, out, make, progress, device=device)
+            found[target.name] = _climb_one(job, target, out, Stages(draft, make), progress, device=device)
     pairs = [found[target.name] for target in job.recipe.targets]
     return Outcome(job, tuple(artifact for artifact, _ in pairs), tuple(report for _, report in pairs))
 
 
-def _climb_one(job: Plan, target: Target, out: Path, make: Make, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
+def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
     """Climbs, or finds that it was climbed: ``<target>.ladder`` beside the artifact says for which job."""
     assert target.budget is not None
     final, note = out / target.name, out / f"{target.name}.ladder"
@@ -221,7 +224,7 @@ def _climb_one(job: Plan, target: Target, out: Path, make: Make, progress: Progr
         return artifact, report
     note.unlink(missing_ok=True)
     scratch = out / f".{target.name}.rungs"
-    found = climb(job.recipe, target, scratch, make, progress, device=device)
+    found = climb(job.recipe, target, scratch, stages, progress, device=device)
     artifact = settle(found, target, out, scratch)
     report = replace(found.taken.report, ladder=found.record(target.budget))
     report_path(final).write_bytes(report.to_bytes())

@@ -147,6 +147,7 @@ class Entry:
                 "scheme": self.scheme.name,
                 "algorithm": self.algorithm,
                 **({"options": options} if options else {}),
+                **({"why": self.why} if self.why else {}),
                 **({"observer": self.observer} if self.observer else {}),
                 "scale_dtype": self.scale_dtype,
                 "parts": parts,
@@ -644,7 +645,7 @@ def _enter(
         kept,
         scheme=scheme,
         algorithm=algorithm,
-        why="",
+        why=rule.why or "",
         outputs=(*(output for layer in layers for output in layer), *([beside] if beside else [])),
         scale_dtype=scale_dtype,
         note=note,
@@ -936,7 +937,7 @@ def summarize(entries: Iterable[Entry]) -> list[tuple[str, int, int, int, str]]:
     rows: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         what = entry.scheme.name if entry.scheme else "keep"
-        reason = entry.rule if entry.scheme else entry.why
+        reason = entry.why or entry.rule
         turned = entry.turned.partition(" (")[0]
         row = rows.setdefault((what, "; ".join(filter(None, (reason, entry.note, turned)))), [0, 0, 0])
         row[0] += 1

@@ -207,7 +207,7 @@ class Rule(_Section):
     keep: bool = False
     """Leave these tensors as they are; `why` then says why."""
     why: str | None = None
-    """The reason for `keep`, for the ledger, the report and the model card."""
+    """The reason, for the ledger, the report and the model card; `keep` must have one."""
 
     @model_validator(mode="after")
     def _one_fate(self) -> Rule:
@@ -231,8 +231,6 @@ class Rule(_Section):
             raise ValueError(f"observer chooses the scale of a static input, and {self.scheme or 'what is kept'} has none; leave it out")
         if self.percentile is not None and self.observer != "percentile":
             raise ValueError("percentile is for observer: percentile")
-        if self.why and not self.keep:
-            raise ValueError("why explains keep: true; this rule quantizes")
         return self
 
 
@@ -277,6 +275,17 @@ LADDER = ("rtn", "smoothquant", "smoothquant+gptq", "mixed", "recover")
 _RUNG_OPTIONS: dict[str, dict[str, Any]] = {"smoothquant": {"alpha": "search", "uncovered": "leave"}, "recover": {"minutes": 10.0}}
 
 
+def _check_choices(choices: tuple[str, ...]) -> tuple[str, ...]:
+    for choice in choices:
+        if choice != "keep" and choice not in SCHEMES:
+            raise ValueError(f"no scheme is called {choice!r}{_nearest(choice, SCHEMES)}; known are keep, {', '.join(SCHEMES)}")
+        if choice != "keep" and SCHEMES[choice].static:
+            raise ValueError(f"{choice} has static inputs, which mixed does not calibrate for a group; choose a dynamic scheme")
+    if not choices:
+        raise ValueError("mixed needs a choice; write [keep]")
+    return choices
+
+
 class Budget(_Section):
     """The loss that is acceptable, measured as the limits are: on held-out text, reloaded in every runtime that the target names."""
 
@@ -288,6 +297,9 @@ class Budget(_Section):
     """Tokens of calibration text on which `mixed` measures what each group of layers loses alone."""
     tries: Positive = 3
     """How many choices `mixed` makes, converts and measures at most."""
+    choices: Annotated[tuple[str, ...], AfterValidator(_check_choices), Field(strict=False)] = ("keep",)
+    """What `mixed` may make of a group of layers that loses too much: `keep` it in 16 bit, or quantize it in another scheme, for instance
+    `[fp8-dynamic, keep]`, which takes no more bytes than INT8."""
 
     @model_validator(mode="after")
     def _some(self) -> Budget:

@@ -11,13 +11,14 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.plan import Entry, Plan, fused
+from convert.plan import Entry, Plan, TargetPlan, fused
 from convert.quantize import decoded_part
 from formats.dtypes import DTYPES
 from formats.errors import InputError, NumericsError
@@ -50,10 +51,16 @@ class Form:
     divisor: torch.Tensor | None = None
     limit: float | None = None
 
+    @property
+    def lacks_limit(self) -> bool:
+        """Whether its input has to be looked at before it can be rounded."""
+        return self.activation is not None and not self.activation.dynamic and self.limit is None
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A group of ``modules`` in one ``scheme``, each in its form; ``parameters`` of all their weights."""
+    """A group of ``modules`` in one ``scheme``, each in its form, of one block or of several; ``parameters`` of all their weights. Experts
+    have the names they have on disk."""
 
     modules: tuple[str, ...]
     scheme: str
@@ -76,35 +83,44 @@ class Loss:
     measured: bool = True
 
 
-def groups_of(plan: Plan) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Modules of linear layers that must share a scheme, group by group in the order of the checkpoint, the head last; and layers that are
-    left out because they are experts."""
+def groups_of(plan: Plan) -> list[tuple[str, ...]]:
+    """Modules of linear layers that must share a scheme, group by group in the order of the checkpoint, the head last; all experts of a
+    layer are one group."""
     entries = [entry for entry in plan.targets[0].entries if entry.parts]
     head = plan.architecture.head if plan.architecture else None
-    fates = {entry.module(part): entry for entry in entries for part in entry.parts if entry.kind in ("linear", "unknown")}
+    fates = {entry.module(part): entry for entry in entries for part in entry.parts if entry.kind in ("linear", "unknown", "expert")}
     found = [tuple(group) for group in fused(plan.architecture, fates)]
     covered = {module for group in found for module in group}
     found += [(module,) for module in fates if module not in covered]
     order = {module: i for i, module in enumerate(fates)}
     found.sort(key=lambda group: min(order[module] for module in group))
-    experts = [entry.module(part) for entry in entries if entry.kind == "expert" for part in entry.parts]
-    return [*found, *([(head,)] if head is not None else [])], experts
+    return [*found, *([(head,)] if head is not None else [])]
+
+
+def entries_of(target: TargetPlan, modules: Iterable[str]) -> list[Entry]:
+    """The tensors that layers lie in, each once, in the order of the plan."""
+    wanted = set(modules)
+    return [entry for entry in target.entries if wanted & {*entry.modules, *(entry.module(part) for part in entry.parts)}]
 
 
 def round_trials(plan: Plan, schemes: Sequence[str]) -> list[Trial]:
     """Every group rounded to nearest in every scheme, weights by the code that writes them."""
-    groups, _ = groups_of(plan)
-    entries = {module: entry for entry in plan.targets[0].entries for module in entry.modules}
+    groups, entries = groups_of(plan), _by_module(plan)
     return [
-        Trial(
-            group,
-            name,
-            sum(entries[module].tensor.elements for module in group),
-            {module: _rounded(plan, entries[module], name) for module in group},
-        )
+        Trial(group, name, _parameters(entries, group), {module: _rounded(plan, entries[module], name) for module in group})
         for name in schemes
         for group in groups
     ]
+
+
+def _by_module(plan: Plan) -> dict[str, Entry]:
+    entries = plan.targets[0].entries
+    return {name: entry for entry in entries for name in (*entry.modules, *(entry.module(part) for part in entry.parts))}
+
+
+def _parameters(entries: Mapping[str, Entry], group: Iterable[str]) -> int:
+    """Of layers of which several may lie in one tensor."""
+    return sum({(entry := entries[module]).tensor.name: entry.tensor.elements for module in group}.values())
 
 
 def sensitivity_of(
@@ -121,9 +137,6 @@ def sensitivity_of(
     for name in names:
         if name not in SCHEMES:
             raise InputError(f"no scheme is called {name!r}; known are {', '.join(SCHEMES)}")
-    _, experts = groups_of(plan)
-    if experts:
-        progress.say(f"{len(experts)} layers of experts are left out, first {experts[0]}: what goes into each is not seen here")
     return measure(plan, round_trials(plan, names), progress, tokens=tokens, seconds=seconds, device=device)
 
 
@@ -157,14 +170,15 @@ def _rounded(plan: Plan, entry: Entry, name: str) -> Form:
     return Form(lambda weight: rtn.quantize(weight.clone(), scheme.weight, scale_dtype=dtype).dequantize(), scheme.activation)
 
 
-def artifact_trials(plan: Plan, artifact: Path) -> list[Trial]:
+def artifact_trials(plan: Plan, artifact: Path, schemes: Sequence[str] = ()) -> list[Trial]:
     """Every group that is quantized in an artifact of the plan's first target, as it was made: its codes, and what smoothing folded into
-    them and out of their input.
+    them and out of their input. Behind these, every group with what was smoothed rounded in each of ``schemes``.
 
     What was folded into the rows of a layer that feeds another is taken out again: alone, it feeds that other one unsmoothed.
     """
+    import torch
 
-    from convert.folds import read_fold, touching
+    from convert.folds import folded, read_fold, touching
     from convert.source import SafetensorsReader
     from formats.manifest import read_manifest
     from formats.safetensors import read_folder
@@ -175,32 +189,39 @@ def artifact_trials(plan: Plan, artifact: Path) -> list[Trial]:
     reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
     entries = {entry.module(part): (entry, part) for entry in target.quantized for part in entry.parts}
 
-    def form_of(module: str) -> Form:
+    walked = getattr(torch, calibration.get("dtype", "float32"))
+
+    def form_of(module: str, other: str = "") -> Form:
         entry, part = entries[module]
         assert entry.scheme is not None
+        rounded = _rounded(plan, entry, other) if other else None
         mine = touching(folds, module)
         divisor = next((fold.scales for fold in mine if module in fold.consumers), None)
         rows = [fold.rows for fold in mine if module == fold.producer]
 
         def weight(was: torch.Tensor) -> torch.Tensor:
-            decoded = decoded_part(reader, target.format, entry, part)
+            if rounded is None:
+                decoded = decoded_part(reader, target.format, entry, part)
+            else:
+                decoded = rounded.weight(folded(was.cpu().to(walked).float(), module, mine) if mine else was.cpu())
             for scales in rows:
                 decoded = decoded * scales[:, None]
             return decoded.to(was.device)
 
-        return Form(weight, entry.scheme.activation, divisor)
+        return Form(weight, rounded.activation if rounded else entry.scheme.activation, divisor)
 
-    groups, _ = groups_of(plan)
+    by_module = {module: entry for module, (entry, _) in entries.items()}
     return [
-        Trial(
-            group,
-            str(entries[group[0]][0].scheme.name),  # type: ignore[union-attr]
-            sum(entries[module][0].tensor.elements for module in group),
-            {module: form_of(module) for module in group},
-        )
-        for group in groups
+        Trial(group, other or _scheme(by_module[group[0]]), _parameters(by_module, group), {name: form_of(name, other) for name in group})
+        for other in ("", *schemes)
+        for group in groups_of(plan)
         if all(module in entries for module in group)
     ]
+
+
+def _scheme(entry: Entry) -> str:
+    assert entry.scheme is not None
+    return entry.scheme.name
 
 
 def measure(
@@ -292,9 +313,13 @@ class _Pass:
         self._scratch, self._device = scratch, device
         self._tokens = batches
         self._skeleton = Skeleton(plan.checkpoint, dtype="float32", trust_remote_code=plan.recipe.trust_remote_code)
+        experts = {entry.tensor.name: entry.parts for entry in plan.targets[0].entries if entry.experts and entry.parts}
+        self._skeleton.find_experts(experts)
+        if self._skeleton.experts:
+            self._skeleton.model.set_experts_implementation("eager")
         self._reference: dict[int, Any] = {}
         self._kl: dict[int, list[torch.Tensor]] = {}
-        self._heads: dict[int, Trial] = {}
+        self._heads: dict[int, Form] = {}
         self.errors: dict[int, float] = {}
 
     def kl(self, trial: int) -> tuple[float, float]:
@@ -314,10 +339,11 @@ class _Pass:
 
         assert self._plan.architecture is not None
         count, blocks = len(self._tokens), self._plan.architecture.blocks
-        begins = [_block_of(blocks, trial.modules[0]) for trial in self._trials]
+        begins = [min(self._lies_in(module) for module in trial.forms) for trial in self._trials]
         lanes = len(self._trials) + 1 if to_output else 1
         batches = [{"input_ids": batch, "use_cache": False} for _ in range(lanes) for batch in self._tokens]
-        self._heads = {i: trial for i, trial in enumerate(self._trials) if begins[i] == len(blocks)}
+        head = self._plan.architecture.head
+        self._heads = {i: trial.forms[head] for i, trial in enumerate(self._trials) if head and head in trial.forms}
         free = torch.cuda.mem_get_info()[0] if self._device != "cpu" else 0
         lane = 3 * lanes * sum(batch.numel() for batch in self._tokens) * (self._plan.architecture.hidden_size or 0) * 4
         place = place_for(lane, on_gpu=self._device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
@@ -336,18 +362,19 @@ class _Pass:
         ):
             self._advance = advance
             for i, stand in enumerate(stands):
-                source = self._through(stand, self._static_forms(i, begins), hands)
+                mine = [self._forms_in(trial, i) for trial in self._trials]
+                source = self._through(stand, mine, hands)
+                mine = [self._forms_in(trial, i) for trial in self._trials]
                 advance(size)
                 outputs = [*source] if to_output else None
-                for j, trial in enumerate(self._trials):
+                for j in range(len(self._trials)):
+                    own = source
+                    if begins[j] == i or (begins[j] < i and to_output):
+                        first = count * (j + 1) if to_output else 0
+                        with _put_in(self._skeleton, mine[j]):
+                            own = list(hands.map(stand.output, range(first, first + count)))
                     if begins[j] == i:
-                        with _put_in(self._skeleton, trial.forms):
-                            own = list(hands.map(stand.output, range(count)))
                         self.errors[j] = _mean_error(source, own)
-                    elif begins[j] < i and to_output:
-                        own = list(hands.map(stand.output, range(count * (j + 1), count * (j + 2))))
-                    else:
-                        own = source
                     if outputs is not None:
                         outputs += own
                     if own is not source:
@@ -358,36 +385,32 @@ class _Pass:
                     torch.set_num_threads(hands.count)
         return self
 
-    def _static_forms(self, block: int, begins: Sequence[int]) -> set[str]:
-        """Modules of a block whose input has to be looked at before it can be rounded."""
-        return {
-            module
-            for trial, begin in zip(self._trials, begins, strict=True)
-            for module, form in trial.forms.items()
-            if begin == block and form.activation is not None and not form.activation.dynamic and form.limit is None
-        }
+    def _lies_in(self, module: str) -> int:
+        """The number of a layer's block, beyond the last where it lies in none."""
+        assert self._plan.architecture is not None
+        place = self._skeleton.experts.get(module)
+        return _block_of(self._plan.architecture.blocks, place.parameter if place else module)
 
-    def _through(self, stand: Stand, watched: set[str], hands: Crew) -> list[Any]:
-        """What the source's block returns for each batch; the largest inputs of ``watched`` become the limits of their forms."""
-        seen: dict[str, list[float]] = {name: [] for name in watched}
-        divisors = {module: form.divisor for trial in self._trials for module, form in trial.forms.items()}
+    def _forms_in(self, trial: Trial, block: int) -> dict[str, Form]:
+        return {module: form for module, form in trial.forms.items() if self._lies_in(module) == block}
+
+    def _through(self, stand: Stand, mine: Sequence[Mapping[str, Form]], hands: Crew) -> list[Any]:
+        """What the source's block returns for each batch; of forms that round statically and do not say by what, the largest input that the
+        source shows becomes the limit."""
+        divisors = {module: form.divisor for forms in mine for module, form in forms.items() if form.lacks_limit}
+        seen: dict[str, list[float]] = {name: [] for name in divisors}
 
         def look(name: str, x: torch.Tensor) -> None:
             divisor = divisors[name]
-            seen[name].append(float((x if divisor is None else x / divisor.to(x.device)).abs().max()))
+            if x.numel():
+                seen[name].append(float((x if divisor is None else x / divisor.to(x.device)).abs().max()))
 
-        hooks = [
-            self._skeleton.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
-            for name in watched
-        ]
-        try:
+        with _inputs(self._skeleton, divisors, look):
             outputs = list(hands.map(stand.output, range(len(self._tokens))))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if watched:
+        if divisors:
+            limits = {module: max(found, default=0.0) for module, found in seen.items()}
             self._trials = [
-                replace(t, forms={m: replace(f, limit=max(seen[m])) if m in watched and f.limit is None else f for m, f in t.forms.items()})
+                replace(t, forms={m: replace(f, limit=limits[m]) if m in limits and f.lacks_limit else f for m, f in t.forms.items()})
                 for t in self._trials
             ]
         return outputs
@@ -408,7 +431,7 @@ class _Pass:
             trial = next(calls) // count - 1
             if trial not in self._heads:
                 return output
-            form = self._heads[trial].forms[str(head)]
+            form = self._heads[trial]
             if trial not in weights:
                 weights.clear()
                 name = self._skeleton.own_tensor(f"{head}.weight")
@@ -489,15 +512,44 @@ def _seen(x: torch.Tensor, form: Form) -> torch.Tensor:
 def _put_in(skeleton: Skeleton, forms: Mapping[str, Form]) -> Iterator[None]:
     """Makes layers quantized ones while the context lasts."""
     was = {name: skeleton.weight(name).clone() for name in forms}
-    hooks = []
     try:
         for name, form in forms.items():
             skeleton.weight(name).copy_(form.weight(was[name].float()))
-            module = skeleton.model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(lambda _, args, form=form: (_seen(args[0], form), *args[1:])))
+        with _inputs(skeleton, forms, lambda name, x: _seen(x, forms[name])):
+            yield
+    finally:
+        for name, weight in was.items():
+            skeleton.weight(name).copy_(weight)
+
+
+@contextmanager
+def _inputs(skeleton: Skeleton, modules: Iterable[str], seen: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Calls ``seen(module, x)`` for what goes into layers, x (..., in) or, of experts, (tokens, in); what it returns goes in instead."""
+    from convert.experts import Products, around
+
+    # An expert's layers that read the same input are multiplied as one matrix, so one of them speaks for all.
+    experts: dict[str, dict[int, str]] = {}
+    hooks = []
+    for name in modules:
+        if place := skeleton.experts.get(name):
+            experts.setdefault(place.parameter, {}).setdefault(place.expert, name)
+        else:
+            hook = lambda _, args, name=name: None if (x := seen(name, args[0])) is None else (x, *args[1:])  # noqa: E731
+            hooks.append(skeleton.model.get_submodule(name).register_forward_pre_hook(hook))
+
+    def product(parameter: str, expert: int, x: torch.Tensor) -> torch.Tensor | None:
+        name = experts[parameter].get(expert)
+        return None if name is None else seen(name, x)
+
+    owners: dict[str, list[str]] = {}
+    for parameter in experts:
+        owners.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    for owner, names in owners.items():
+        module = skeleton.model.get_submodule(owner)
+        parameters = {name: skeleton.model.get_parameter(name) for name in names}
+        hooks += around(module, partial(Products, parameters, product, pieces=True))
+    try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name, weight in was.items():
-            skeleton.weight(name).copy_(weight)

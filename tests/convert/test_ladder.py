@@ -10,6 +10,7 @@ import pytest
 
 from convert.child import run
 from convert.pipeline import convert, plan
+from convert.progress import QUIET
 from convert.recipe import parse_recipe
 from convert.report import read_report
 from formats.errors import InputError, RecipeError
@@ -82,7 +83,6 @@ def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, 
 def test_smoothed_groups_are_measured_as_they_were_made(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     """With everything left in 16 bit but what smoothing and GPTQ made, losses of groups add up to about what all of them lose."""
     from convert.ladder import rung_recipe
-    from convert.progress import QUIET
     from convert.sensitivity import artifact_trials, measure
 
     recipe = recipe_for(make_llama(num_hidden_layers=3, dtype="float32", hidden_size=128), text=_text(1e-9, "[smoothquant+gptq]"))
@@ -124,3 +124,21 @@ def test_a_budget_needs_the_check_and_resolves_to_itself(make_llama: Any, recipe
     resolved = plan(recipe).resolved()
     assert parse_recipe(json.dumps(resolved), "again.json").resolved() == resolved
     assert recipe.targets[0].bounds().kl_nats == 1.0
+
+
+def test_another_scheme_is_chosen_before_sixteen_bits(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = make_llama(num_hidden_layers=3, dtype="float32")
+    plain = _text(1e-9, "[rtn]").replace("calibration", "# ")
+    kl = convert(recipe_for(folder, text=plain), tmp_path / "rtn").reports[0].ladder["rungs"][0]["kl_nats"]
+    text = (
+        _text(kl * 2, "[rtn, mixed]")
+        .replace("int8-dynamic", "fp8-dynamic")
+        .replace("tokens: 64}", "tokens: 64, choices: [int8-dynamic, keep]}")
+    )
+    outcome = convert(recipe_for(folder, text=text), tmp_path / "mixed")
+    assert outcome.passed
+    ledger = outcome.artifacts[0].manifest.ledger
+    schemes = {entry["scheme"]: entry for entry in ledger if entry["decision"] == "quantize"}
+    assert set(schemes) == {"int8-dynamic", "fp8-dynamic"}
+    assert "in fp8-dynamic alone its group loses" in schemes["int8-dynamic"]["why"]
+    assert not [entry for entry in ledger if entry["decision"] == "keep" and entry["module"].endswith("_proj")]

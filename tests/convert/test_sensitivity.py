@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_tokenizer
 from families import save_family
 
 from convert.algorithms import rtn
@@ -14,7 +15,7 @@ from convert.algorithms.smoothing import fake_quantize
 from convert.pipeline import plan
 from convert.plan import Plan
 from convert.progress import QUIET
-from convert.sensitivity import groups_of, kl_of, measure, round_trials
+from convert.sensitivity import Trial, groups_of, kl_of, measure, round_trials
 from convert.text import load_tokenizer, take_tokens
 from formats.errors import InputError
 from formats.scheme import SCHEMES
@@ -72,6 +73,62 @@ def test_each_group_loses_what_the_plain_model_loses_with_it_rounded(tied: bool,
     assert record["tokens"] == 32
 
 
+def _expert_oracle(folder: Path, layer: int, scheme: str, tokens: torch.Tensor) -> float:
+    """All experts of a layer rounded, and what goes into each of their products, in arithmetic of our own."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = SCHEMES[scheme]
+
+    def weight(matrix: torch.Tensor) -> torch.Tensor:
+        return rtn.quantize(matrix.clone(), chosen.weight, scale_dtype=torch.bfloat16).dequantize()
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    experts = model.model.layers[layer].mlp.experts
+
+    def forward(x: torch.Tensor, index: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(len(experts.gate_up_proj)):
+            gate, up = weight(experts.gate_up_proj[expert]).chunk(2)
+            read = fake_quantize(x, chosen.activation)
+            inner = torch.nn.functional.silu(read @ gate.T) * (read @ up.T)
+            out = fake_quantize(inner, chosen.activation) @ weight(experts.down_proj[expert]).T
+            total += out * (share * (index == expert)).sum(-1, keepdim=True)
+        return total
+
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits.double().log_softmax(-1)
+        experts.forward = forward
+        got = model(input_ids=tokens).logits.double().log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_all_experts_of_a_layer_are_one_group(family: str, recipe_for: Any, tmp_path: Path) -> None:
+    folder = save_family(family, tmp_path)
+    save_tokenizer(folder, 300)
+    text = "model: {model}\ntargets: [{{name: q, format: compressed-tensors, runtimes: [vllm]}}]\n"
+    job = plan(recipe_for(folder, text=text))
+    trials = round_trials(job, ["int8-dynamic"])
+    losses, _ = measure(job, trials, QUIET, tokens=32, length=16)
+    found = {int(loss.modules[0].split(".")[2]): loss for loss in losses if "experts" in loss.modules[0]}
+    assert {layer: len(loss.modules) for layer, loss in found.items()} == {0: 12, 1: 12}
+    whole = sum(entry.tensor.elements for entry in job.targets[0].entries if entry.kind == "expert")
+    assert sum(loss.parameters for loss in found.values()) == whole
+    for layer, loss in found.items():
+        assert loss.kl_nats == pytest.approx(_expert_oracle(folder, layer, "int8-dynamic", _tokens(folder)), rel=2e-3)
+
+
+def test_groups_of_several_blocks_are_measured_together(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    job = plan(recipe_for(folder))
+    trials = round_trials(job, ["int8-dynamic"])
+    chosen = [trial for trial in trials if "gate_proj" not in trial.modules[0]]
+    modules = tuple(module for trial in chosen for module in trial.modules)
+    together = Trial(modules, "int8-dynamic", 0, {name: form for trial in chosen for name, form in trial.forms.items()})
+    (loss,), _ = measure(job, [together], QUIET, tokens=32, length=16)
+    assert loss.kl_nats == pytest.approx(_oracle(folder, modules, "int8-dynamic", _tokens(folder)), rel=1e-3)
+
+
 def test_with_little_time_the_worst_are_measured_and_the_others_expected(make_llama: Any, recipe_for: Any) -> None:
     job = plan(recipe_for(make_llama(num_hidden_layers=3)))
     trials = round_trials(job, ["int8-dynamic"])
@@ -99,4 +156,4 @@ def test_a_model_without_logits_is_refused(recipe_for: Any, tmp_path: Path) -> N
     job: Plan = plan(recipe_for(save_family("bert", tmp_path), text=text))
     with pytest.raises(InputError, match="sensitivity is measured at the logits"):
         measure(job, [], QUIET)
-    assert groups_of(job)[0]
+    assert groups_of(job)
