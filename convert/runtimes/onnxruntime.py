@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-MODES = ("as exported", "as deployed", "on CUDA")
 #: Operators that a quantized weight may end up in; those of activations alone are left out.
 _PRODUCTS = ("MatMul", "Gemm", "DequantizeLinear", "Dequantize", "QLinear", "QGemm")
 #: How far logits of the same tokens may be apart. Deployed, products of quantized weights round their inputs to INT8 on the way
