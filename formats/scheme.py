@@ -99,12 +99,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named way to quantize a linear layer. ``default_limits`` is what an artifact of it must meet unless told otherwise."""
+    """A named way to quantize a linear layer. ``default_limits`` is what an artifact of it must meet unless told otherwise. ``lookup``: it
+    is for a table of embeddings instead, (rows, features), of which some rows are read and none multiplied."""
 
     name: str
     weight: Quantization
     activation: Quantization | None
     default_limits: Quality
+    lookup: bool = False
 
     @property
     def static(self) -> bool:
@@ -135,6 +137,7 @@ SCHEMES = {
         Scheme("fp8-weight-only", _FP8_CHANNEL, None, _WEIGHT_ONLY),
         Scheme("llm-int8", replace(_INT8_CHANNEL, scale="absmax"), Quantization(INT8, PER_TOKEN, dynamic=True), _EIGHT_BY_EIGHT),
         Scheme("mxfp8", _MXFP8, replace(_MXFP8, dynamic=True), _EIGHT_BY_EIGHT),
+        Scheme("int8-lookup", _INT8_CHANNEL, None, _WEIGHT_ONLY, lookup=True),
     )
 }
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from convert import __version__
-from convert.onnx.decoder import Stored, build, plan_packs, spare
+from convert.onnx.decoder import build, plan_packs, spare
 from convert.onnx.families import Decoder, describe_decoder
+from convert.onnx.nodes import Stored
+from convert.onnx.traced import Placed, Traced, rewrite
 from formats.errors import FormatError
-from formats.onnx_graph import METADATA, graph_file, lay_out, metadata_packs
+from formats.onnx_graph import METADATA, Initializer, graph_file, lay_out, metadata_packs
 from formats.safetensors import Shard, TensorSpec, json_bytes
 
 
@@ -26,7 +28,7 @@ class Files:
     config: Mapping[str, Any]
 
 
-def plan_files(
+def plan_decoder(
     config: Mapping[str, Any],
     stored: Mapping[str, Stored],
     specs: Sequence[TensorSpec],
@@ -36,28 +38,60 @@ def plan_files(
     max_file_bytes: int,
     provenance: Mapping[str, Any],
 ) -> Files:
-    """The graph of a model whose parameters are ``stored`` (by the model's names) as ``specs`` say. ``provenance``: what the graph's
+    """The graph of a decoder whose parameters are ``stored`` (by the model's names) as ``specs`` say. ``provenance``: what the graph's
     metadata says of where it comes from. Raises :class:`FormatError` where no graph is known, or where it has no place for a parameter."""
     decoder = describe_decoder(config)
     unplaced = spare(decoder, stored)
     if unplaced:
         raise FormatError(f"the graph of {config.get('model_type')} has no place for {unplaced[0]} (and {len(unplaced) - 1} more)")
-    schemes = sorted({item.scheme.name for item in stored.values() if item.scheme})
+    schemes = _schemes(stored.values())
     name = graph_file(quantized=bool(schemes), dtype=dtype)
     shards, initializers = lay_out(specs, plan_packs(decoder, stored), name, max_file_bytes)
+    facts = _facts(schemes, initializers, provenance, ("onnx", "onnx-ir"))
+    graph = build(decoder, stored, initializers, dtype=dtype, attention=attention, metadata=facts)
+    genai = json_bytes(_genai_config(config, decoder, name, shared=attention == "gqa"))
+    return Files(shards, {name: graph, "genai_config.json": genai}, _external(name, shards))
+
+
+def plan_traced(
+    traced: Traced, placed: Mapping[str, Placed], specs: Sequence[TensorSpec], *, max_file_bytes: int, provenance: Mapping[str, Any]
+) -> Files:
+    """The traced graph of a model whose tensors are ``placed`` (by the checkpoint's names) as ``specs`` say. Raises :class:`FormatError`
+    where it reads codes as something else than the weight of a linear layer."""
+    schemes = _schemes(place.product for place in placed.values())
+    name = graph_file(quantized=bool(schemes), dtype=traced.dtype)
+    shards, initializers = lay_out(specs, (), name, max_file_bytes)
+    tools = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+    graph = rewrite(
+        traced,
+        placed,
+        initializers,
+        metadata=lambda computed: _facts(schemes, initializers, {**provenance, "computed": computed}, tools),
+    )
+    return Files(shards, {name: graph}, _external(name, shards))
+
+
+def _schemes(stored: Iterable[Stored]) -> list[str]:
+    return sorted({item.scheme.name for item in stored if item.scheme})
+
+
+def _facts(
+    schemes: Sequence[str], initializers: Sequence[Initializer], provenance: Mapping[str, Any], tools: Sequence[str]
+) -> dict[str, str]:
+    """What the graph says of itself, ``tools`` among it: those whose version decides what it looks like."""
     facts = {
         "version": 1,
         "schemes": schemes,
         **provenance,
-        "tools": {"octavo": __version__, **{tool: version(tool) for tool in ("onnx", "onnx-ir")}},
+        "tools": {"octavo": __version__, **{tool: version(tool) for tool in tools}},
         "packs": metadata_packs(initializers),
     }
-    graph = build(decoder, stored, initializers, dtype=dtype, attention=attention, metadata={METADATA: json.dumps(facts)})
-    return Files(
-        shards,
-        {name: graph, "genai_config.json": json_bytes(_genai_config(config, decoder, name, shared=attention == "gqa"))},
-        {"transformers.js_config": {"use_external_data_format": {name.rpartition("/")[2]: len(shards)}}},
-    )
+    return {METADATA: json.dumps(facts)}
+
+
+def _external(graph: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What transformers.js must be told of data beside a graph."""
+    return {"transformers.js_config": {"use_external_data_format": {graph.rpartition("/")[2]: len(shards)}}}
 
 
 def inline_template(sidecars: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -8,38 +8,18 @@ declarations: it knows the symbol ``batch_size``, and takes any other for zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from convert.onnx.families import ACTIVATIONS, Decoder, Rotary
-from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, Initializer, Pack
+from convert.onnx.nodes import ORT, Nodes, Stored, packs_of
+from formats.onnx_graph import DATA_TYPES, IR_VERSION, OPSET, Initializer, Pack
 from formats.onnx_matmulnbits import ZERO
-from formats.scheme import Scheme
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-#: The domain of ONNX Runtime's own operators.
-_ORT = DOMAINS[1]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A parameter of the model as it lies on disk: ``name`` of its tensor, (in, out) of a linear layer; ``scheme`` of codes, whose scales
-    are called ``scale`` and ``input_scale``. With ``block_size`` they lie as MatMulNBits reads them, of ``columns`` input features."""
-
-    name: str
-    scheme: Scheme | None = None
-    scale: str = ""
-    input_scale: str = ""
-    block_size: int = 0
-    columns: int = 0
 
 
 def plan_packs(decoder: Decoder, stored: Mapping[str, Stored]) -> list[Pack]:
@@ -47,30 +27,8 @@ def plan_packs(decoder: Decoder, stored: Mapping[str, Stored]) -> list[Pack]:
     found: list[Pack] = []
     for i in range(len(decoder.layers)):
         for modules in (decoder.family.inputs, decoder.family.up):
-            found += _packs([f"{decoder.family.blocks}.{i}.{module}" for module in modules], stored)
+            found += packs_of([f"{decoder.family.blocks}.{i}.{module}" for module in modules], stored)
     return found
-
-
-def _packs(modules: Sequence[str], stored: Mapping[str, Stored]) -> list[Pack]:
-    weights = [stored[f"{module}.weight"] for module in modules]
-    biases = [stored[f"{module}.bias"].name for module in modules if f"{module}.bias" in stored]
-    scheme = weights[0].scheme
-    if len(modules) == 1 or any(weight.scheme != scheme for weight in weights) or len(biases) not in (0, len(modules)):
-        return []
-    if scheme and (scheme.static or scheme.weight.tile.rows is None):
-        return []  # a scale of its own for each product
-    name, axis = packed_name(modules), 0 if weights[0].block_size else 1
-    packs = [Pack(f"{name}.weight", tuple(weight.name for weight in weights), axis)]
-    if scheme:
-        packs.append(Pack(f"{name}.weight_scale", tuple(weight.scale for weight in weights), axis if scheme.weight.tile.columns else 0))
-    return [*packs, *([Pack(f"{name}.bias", tuple(biases), 0)] if biases else [])]
-
-
-def packed_name(modules: Sequence[str]) -> str:
-    """``model.layers.0.self_attn.q_k_v_proj`` of ``q_proj``, ``k_proj`` and ``v_proj``."""
-    parent, _, _ = modules[0].rpartition(".")
-    last = [module.rpartition(".")[2] for module in modules]
-    return f"{parent}.{'_'.join(name.removesuffix('_proj') for name in last)}_proj"
 
 
 def build(
@@ -85,7 +43,7 @@ def build(
     """The graph as bytes, its weights by reference. ``stored`` by the model's name of a parameter, ``dtype``: F32 or F16, of what is not
     quantized; ``attention``: ``standard`` or ``gqa``. Raises ``KeyError`` for a parameter that is not there."""
     grouped = attention == "gqa"
-    nodes = _Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers}, fused=grouped)
+    nodes = Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers}, fused=grouped)
     integers = ir.DataType.INT64
     ids = nodes.input("input_ids", integers, ("batch_size", "sequence_length"))
     attended = nodes.input("attention_mask", integers, ("batch_size", "total_sequence_length"))
@@ -110,157 +68,10 @@ def build(
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
-class _Nodes:
-    """A graph in the making: nodes in their order, and the tensors they read. ``fused``: by ONNX Runtime's own operators where one does
-    what would take several of the standard's."""
-
-    def __init__(self, dtype: ir.DataType, stored: Mapping[str, Stored], initializers: Mapping[str, Initializer], *, fused: bool) -> None:
-        self.dtype = dtype
-        self.fused = fused
-        self.nodes: list[ir.Node] = []
-        self.inputs: list[ir.Value] = []
-        self.stored = stored
-        self._files = initializers
-        self._constants: dict[str, ir.Value] = {}
-        self._used: dict[str, ir.Value] = {}
-
-    def input(self, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self.inputs.append(value)
-        return value
-
-    def op(self, kind: str, name: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """The only output, called ``name``, of a new node."""
-        return self.ops(kind, (name,), *inputs, domain=domain, **attributes)[0]
-
-    def ops(self, kind: str, names: Sequence[str], *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> list[ir.Value]:
-        outputs = [ir.Value(name=name) for name in names]
-        self.nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=outputs, name=f"{names[0]}/{kind}"))
-        return outputs
-
-    def constant(self, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
-        """A small tensor inside the graph; of one name there is one."""
-        if name not in self._constants:
-            array = np.asarray(value)
-            tensor = ir.tensor(array, name=name)
-            self._constants[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        return self._constants[name]
-
-    def integer(self, value: int) -> ir.Value:
-        """A vector of one int64."""
-        return self.constant(f"integer.{value}", np.array([value], dtype=np.int64))
-
-    def number(self, value: int) -> ir.Value:
-        """An int64 without an axis."""
-        return self.constant(f"number.{value}", np.array(value, dtype=np.int64))
-
-    def float(self, name: str, value: float) -> ir.Value:
-        """A scalar of the graph's float dtype."""
-        return self.constant(name, np.array(value, dtype=self.dtype.numpy()))
-
-    def tensor(self, name: str) -> ir.Value:
-        """A tensor of the data files."""
-        if name not in self._used:
-            item = self._files[name]
-            dtype, shape = ir.DataType(DATA_TYPES[item.spec.dtype]), ir.Shape(item.spec.shape)
-            location = item.file.rpartition("/")[2]
-            data = ir.ExternalTensor(location, item.start, item.spec.size_bytes, dtype, shape=shape, name=name)
-            self._used[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=data)
-        return self._used[name]
-
-    def initializers(self) -> list[ir.Value]:
-        return [*self._constants.values(), *self._used.values()]
-
-    def parameter(self, name: str) -> ir.Value:
-        """A parameter of the model that is no linear layer's weight."""
-        return self.tensor(self.stored[name].name)
-
-    def scale(self, name: str) -> ir.Value:
-        """A scale, in the dtype of what it gives; a graph in float16 has scales that it can hold."""
-        scale = self.tensor(name)
-        return scale if self.dtype == ir.DataType.FLOAT else self.op("Cast", f"{name}.cast", scale, to=self.dtype)
-
-    def norm(self, decoder: Decoder, module: str, value: ir.Value, name: str = "") -> ir.Value:
-        """The norm ``module`` over the last axis."""
-        weights = self._norm_weights(decoder, module)
-        kind = "LayerNormalization" if decoder.family.norm_kind == "layer" else "RMSNormalization"
-        return self.op(kind, name or module, value, *weights, axis=-1, epsilon=decoder.epsilon)
-
-    def norm_sum(self, decoder: Decoder, module: str, name: str, value: ir.Value, change: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The norm ``module`` of a sum, and the sum, called ``name``."""
-        if not self.fused:
-            total = self.op("Add", name, value, change)
-            return self.norm(decoder, module, total), total
-        kind = "SkipLayerNormalization" if decoder.family.norm_kind == "layer" else "SkipSimplifiedLayerNormalization"
-        inputs = (value, change, *self._norm_weights(decoder, module))
-        normed, *_, total = self.ops(kind, (module, "", "", name), *inputs, domain=_ORT, epsilon=decoder.epsilon)
-        return normed, total
-
-    def _norm_weights(self, decoder: Decoder, module: str) -> list[ir.Value]:
-        weight = self.parameter(f"{module}.weight")
-        if decoder.family.norm_kind == "layer":
-            return [weight, self.parameter(f"{module}.bias")]
-        if decoder.family.offset:
-            return [self.op("Add", f"{module}.scale", weight, self.float("norm.offset", decoder.family.offset))]
-        return [weight]
-
-    def linear(self, modules: Sequence[str], value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
-        """What layers of one input make of it, ``sizes`` features each; one module may make all of them."""
-        product = self.side_by_side(modules, value)
-        if product is None:
-            return [self.linear([module], value, [size])[0] for module, size in zip(modules, sizes, strict=True)]
-        if len(sizes) == 1:
-            return [product]
-        module = packed_name(modules) if len(modules) > 1 else modules[0]
-        parts = self.constant(f"sizes.{'.'.join(map(str, sizes))}", np.array(sizes, dtype=np.int64))
-        return self.ops("Split", [f"{module}.{i}" for i in range(len(sizes))], product, parts, axis=-1)
-
-    def side_by_side(self, modules: Sequence[str], value: ir.Value) -> ir.Value | None:
-        """What layers of one input make of it, one behind the other along the last axis; None where they are not stored as one."""
-        if len(modules) > 1 and not _packs(modules, self.stored):
-            return None
-        module = packed_name(modules) if len(modules) > 1 else modules[0]
-        weight = self.stored[f"{modules[0]}.weight"]
-        bias = self.stored.get(f"{modules[0]}.bias")
-        if len(modules) > 1:
-            weight = replace(weight, name=f"{module}.weight", scale=f"{module}.weight_scale")
-            bias = Stored(f"{module}.bias") if bias else None
-        product = self._product(module, weight, value)
-        return self.op("Add", f"{module}.biased", product, self.tensor(bias.name)) if bias else product
-
-    def _product(self, module: str, weight: Stored, value: ir.Value) -> ir.Value:
-        scheme = weight.scheme
-        if scheme is None:
-            return self.op("MatMul", module, value, self.tensor(weight.name))
-        if weight.block_size:
-            sizes = {"K": weight.columns, "N": self._files[weight.name].spec.shape[0], "bits": 8, "block_size": weight.block_size}
-            scales = self.scale(weight.scale)
-            return self.op("MatMulNBits", module, value, self.tensor(weight.name), scales, domain=_ORT, accuracy_level=4, **sizes)
-        columns = scheme.weight.tile.columns
-        attributes: dict[str, Any] = {"axis": 0, "block_size": columns} if columns else {"axis": 1}
-        if scheme.weight.tile.rows is None:
-            attributes = {}
-        plain = self.op("DequantizeLinear", f"{module}.dequantized", self.tensor(weight.name), self.scale(weight.scale), **attributes)
-        return self.op("MatMul", module, self._quantized_input(module, weight, value), plain)
-
-    def _quantized_input(self, module: str, weight: Stored, value: ir.Value) -> ir.Value:
-        """The input as its codes have it: of dynamic inputs one scale and one zero point for all of it, as the operator chooses them."""
-        activation = weight.scheme.activation if weight.scheme else None
-        if activation is None:
-            return value
-        if activation.dynamic:
-            codes, scale, zero = self.ops("DynamicQuantizeLinear", [f"{module}.input.{part}" for part in ("codes", "scale", "zero")], value)
-            return self.op("DequantizeLinear", f"{module}.input", codes, scale, zero)
-        scale = self.scale(weight.input_scale)
-        zero = self.constant(f"zero.{activation.grid.dtype}", np.zeros((), dtype=ir.DataType(DATA_TYPES[activation.grid.dtype]).numpy()))
-        codes = self.op("QuantizeLinear", f"{module}.input.codes", value, scale, zero)
-        return self.op("DequantizeLinear", f"{module}.input", codes, scale, zero)
-
-
 class _Places:
     """Where the tokens stand: from the shapes of what came in and from the mask."""
 
-    def __init__(self, nodes: _Nodes, ids: ir.Value, attended: ir.Value) -> None:
+    def __init__(self, nodes: Nodes, ids: ir.Value, attended: ir.Value) -> None:
         self._nodes = nodes
         self._attended = attended
         length = nodes.op("Shape", "length", ids, start=1, end=2)
@@ -318,7 +129,7 @@ class _Turns:
     positions: ir.Value | None
 
 
-def _angles(nodes: _Nodes, decoder: Decoder, name: str, rotary: Rotary, places: _Places) -> _Turns:
+def _angles(nodes: Nodes, decoder: Decoder, name: str, rotary: Rotary, places: _Places) -> _Turns:
     """Computed, not looked up: a table of the longest text that some models allow is larger than a layer. GroupQueryAttention wants a row
     for each key there is; next to what it reads of each key that is little."""
     # What its kernels ask of a head and of a table of its angles (CheckRotaryCaches of group_query_attention_helper.h).
@@ -340,10 +151,12 @@ def _angles(nodes: _Nodes, decoder: Decoder, name: str, rotary: Rotary, places: 
     return _Turns(found[0], found[1], 2 * len(rotary.frequencies), places.positions if inside else None)
 
 
-def _embed(nodes: _Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> ir.Value:
+def _embed(nodes: Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> ir.Value:
     family = decoder.family
     rows = nodes.stored[f"{family.embedding}.weight"]
-    if rows.scheme:
+    if rows.scheme and rows.scheme.lookup:
+        hidden = nodes.lookup(family.embedding, rows, ids)
+    elif rows.scheme:
         hidden = _gather_codes(nodes, family.embedding, rows, ids)
     else:
         hidden = nodes.op("Gather", family.embedding, nodes.tensor(rows.name), ids)
@@ -355,7 +168,7 @@ def _embed(nodes: _Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> i
     return hidden
 
 
-def _gather_codes(nodes: _Nodes, module: str, rows: Stored, ids: ir.Value) -> ir.Value:
+def _gather_codes(nodes: Nodes, module: str, rows: Stored, ids: ir.Value) -> ir.Value:
     """Rows of the head as embeddings: codes less 128, times the scales of their blocks."""
     codes = nodes.op("Cast", f"{module}.floats", nodes.op("Gather", f"{module}.codes", nodes.tensor(rows.name), ids), to=nodes.dtype)
     centred = nodes.op("Sub", f"{module}.centred", codes, nodes.float("code.zero", ZERO))
@@ -373,15 +186,15 @@ class _Residual:
     change: ir.Value | None = None
     name: str = ""
 
-    def norm(self, nodes: _Nodes, decoder: Decoder, module: str) -> tuple[ir.Value, ir.Value]:
+    def norm(self, nodes: Nodes, decoder: Decoder, module: str) -> tuple[ir.Value, ir.Value]:
         """The sum, normed and as it is."""
         if self.change is None:
-            return nodes.norm(decoder, module, self.hidden), self.hidden
-        return nodes.norm_sum(decoder, module, self.name, self.hidden, self.change)
+            return _norm(nodes, decoder, module, self.hidden), self.hidden
+        return _norm_sum(nodes, decoder, module, self.name, self.hidden, self.change)
 
 
 def _block(
-    nodes: _Nodes, decoder: Decoder, i: int, residual: _Residual, mask: tuple[ir.Value, ...], turns: _Turns | None
+    nodes: Nodes, decoder: Decoder, i: int, residual: _Residual, mask: tuple[ir.Value, ...], turns: _Turns | None
 ) -> tuple[_Residual, list[ir.Value]]:
     """The hidden states behind block ``i``, and its keys and values."""
     family, block = decoder.family, f"{decoder.family.blocks}.{i}"
@@ -397,7 +210,7 @@ def _block(
     return _change(nodes, decoder, block, family.down, family.after_mlp, hidden, active), cache
 
 
-def _project(nodes: _Nodes, decoder: Decoder, block: str, normed: ir.Value, turns: _Turns | None) -> tuple[ir.Value | None, ...]:
+def _project(nodes: Nodes, decoder: Decoder, block: str, normed: ir.Value, turns: _Turns | None) -> tuple[ir.Value | None, ...]:
     """Queries, keys and values; turned, unless the attention does that. GroupQueryAttention takes them as one, where nothing is done to
     them before: then there are no keys and values."""
     family = decoder.family
@@ -417,7 +230,7 @@ def _project(nodes: _Nodes, decoder: Decoder, block: str, normed: ir.Value, turn
 
 
 def _attend(
-    nodes: _Nodes,
+    nodes: Nodes,
     decoder: Decoder,
     i: int,
     projected: tuple[ir.Value | None, ...],
@@ -440,34 +253,60 @@ def _attend(
         if turns and turns.positions:
             rotary, options = (turns.cosines, turns.sines, turns.positions), {**options, "do_rotary": 1}
         inputs = (*projected, *past, last, total, *rotary, bias)
-        attended, *cache = nodes.ops("GroupQueryAttention", names, *inputs, domain=_ORT, num_heads=decoder.heads, **options)
+        attended, *cache = nodes.ops("GroupQueryAttention", names, *inputs, domain=ORT, num_heads=decoder.heads, **options)
     for present in cache:
         present.shape = ir.Shape(("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size))
         present.type = ir.TensorType(nodes.dtype)
     return attended, cache
 
 
-def _change(nodes: _Nodes, decoder: Decoder, block: str, module: str, norm: str, hidden: ir.Value, value: ir.Value) -> _Residual:
+def _change(nodes: Nodes, decoder: Decoder, block: str, module: str, norm: str, hidden: ir.Value, value: ir.Value) -> _Residual:
     """What a linear layer makes of a value, normed where the family does so, to be added to the hidden states."""
     change = nodes.linear([f"{block}.{module}"], value, [decoder.hidden_size])[0]
     if norm:
-        change = nodes.norm(decoder, f"{block}.{norm}", change)
+        change = _norm(nodes, decoder, f"{block}.{norm}", change)
     return _Residual(hidden, change, f"{block}.{module}.added")
 
 
-def _norm_heads(nodes: _Nodes, decoder: Decoder, module: str, value: ir.Value, heads: int) -> ir.Value:
+def _norm(nodes: Nodes, decoder: Decoder, module: str, value: ir.Value, name: str = "") -> ir.Value:
+    """The norm ``module`` over the last axis."""
+    kind = "LayerNormalization" if decoder.family.norm_kind == "layer" else "RMSNormalization"
+    return nodes.op(kind, name or module, value, *_norm_weights(nodes, decoder, module), axis=-1, epsilon=decoder.epsilon)
+
+
+def _norm_sum(nodes: Nodes, decoder: Decoder, module: str, name: str, value: ir.Value, change: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The norm ``module`` of a sum, and the sum, called ``name``."""
+    if not nodes.fused:
+        total = nodes.op("Add", name, value, change)
+        return _norm(nodes, decoder, module, total), total
+    kind = "SkipLayerNormalization" if decoder.family.norm_kind == "layer" else "SkipSimplifiedLayerNormalization"
+    inputs = (value, change, *_norm_weights(nodes, decoder, module))
+    normed, *_, total = nodes.ops(kind, (module, "", "", name), *inputs, domain=ORT, epsilon=decoder.epsilon)
+    return normed, total
+
+
+def _norm_weights(nodes: Nodes, decoder: Decoder, module: str) -> list[ir.Value]:
+    weight = nodes.parameter(f"{module}.weight")
+    if decoder.family.norm_kind == "layer":
+        return [weight, nodes.parameter(f"{module}.bias")]
+    if decoder.family.offset:
+        return [nodes.op("Add", f"{module}.scale", weight, nodes.float("norm.offset", decoder.family.offset))]
+    return [weight]
+
+
+def _norm_heads(nodes: Nodes, decoder: Decoder, module: str, value: ir.Value, heads: int) -> ir.Value:
     apart = nodes.constant(f"heads.{heads}", np.array([0, 0, heads, decoder.head_size], dtype=np.int64))
     together = nodes.constant("heads.together", np.array([0, 0, -1], dtype=np.int64))
-    normed = nodes.norm(decoder, module, nodes.op("Reshape", f"{module}.heads", value, apart), f"{module}.normed")
+    normed = _norm(nodes, decoder, module, nodes.op("Reshape", f"{module}.heads", value, apart), f"{module}.normed")
     return nodes.op("Reshape", module, normed, together)
 
 
-def _turn(nodes: _Nodes, decoder: Decoder, name: str, value: ir.Value, heads: int, turns: _Turns) -> ir.Value:
+def _turn(nodes: Nodes, decoder: Decoder, name: str, value: ir.Value, heads: int, turns: _Turns) -> ir.Value:
     partial: dict[str, Any] = {} if turns.turned == decoder.head_size else {"rotary_embedding_dim": turns.turned}
     return nodes.op("RotaryEmbedding", name, value, turns.cosines, turns.sines, num_heads=heads, **partial)
 
 
-def _activate(nodes: _Nodes, activation: str, name: str, value: ir.Value) -> ir.Value:
+def _activate(nodes: Nodes, activation: str, name: str, value: ir.Value) -> ir.Value:
     if ACTIVATIONS[activation]:
         return nodes.op("Gelu", name, value, approximate=ACTIVATIONS[activation])
     if activation == "relu":
@@ -475,7 +314,7 @@ def _activate(nodes: _Nodes, activation: str, name: str, value: ir.Value) -> ir.
     return nodes.op("Mul", name, value, nodes.op("Sigmoid", f"{name}.sigmoid", value))
 
 
-def _logits(nodes: _Nodes, decoder: Decoder, hidden: ir.Value) -> ir.Value:
+def _logits(nodes: Nodes, decoder: Decoder, hidden: ir.Value) -> ir.Value:
     head, embedding = (nodes.stored[f"{module}.weight"] for module in (decoder.family.head, decoder.family.embedding))
     if head == embedding and not head.scheme:  # tied, and not quantized: the rows of the embedding are the columns of the head
         turned = nodes.op("Transpose", "head.turned", nodes.tensor(head.name), perm=[1, 0])

@@ -18,7 +18,8 @@ class Runtime:
 
     ``fuses``: layers that read the same input become one layer, so they must have one scheme. ``merges``: the schemes of experts that it
     can read where it holds all experts of a layer as one float tensor, as transformers does; None for a runtime that holds experts in
-    8 bit itself. ``modes``: it is run once in each, and every check says in which.
+    8 bit itself. ``modes``: it is run once in each, and every check says in which. ``decoders_only``: it runs what predicts tokens, or its
+    program here does.
     """
 
     program: str
@@ -28,6 +29,7 @@ class Runtime:
     fuses: bool = False
     merges: frozenset[str] | None = None
     modes: tuple[str, ...] = ("",)
+    decoders_only: bool = False
 
 
 #: Programs with a ``load`` whose model :mod:`convert.runtimes.harness` can put its tasks to.
@@ -58,9 +60,11 @@ RUNTIMES = {
         "convert.runtimes.onnxruntime", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, modes=("on CUDA",)
     ),
     "onnxruntime-genai": Runtime(
-        "convert.runtimes.onnxruntime_genai", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True
+        "convert.runtimes.onnxruntime_genai", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, decoders_only=True
     ),
-    "openvino": Runtime("convert.runtimes.openvino", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True),
+    "openvino": Runtime(
+        "convert.runtimes.openvino", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, decoders_only=True
+    ),
     "transformers.js": Runtime("transformers_js.cjs", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True),
     "vllm": Runtime(
         "convert.runtimes.vllm", formats={"compressed-tensors": (), "fp8": (), "modelopt": ()}, needs=(), environment=True, fuses=True

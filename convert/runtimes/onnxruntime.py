@@ -7,8 +7,9 @@ Request and answer are those of :mod:`convert.runtimes.transformers`; beside the
 optimisation, and ONNX's checker has to accept it; ``as deployed``: the session's defaults; ``on CUDA``: those, and the graph has to run
 on the GPU, where inputs and outputs are bound and the cache stays), and the answer ``session`` (providers and
 options, for people), ``kernels`` (how often each operator that reads weights ran, for one token) and ``checks`` (name -> [value, limit]:
-decoding from the cache against one pass, and a batch of two with padding on the left against each alone: the largest difference of logits
-over their largest magnitude; on CUDA, products that ran beside the GPU).
+decoding from the cache against one pass, and a batch of two with padding against each alone, on the left of what predicts tokens and on the
+right of what does not: the largest difference of logits, or of hidden states, over their largest magnitude; on CUDA, products that ran
+beside the GPU).
 
 Exit code 3: there is no CUDA to run it on.
 """
@@ -58,10 +59,14 @@ def main(request_path: str, answer_path: str) -> None:
             seconds += time.perf_counter() - began
             vocabulary = logits.shape[-1]
             logits[0].astype("<f4").tofile(stream)
-    began = time.perf_counter()
-    generated = session.generate(request["prompt"], request["new_tokens"], session.ends)
-    decode_seconds = time.perf_counter() - began
-    answers = [session.generate(prompt, request["answer_tokens"], session.ends) for prompt in request.get("prompts", [])]
+    generated: list[int] = []
+    answers: list[list[int]] = []
+    decode_seconds = 0.0
+    if session.predicts:
+        began = time.perf_counter()
+        generated = session.generate(request["prompt"], request["new_tokens"], session.ends)
+        decode_seconds = time.perf_counter() - began
+        answers = [session.generate(prompt, request["answer_tokens"], session.ends) for prompt in request.get("prompts", [])]
     agreement = session.agreement(request["mode"])
     answer = {
         "module_dtypes": session.module_dtypes(),
@@ -70,11 +75,11 @@ def main(request_path: str, answer_path: str) -> None:
         "peak_bytes": peak_bytes(),
         "load_seconds": loaded - started,
         "prefill_tokens_per_second": tokens.size / seconds,
-        "decode_tokens_per_second": len(generated) / decode_seconds,
+        "decode_tokens_per_second": len(generated) / decode_seconds if session.predicts else 0.0,
         "generated": generated,
         "answers": answers,
         "vocabulary": vocabulary,
-        "predicts": True,
+        "predicts": session.predicts,
         "device": session.device,
         "versions": versions("onnxruntime-gpu" if request["mode"] == "on CUDA" else "onnxruntime"),
         "session": session.description,
@@ -98,7 +103,8 @@ def _require_cuda() -> None:
 
 
 class Session:
-    """A decoder's graph, its names and the shape of an empty cache. ``beside``: how many products of the profile ran on no GPU."""
+    """A graph, its names and the shape of an empty cache; ``predicts``: it has one. ``beside``: how many products of the profile ran on no
+    GPU."""
 
     def __init__(self, folder: Path, request: dict[str, Any], scratch: Path) -> None:
         import onnxruntime
@@ -121,7 +127,12 @@ class Session:
         if request["mode"] == "as exported" and not self._graph.is_symlink():  # it refuses links, which Hub clients make
             self._require_valid()
         self._cache = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
-        self._outputs = [item.name for item in self._session.get_outputs()]
+        self.predicts = bool(self._cache)
+        self._inputs = {item.name for item in self._session.get_inputs()}
+        given = [item.name for item in self._session.get_outputs()]
+        # What is compared comes first; of a model that predicts no tokens it is what the source's own program takes.
+        first = "last_hidden_state" if "last_hidden_state" in given and not self.predicts else "logits"
+        self._outputs = [first, *(name for name in given if name != first and self.predicts)]
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         optimised = "no graph optimisation" if request["mode"] == "as exported" else "all graph optimisations"
         ran = self._session.get_providers()
@@ -134,8 +145,8 @@ class Session:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def run(self, ids: np.ndarray, past: list[Any] | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, list[Any]]:
-        """Logits (batch, length, vocabulary) of int64 ``ids`` (batch, length) behind ``past``, and the cache. The cache stays where the
-        session keeps it; ``mask`` is all ones unless given."""
+        """Logits, or hidden states, (batch, length, vocabulary) of int64 ``ids`` (batch, length) behind ``past``, and the cache. The cache
+        stays where the session keeps it; ``mask`` is all ones unless given."""
         import numpy as np
         import onnxruntime
 
@@ -143,12 +154,17 @@ class Session:
         before = past[0].shape()[2] if past else 0
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", ids.astype(np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((batch, before + length), np.int64) if mask is None else mask.astype(np.int64))
+        beside = {
+            "attention_mask": np.ones((batch, before + length), np.int64) if mask is None else mask.astype(np.int64),
+            "token_type_ids": np.zeros((batch, length), np.int64),
+        }
+        for name in beside.keys() & self._inputs:
+            binding.bind_cpu_input(name, beside[name])
         for i, item in enumerate(self._cache):
             value = past[i] if past else onnxruntime.OrtValue.ortvalue_from_numpy(self._empty(item, batch), self.device)
             binding.bind_ortvalue_input(item.name, value)
         for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.device)
+            binding.bind_output(name, "cpu" if name == self._outputs[0] else self.device)
         self._session.run_with_iobinding(binding)
         outputs = binding.get_outputs()
         return outputs[0].numpy(), list(outputs[1:])
@@ -171,29 +187,30 @@ class Session:
         return found
 
     def agreements(self, tokens: np.ndarray) -> dict[str, float]:
-        """Differences that should be none, as shares of the largest logit."""
+        """Differences that should be none, as shares of the largest logit or hidden state."""
         import numpy as np
 
         whole, _ = self.run(tokens[None])
+        largest = np.abs(whole).max()
+        found = {}
         half = len(tokens) // 2
-        _, cache = self.run(tokens[None, :half])
-        stepped = []
-        for token in tokens[half:]:
-            logits, cache = self.run(np.array([[token]]), cache)
-            stepped.append(logits[0, 0])
-        cached = np.abs(np.stack(stepped) - whole[0, half:]).max()
+        if self.predicts:
+            _, cache = self.run(tokens[None, :half])
+            stepped = []
+            for token in tokens[half:]:
+                logits, cache = self.run(np.array([[token]]), cache)
+                stepped.append(logits[0, 0])
+            found["decoding from the cache equals one pass"] = float(np.abs(np.stack(stepped) - whole[0, half:]).max() / largest)
         short = tokens[: half + 1]
-        padded = np.stack([tokens, np.concatenate([np.zeros(len(tokens) - len(short), tokens.dtype), short])])
-        mask = np.ones_like(padded)
-        mask[1, : len(tokens) - len(short)] = 0
+        begin = len(tokens) - len(short) if self.predicts else 0
+        padded = np.stack([tokens, np.zeros_like(tokens)])
+        mask = np.stack([np.ones_like(tokens), np.zeros_like(tokens)])
+        padded[1, begin : begin + len(short)], mask[1, begin : begin + len(short)] = short, 1
         together, _ = self.run(padded, mask=mask)
         alone, _ = self.run(short[None])
-        padding = max(np.abs(together[0] - whole[0]).max(), np.abs(together[1, -len(short) :] - alone[0]).max())
-        largest = np.abs(whole).max()
-        return {
-            "decoding from the cache equals one pass": float(cached / largest),
-            "padding on the left changes nothing": float(padding / largest),
-        }
+        padding = max(np.abs(together[0] - whole[0]).max(), np.abs(together[1, begin : begin + len(short)] - alone[0]).max())
+        found[f"padding on the {'left' if self.predicts else 'right'} changes nothing"] = float(padding / largest)
+        return found
 
     def kernels(self, ids: np.ndarray) -> dict[str, int]:
         """How often operators that may hold weights ran for ``ids``; ends the profile."""

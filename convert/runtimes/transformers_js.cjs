@@ -3,8 +3,9 @@
 // Run as `node convert/runtimes/transformers_js.cjs REQUEST ANSWER`, with NODE_PATH naming the node_modules that has
 // @huggingface/transformers. Request and answer are those of convert/runtimes/transformers.py; `module_dtypes` is not answered, because a
 // session does not say in what it holds its weights. What it says is which kernels ran, `kernels` (operator that reads weights -> how often
-// it ran for one token), from its own profile. The request also has `text` and `special_tokens`: `checks` says what share of the prompt's ids
-// the tokenizer here gives otherwise. Exit code 3: transformers.js cannot be loaded.
+// it ran for one token), from its own profile. The request also has `predicts`, whether the model gives logits of next tokens, and `text` and
+// `special_tokens`: `checks` says what share of the prompt's ids the tokenizer here gives otherwise. Exit code 3: transformers.js cannot be
+// loaded.
 
 "use strict";
 
@@ -42,9 +43,10 @@ async function main(requestPath, answerPath) {
     const began = performance.now();
     const output = await forward(library, model, row);
     seconds += (performance.now() - began) / 1000;
-    vocabulary = output.logits.dims[2];
-    if (output.logits.dims[1] !== row.length) throw new Error(`${output.logits.dims[1]} rows of logits for ${row.length} tokens`);
-    const values = Float32Array.from(output.logits.data);
+    const given = (!request.predicts && output.last_hidden_state) || output.logits;
+    vocabulary = given.dims[2];
+    if (given.dims[1] !== row.length) throw new Error(`${given.dims[1]} rows for ${row.length} tokens`);
+    const values = Float32Array.from(given.data);
     fs.writeSync(logits, new Uint8Array(values.buffer));
   }
   fs.closeSync(logits);
@@ -54,10 +56,10 @@ async function main(requestPath, answerPath) {
     return Array.from(output.data, Number).slice(ids.length);
   };
   const began = performance.now();
-  const generated = await write(request.prompt, request.new_tokens);
+  const generated = request.predicts ? await write(request.prompt, request.new_tokens) : [];
   const decoding = (performance.now() - began) / 1000;
   const answers = [];
-  for (const ids of request.prompts ?? []) answers.push(await write(ids, request.answer_tokens));
+  for (const ids of request.predicts ? (request.prompts ?? []) : []) answers.push(await write(ids, request.answer_tokens));
   const tokenizer = await library.AutoTokenizer.from_pretrained(request.artifact, { local_files_only: true });
   const ids = tokenizer(request.text, { add_special_tokens: request.special_tokens, return_tensor: false }).input_ids.map(Number);
 
@@ -66,11 +68,11 @@ async function main(requestPath, answerPath) {
     peak_bytes: peakBytes(),
     load_seconds: (loaded - started) / 1000,
     prefill_tokens_per_second: (tokens.rows.length * tokens.rows[0].length) / seconds,
-    decode_tokens_per_second: generated.length / decoding,
+    decode_tokens_per_second: request.predicts ? generated.length / decoding : 0,
     generated,
     answers,
     vocabulary,
-    predicts: true,
+    predicts: request.predicts,
     device: "cpu",
     versions: {
       "transformers.js": library.env.version,
@@ -85,7 +87,7 @@ async function main(requestPath, answerPath) {
 }
 
 function load(library, request, graph, options = {}) {
-  return library.AutoModelForCausalLM.from_pretrained(request.artifact, {
+  return (request.predicts ? library.AutoModelForCausalLM : library.AutoModel).from_pretrained(request.artifact, {
     dtype: graph.dtype,
     device: "cpu",
     local_files_only: true,

