@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convert.ailments import explain
 from convert.algorithms import TRANSFORMS
 from convert.crew import Crew, crew
-from convert.observe import NO_STATS, Limit, Observer, Stats
+from convert.observe import NO_STATS, Limit, Observer, Shown, Stats
 from convert.plan import RESPELL, Entry, TargetPlan, cache_sources, takes_input_scale
 from convert.static import by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
@@ -284,12 +284,21 @@ def _walk(
         batches = [{**batch, "use_cache": False} for batch in batches]
     observer = Observer(skeleton, plan.architecture.groups)
     observer.want(static, "absmax")
-    stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=(lambda *_: None) if outside else None, crew=hands)
+    shown: list[Shown] = []
+
+    def finish(*_: object) -> None:
+        observer.take([shown], hands)
+        shown.clear()
+
+    stands = walk(skeleton, batches, device=device, place=place, scratch=scratch, finish=finish if outside else None, crew=hands)
     by_block = any(recoveries[target.name].mode == "blocks" for target in targets if target.name in recoveries)
     # Beside it goes the source in float32, for blocks to be trained to return what its blocks do.
     source = Skeleton(plan.checkpoint, dtype="float32", trust_remote_code=plan.recipe.trust_remote_code) if by_block else None
     teachers = walk(source, batches, device=device, place=place, scratch=scratch, crew=hands) if source else None
     groups: tuple[Group, ...] = ()
+    headed = {
+        target.name: [entry for entry in by_histogram(target.quantized) if set(_modules([entry])) & set(outside)] for target in targets
+    }
     limits: dict[str, dict[str, Limit]] = {target.name: {} for target in targets}
     looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
     bare: list[str] = []  # layers that smoothing was asked for and did not reach
@@ -297,7 +306,9 @@ def _walk(
     count = sum(len(sequence) for sequence in tokens)
     with observer, progress.stage("calibrating", count * len(plan.architecture.blocks), unit="tokens") as advance:
         while True:
-            with _explained(plan):
+            # Behind the last block the model goes on to its head; observers of histograms are forgotten with each block.
+            observer.want(_modules(entry for entries in headed.values() for entry in entries), "histogram")
+            with _explained(plan), observer.watching_outside(outside) as shown:
                 stand = next(stands, None)
                 teacher = next(teachers, None) if teachers and stand else None
             if stand is None:
@@ -401,6 +412,8 @@ def _walk(
             f"warning: {few[0]} (and {len(few) - 1} more of experts): fewer tokens than inputs, and GPTQ then wins little over rounding; "
             "the manifest has the tokens of each"
         )
+    for target in targets:
+        limits[target.name] |= find_limits(target, headed[target.name], observer)
     inputs = observer.absmax()
     for module, absmax in inputs.items():
         if not 0 < absmax < float("inf"):

@@ -53,12 +53,15 @@ class Stand:
         """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
 
         As many batches at once as the crew has threads. ``observer`` is handed what each has seen in the order of the batches, before any
-        later one begins, so that no more than these inputs are held.
+        later one begins, so that no more than these inputs are held. With an ``observer`` and without ``keep``, later batches run no
+        further than to the last input that the first ones showed.
         """
         count = len(self.arguments)
+        enough: int | None = None
 
         def one(i: int) -> tuple[Any, Any]:
-            with observer.watching() if observer else nullcontext() as seen:
+            output = None
+            with observer.watching(enough) if observer else nullcontext() as seen:
                 output = self._run(i)
             return self._keep(output) if keep else None, seen
 
@@ -69,6 +72,8 @@ class Stand:
                 self._outputs[start : start + step] = outputs
             if observer:
                 observer.take(seen, self._crew)
+                # What is behind the last layer that is looked at, in a Llama the down projection, need not be computed again.
+                enough = len(seen[0]) if not keep and observer.steady and len({len(each) for each in seen}) == 1 else None
 
     def output(self, i: int, dtype: torch.dtype | None = None) -> Any:
         """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept."""

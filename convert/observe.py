@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,10 @@ class Shown:
     leader: str
     x: torch.Tensor
     version: int
+
+
+class _Enough(BaseException):
+    """Nothing that follows in this run would be looked at. No model's own ``except Exception`` may hold it up."""
 
 
 class Observer:
@@ -187,15 +191,32 @@ class Observer:
             for kind in names:
                 kinds.pop(kind, None)
 
+    @property
+    def steady(self) -> bool:
+        """Whether every batch shows as much as any other: with experts, it depends on where its tokens go."""
+        return not self._watches
+
     @contextmanager
-    def watching(self) -> Iterator[list[Shown]]:
-        """What modules are handed in this thread, in the order of their calls."""
+    def watching(self, enough: int | None = None) -> Iterator[list[Shown]]:
+        """What modules are handed in this thread, in the order of their calls; after ``enough`` of them the context ends, and with it
+        what ran in it."""
         seen: list[Shown] = []
-        self._thread.seen = seen
+        self._thread.seen, self._thread.enough = seen, enough
         try:
-            yield seen
+            with suppress(_Enough):
+                yield seen
         finally:
             self._thread.seen = None
+
+    @contextmanager
+    def watching_outside(self, modules: Iterable[str]) -> Iterator[list[Shown]]:
+        """What these modules, which lie in no block, are handed in this thread; whoever takes it clears the list."""
+        with self.watching() as seen:
+            self._only = frozenset(self.leader.get(module, module) for module in modules)
+            try:
+                yield seen
+            finally:
+                self._only = None
 
     def take(self, batches: Sequence[list[Shown]], crew: Crew) -> None:
         """Adds what batches have shown, one after the other, to every accumulator; the crew shares out accumulators, and parts of them.
@@ -224,6 +245,8 @@ class Observer:
         seen = getattr(self._thread, "seen", None)
         if seen is not None and (self._only is None or leader in self._only):
             seen.append(Shown(leader, x, x._version))
+            if len(seen) == self._thread.enough:
+                raise _Enough
 
 
 def _begun(kind: str, x: torch.Tensor) -> Any:

@@ -19,9 +19,12 @@ from convert.calibrate import _batches
 from convert.crew import Crew, crew
 from convert.export import export
 from convert.hardware import instructions
+from convert.lanes import walk
+from convert.loading import Skeleton
 from convert.observe import ROWS, Observer
 from convert.pipeline import convert, plan
 from convert.progress import QUIET, Lines
+from convert.source import open_source
 from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
 from formats.errors import InputError, MachineError, RecipeError
@@ -78,6 +81,40 @@ def test_static_scales_are_those_of_hooks_on_the_plain_model(make_llama: Any, re
     for name, value in stored.items():
         expected = torch.tensor([seen[name.removesuffix(".input_scale")]], dtype=torch.float64) / 448
         assert torch.equal(value, expected.to(value.dtype)), name
+
+
+@pytest.mark.parametrize("observer", ["absmax", "percentile"])
+def test_a_head_has_the_static_scale_of_what_it_reads(observer: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """It lies behind the blocks, where nothing is run by the walk itself; two threads must not see it twice."""
+    folder = make_llama(tie_word_embeddings=False)
+    chosen = ", observer: percentile, percentile: 90" if observer == "percentile" else ""
+    more = f"      - {{{{match: lm_head, scheme: fp8-static{chosen}}}}}\n"
+    text = _text("int8-dynamic").replace("    rules: [", "    rules:\n      - ").replace("}}]", "}}") + more
+    made = convert(recipe_for(folder, text=text), tmp_path, check=False).artifacts[0]
+    artifact = _tensors(made.path)
+    model, tokens = _plain(folder)
+    with torch.no_grad():
+        states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    expected = float(states.abs().max()) if observer == "absmax" else float(states.abs().flatten().quantile(0.9))
+    assert float(artifact["lm_head.input_scale"]) * 448 == pytest.approx(expected, rel=0.03)
+
+
+def test_what_nobody_looks_at_is_computed_for_the_first_batches_alone(make_llama: Any) -> None:
+    folder = make_llama()
+    skeleton = Skeleton(open_source(str(folder)), dtype="float32")
+    batches = [{"input_ids": torch.arange(8)[None] + i, "use_cache": False} for i in range(5)]
+    down: list[int] = []
+    with Observer(skeleton, None) as observer:
+        for stand in walk(skeleton, batches):
+            names = [f"{stand.name}.{name}" for name in ("self_attn.q_proj", "mlp.down_proj")]
+            observer.want(names, "hessian")
+            hook = stand.module.get_submodule("mlp.down_proj").register_forward_hook(lambda *_: down.append(1))
+            stand.run(keep=False, observer=observer)
+            hook.remove()
+            # All that is looked at was seen whole, and nothing behind it was run but once.
+            assert [observer.get(name, "hessian").tokens for name in names] == [40, 40]
+            assert len(down) == 1
+            down.clear()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8-per-head"])

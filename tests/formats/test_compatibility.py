@@ -21,9 +21,9 @@ ACCEPTED = [
 #: What a runtime names the format of, and nobody has run there or read: the plan warns that it is not known. Whoever runs one moves it.
 NOT_KNOWN = {
     *(("onnxruntime-gpu", "onnx", scheme) for scheme in ("int8-weight-only-g64", "int8-weight-only-g128", "int8-dynamic", "int8-static")),
-    *(("onnxruntime-gpu", "onnx", scheme) for scheme in ("fp8-weight-only", "fp8-static")),
+    *(("onnxruntime-gpu", "onnx", scheme) for scheme in ("fp8-weight-only", "fp8-static", "int8-lookup")),
     *(("onnxruntime-gpu", "onnx-matmulnbits", scheme) for scheme in ("int8-weight-only", "int8-weight-only-g32")),
-    *(("onnxruntime-gpu", "onnx-matmulnbits", scheme) for scheme in ("int8-weight-only-g64", "int8-weight-only-g128")),
+    *(("onnxruntime-gpu", "onnx-matmulnbits", scheme) for scheme in ("int8-weight-only-g64", "int8-weight-only-g128", "int8-lookup")),
 }
 
 
