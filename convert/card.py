@@ -15,6 +15,7 @@ from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.errors import OctavoError
 from formats.manifest import Manifest
+from formats.onnx_graph import PAIR
 from formats.tensors import GRAPHS
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def render_card(
         algorithms=sorted({entry["algorithm"] for entry in manifest.ledger if entry["decision"] == "quantize"}),
         bounds=target["limits"],
         predicts=predicts,
+        task=_task(manifest, predicts=predicts),
         auto="AutoModelForCausalLM" if predicts else "AutoModel",
         weight_bytes=manifest.weight_bytes,
         source_bytes=sum(file["size_bytes"] for file in source["files"]),
@@ -147,11 +149,18 @@ def _metadata(made: Sequence[tuple[Report, Manifest]], *, predicts: bool, name: 
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
         library_name=_library(manifests[0], runtimes),
-        pipeline_tag="text-generation" if predicts else "feature-extraction",
+        pipeline_tag=_task(manifests[0], predicts=predicts),
         tags=list(dict.fromkeys(["octavo", *(manifest.format for manifest in manifests), *schemes])),
         eval_results=results or None,
         model_name=name if results else None,
     ).to_yaml()
+
+
+def _task(manifest: Manifest, *, predicts: bool) -> str:
+    """The Hub's word for what it does, and that of transformers.js for the pipeline that does it."""
+    if any(PAIR[1] in file.name for file in manifest.files):
+        return "text2text-generation"
+    return "text-generation" if predicts else "feature-extraction"
 
 
 def _library(manifest: Manifest, runtimes: Sequence[str]) -> str:
@@ -167,7 +176,7 @@ def _results(report: Report, manifest: Manifest) -> list[EvalResult]:
 
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_task(manifest, predicts=True),
             dataset_type="held-out-text",
             dataset_name=f"{report.validation['text']} ({report.validation['tokens']:,} tokens)",
             metric_type="perplexity",

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.runtimes.transformers import measure, model_class, peak_bytes
+from convert.runtimes.transformers import inputs_for, measure, model_class, peak_bytes
 from convert.source import open_source
 from formats.dtypes import DTYPES
 
@@ -62,7 +62,7 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
             given[0].float().cpu().numpy().tofile(stream)
 
         predicts = bool(skeleton.model.can_generate())
-        batches = [{"input_ids": sequence[None], **({"use_cache": False} if predicts else {})} for sequence in tokens]
+        batches = [inputs_for(skeleton.model, sequence[None]) for sequence in tokens]
         for _ in walk(skeleton, batches, device=request["device"], place="host", finish=write):
             pass
     on_gpu = request["device"] != "cpu"

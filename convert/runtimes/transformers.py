@@ -75,7 +75,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     with torch.inference_mode(), Path(request["logits"]).open("wb") as stream:
         for sequence in tokens:
             started = time.perf_counter()
-            output = model(input_ids=sequence[None], **({"use_cache": False} if predicts else {}))
+            output = model(**inputs_for(model, sequence[None]))
             given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
             logits = given[0].float().cpu()
             seconds += time.perf_counter() - started
@@ -109,13 +109,26 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     }
 
 
+def inputs_for(model: Any, ids: Any) -> dict[str, Any]:
+    """What a model is given of token ids (batch, length). An encoder-decoder reads them, and is told to write them: behind the token that
+    its decoder begins with come those from the second on, so that the logits at a place are of the token after it, as in a decoder."""
+    if not model.can_generate():
+        return {"input_ids": ids}
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids, "use_cache": False}
+    written = ids.clone()
+    written[:, 0] = model.config.decoder_start_token_id
+    return {"input_ids": ids, "decoder_input_ids": written, "use_cache": False}
+
+
 def _continue(model: Any, prompt: list[int], count: int) -> list[int]:
     """At most ``count`` tokens, each the most likely one."""
     import torch
 
     ids = torch.tensor([prompt], device=model.device)
-    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[0].tolist()
-    return found[len(prompt) :]
+    options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1}
+    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return found[1 if model.config.is_encoder_decoder else len(prompt) :]
 
 
 def peak_bytes() -> int:

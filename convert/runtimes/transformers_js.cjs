@@ -52,8 +52,8 @@ async function main(requestPath, answerPath) {
   fs.closeSync(logits);
 
   const write = async (ids, count) => {
-    const output = await model.generate({ ...feeds(library, ids.map(BigInt)), max_new_tokens: count, do_sample: false });
-    return Array.from(output.data, Number).slice(ids.length);
+    const output = await model.generate({ ...feeds(library, ids.map(BigInt)), max_new_tokens: count, do_sample: false, num_beams: 1 });
+    return Array.from(output.data, Number).slice(graph.pair ? 1 : ids.length);
   };
   const began = performance.now();
   const generated = request.predicts ? await write(request.prompt, request.new_tokens) : [];
@@ -87,7 +87,8 @@ async function main(requestPath, answerPath) {
 }
 
 function load(library, request, graph, options = {}) {
-  return (request.predicts ? library.AutoModelForCausalLM : library.AutoModel).from_pretrained(request.artifact, {
+  const loader = graph.pair ? library.AutoModelForSeq2SeqLM : request.predicts ? library.AutoModelForCausalLM : library.AutoModel;
+  return loader.from_pretrained(request.artifact, {
     dtype: graph.dtype,
     device: "cpu",
     local_files_only: true,
@@ -103,8 +104,13 @@ function feeds(library, ids) {
   };
 }
 
+// What an encoder-decoder reads it is told to write, but for the first token, in whose place it begins.
 function forward(library, model, ids) {
-  return model(feeds(library, ids));
+  const given = feeds(library, ids);
+  if (!model.sessions.decoder_model_merged) return model(given);
+  const start = BigInt(model.config.decoder_start_token_id ?? model.generation_config.decoder_start_token_id);
+  const written = BigInt64Array.from([start, ...ids.slice(1)]);
+  return model({ ...given, decoder_input_ids: new library.Tensor("int64", written, [1, written.length]) });
 }
 
 async function countKernels(library, request, graph, ids) {
@@ -128,14 +134,15 @@ async function countKernels(library, request, graph, ids) {
   }
 }
 
-// The one graph of a folder, and the dtype by which transformers.js asks for it.
+// The graph of a folder, or the two of an encoder-decoder, and the dtype by which transformers.js asks for it.
 function findGraph(artifact) {
   const folder = path.join(artifact, "onnx");
-  const names = fs.readdirSync(folder).filter((name) => name.endsWith(".onnx"));
-  const suffix = names.length === 1 && names[0].startsWith("model") ? names[0].slice("model".length, -".onnx".length) : undefined;
-  const dtype = DTYPES[suffix];
+  const names = fs.readdirSync(folder).filter((name) => name.endsWith(".onnx")).sort();
+  const stems = names.length === 2 ? ["decoder_model_merged", "encoder_model"] : ["model"];
+  const known = names.length === stems.length && stems.every((stem, i) => names[i].startsWith(stem));
+  const dtype = DTYPES[known ? names[0].slice(stems[0].length, -".onnx".length) : undefined];
   if (dtype === undefined) throw new Error(`onnx/ has ${names.join(", ") || "no graph"}; expected one named as transformers.js names them`);
-  return { folder, name: names[0], dtype };
+  return { folder, names, dtype, pair: stems.length === 2 };
 }
 
 // The largest resident memory of this process; maxRSS would begin with that of the process it was forked from.
@@ -144,7 +151,7 @@ function peakBytes() {
 }
 
 function weightBytes(graph) {
-  const data = fs.readdirSync(graph.folder).filter((name) => name.startsWith(`${graph.name}_data`));
+  const data = fs.readdirSync(graph.folder).filter((name) => graph.names.some((graphName) => name.startsWith(`${graphName}_data`)));
   return data.reduce((sum, name) => sum + fs.statSync(path.join(graph.folder, name)).size, 0);
 }
 

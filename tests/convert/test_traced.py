@@ -13,17 +13,14 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from decoded import put_back
 
 from convert import pipeline
 from convert.recipe import parse_recipe
-from formats import FORMATS
-from formats.dtypes import numpy_dtype
 from formats.errors import InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
-from formats.safetensors import TensorSpec
-from formats.scheme import SCHEMES
 from formats.verify import verify
 
 RECIPE = """\
@@ -128,31 +125,6 @@ def seen(value: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if "attention_mask" in inputs and value.ndim == 3:
         return value[inputs["attention_mask"].astype(bool)]
     return value
-
-
-def put_back(model: Any, folder: Path, form: str = "onnx") -> int:
-    """Gives the model the weights that its codes decode to; how many."""
-    found = read_folder(folder)
-    quantized = [entry for entry in read_manifest(folder).ledger if entry["decision"] == "quantize"]
-    modules = dict(model.named_modules())
-    for entry in quantized:
-        stored = entry["parts"][0][0]
-        weight = modules[entry["module"]].weight
-        spec = TensorSpec(f"{stored}.weight", entry["scale_dtype"], tuple(weight.shape))
-        tensors = {name: tensor(folder, found[name]) for name, _, _ in entry["outputs"]}
-        with torch.no_grad():
-            modules[entry["module"]].weight = torch.nn.Parameter(FORMATS[form].decode(spec, tensors, SCHEMES[entry["scheme"]]).dequantize())
-    return len(quantized)
-
-
-def tensor(folder: Path, item: Any) -> torch.Tensor:
-    """A tensor of a data file, read without the tool."""
-    raw = (folder / item.file).read_bytes()[item.start : item.stop]
-    dtype = numpy_dtype(item.spec.dtype)
-    array = np.frombuffer(raw, dtype).reshape(item.spec.shape).copy()
-    if "float8" in str(dtype):  # torch takes no such array from NumPy
-        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    return torch.from_numpy(array)
 
 
 @pytest.mark.parametrize("kind", KINDS)
