@@ -77,7 +77,7 @@ def render_card(
         algorithms=sorted({entry["algorithm"] for entry in manifest.ledger if entry["decision"] == "quantize"}),
         bounds=target["limits"],
         predicts=predicts,
-        task=_task(manifest, predicts=predicts),
+        task=_task(report, manifest, predicts=predicts),
         auto="AutoModelForCausalLM" if predicts else "AutoModel",
         weight_bytes=manifest.weight_bytes,
         source_bytes=sum(file["size_bytes"] for file in source["files"]),
@@ -149,18 +149,23 @@ def _metadata(made: Sequence[tuple[Report, Manifest]], *, predicts: bool, name: 
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
         library_name=_library(manifests[0], runtimes),
-        pipeline_tag=_task(manifests[0], predicts=predicts),
+        pipeline_tag=_task(*made[0], predicts=predicts),
         tags=list(dict.fromkeys(["octavo", *(manifest.format for manifest in manifests), *schemes])),
         eval_results=results or None,
         model_name=name if results else None,
     ).to_yaml()
 
 
-def _task(manifest: Manifest, *, predicts: bool) -> str:
+def _task(report: Report, manifest: Manifest, *, predicts: bool) -> str:
     """The Hub's word for what it does, and that of transformers.js for the pipeline that does it."""
     if any(PAIR[1] in file.name for file in manifest.files):
         return "text2text-generation"
-    return "text-generation" if predicts else "feature-extraction"
+    if predicts:
+        return "text-generation"
+    sees = report.validation.get("unit") == "pictures"
+    if any(run.drift is not None and run.drift.top1 is not None for run in report.runtimes):
+        return "image-classification" if sees else "text-classification"
+    return "image-feature-extraction" if sees else "feature-extraction"
 
 
 def _library(manifest: Manifest, runtimes: Sequence[str]) -> str:
@@ -176,7 +181,7 @@ def _results(report: Report, manifest: Manifest) -> list[EvalResult]:
 
     return [
         EvalResult(
-            task_type=_task(manifest, predicts=True),
+            task_type=_task(report, manifest, predicts=True),
             dataset_type="held-out-text",
             dataset_name=f"{report.validation['text']} ({report.validation['tokens']:,} tokens)",
             metric_type="perplexity",

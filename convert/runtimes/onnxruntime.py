@@ -50,7 +50,7 @@ def main(request_path: str, answer_path: str) -> None:
         session = open_session(Path(request["artifact"]), request, Path(scratch))
         loaded = time.perf_counter()
         tokens = np.load(request["tokens"])
-        kernels = session.kernels(tokens[:1, :1])
+        kernels = session.kernels(tokens[:1] if session.sees else tokens[:1, :1])
     seconds, vocabulary = 0.0, 0
     with Path(request["logits"]).open("wb") as stream:
         for sequence in tokens:
@@ -68,13 +68,17 @@ def main(request_path: str, answer_path: str) -> None:
         decode_seconds = time.perf_counter() - began
         answers = [session.generate(prompt, request["answer_tokens"], session.ends) for prompt in request.get("prompts", [])]
     agreement = session.agreement(request["mode"])
+    found = session.agreements(tokens[0] if session.sees else tokens[0][:24])
+    checks = {name: [value, agreement] for name, value in found.items()}
+    if request["mode"] == "on CUDA":
+        checks["products that ran beside the GPU"] = [session.beside, 0.0]
     answer = {
         "module_dtypes": session.module_dtypes(),
         "dequantized": False,
         "weight_bytes": session.weight_bytes,
         "peak_bytes": peak_bytes(),
         "load_seconds": loaded - started,
-        "prefill_tokens_per_second": tokens.size / seconds,
+        "prefill_tokens_per_second": (len(tokens) if session.sees else tokens.size) / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds if session.predicts else 0.0,
         "generated": generated,
         "answers": answers,
@@ -84,10 +88,8 @@ def main(request_path: str, answer_path: str) -> None:
         "versions": versions("onnxruntime-gpu" if request["mode"] == "on CUDA" else "onnxruntime"),
         "session": session.description,
         "kernels": kernels,
-        "checks": {name: [value, agreement] for name, value in session.agreements(tokens[0][:24]).items()},
+        "checks": checks,
     }
-    if request["mode"] == "on CUDA":
-        answer["checks"]["products that ran beside the GPU"] = [session.beside, 0.0]
     Path(answer_path).write_text(json.dumps(answer))
 
 
@@ -111,8 +113,8 @@ def open_session(folder: Path, request: dict[str, Any], scratch: Path) -> Sessio
 
 
 class Session:
-    """A graph, its names and the shape of an empty cache; ``predicts``: it has one. ``beside``: how many products of the profile ran on no
-    GPU."""
+    """A graph, its names and the shape of an empty cache; ``predicts``: it has one; ``sees``: it reads pictures. ``beside``: how many
+    products of the profile ran on no GPU."""
 
     def __init__(self, folder: Path, request: dict[str, Any], scratch: Path, graph: Path) -> None:
         import onnxruntime
@@ -136,6 +138,7 @@ class Session:
         self._cache = [item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")]
         self.predicts = bool(self._cache)
         self._inputs = {item.name for item in self._session.get_inputs()}
+        self.sees = "pixel_values" in self._inputs
         given = [item.name for item in self._session.get_outputs()]
         # What is compared comes first; of a model that predicts no tokens it is what the source's own program takes.
         first = "last_hidden_state" if "last_hidden_state" in given and not self.predicts else "logits"
@@ -160,14 +163,18 @@ class Session:
         read: dict[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, list[Any]]:
         """Logits, or hidden states, (batch, length, vocabulary) of int64 ``ids`` (batch, length) behind ``past``, and the cache. The cache
-        stays where the session keeps it; ``mask`` is all ones unless given; ``read``: what a decoder is given of what an encoder read."""
+        stays where the session keeps it; ``mask`` is all ones unless given; ``read``: what a decoder is given of what an encoder read. In
+        the place of ``ids`` may be pictures (batch, channels, height, width), of which there may be logits of classes (batch, classes)."""
         import numpy as np
         import onnxruntime
 
-        batch, length = ids.shape
+        batch, length = ids.shape[:2]
         before = past[0].shape()[2] if past else 0
         binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", ids.astype(np.int64))
+        if self.sees:
+            binding.bind_cpu_input("pixel_values", np.ascontiguousarray(ids, self.floats))
+        else:
+            binding.bind_cpu_input("input_ids", ids.astype(np.int64))
         beside = {
             "attention_mask": np.ones((batch, before + length), np.int64) if mask is None else mask.astype(np.int64),
             "token_type_ids": np.zeros((batch, length), np.int64),
@@ -208,6 +215,11 @@ class Session:
 
         whole, _ = self.run(tokens[None])
         largest = np.abs(whole).max()
+        if self.sees:
+            mirrored = tokens[..., ::-1]
+            together, _ = self.run(np.stack([tokens, mirrored]))
+            alone, _ = self.run(mirrored[None])
+            return {"a picture beside it changes nothing": float(np.abs(together - np.concatenate([whole, alone])).max() / largest)}
         found = {}
         half = len(tokens) // 2
         if self.predicts:
@@ -286,7 +298,7 @@ class Pair:
     """An encoder-decoder's two graphs, as :class:`Session` is one: what it is given it reads, and is told to write but for the first
     token, in whose place it begins."""
 
-    predicts = True
+    predicts, sees = True, False
 
     def __init__(self, encoder: Session, decoder: Session) -> None:
         self._encoder, self._decoder = encoder, decoder

@@ -52,13 +52,13 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     tokens = torch.from_numpy(np.load(request["tokens"]))
     module_dtypes = {name: str(module.weight.dtype).removeprefix("torch.") for name, module in _weighted(skeleton.model)}
-    vocabulary = 0
+    vocabulary, classes = 0, False
     with Path(request["logits"]).open("wb") as stream:
 
         def write(_: int, output: Any) -> None:
-            nonlocal vocabulary
+            nonlocal vocabulary, classes
             given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
-            vocabulary = given.shape[-1]
+            vocabulary, classes = given.shape[-1], given.dim() == 2
             given[0].float().cpu().numpy().tofile(stream)
 
         predicts = bool(skeleton.model.can_generate())
@@ -77,6 +77,7 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
         "answers": [],
         "vocabulary": vocabulary,
         "predicts": predicts,
+        "classes": classes,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
