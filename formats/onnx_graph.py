@@ -8,7 +8,7 @@ that transformers.js 4 looks for: ``onnx/model_quantized.onnx`` and ``.onnx_data
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,10 +145,15 @@ def read_folder(folder: Path) -> dict[str, Located]:
 
     Raises :class:`FormatError` where :func:`read_graph` does, and where the metadata disagrees with the graph.
     """
+    return join_graphs(folder, {graph: read_graph(folder / graph) for graph in find_graphs(folder)})
+
+
+def join_graphs(folder: Path, graphs: Mapping[str, ModelProto]) -> dict[str, Located]:
+    """The tensors that graphs of a folder refer to, ``graphs`` by their files. Raises :class:`FormatError` where two have one."""
     tensors: dict[str, Located] = {}
-    for graph in find_graphs(folder):
+    for graph, model in graphs.items():
         prefix = graph.rpartition("/")[0]
-        for name, item in tensors_of(read_graph(folder / graph), folder / graph).items():
+        for name, item in tensors_of(model, folder / graph).items():
             if name in tensors:
                 raise FormatError(f"{folder / graph}: {name} is in {tensors[name].file} too")
             tensors[name] = replace(item, file=f"{prefix}/{item.file}".lstrip("/"))
@@ -197,9 +202,12 @@ def find_graph(folder: Path) -> str:
     return find_graphs(folder)[-1]
 
 
-def read_graph(path: Path) -> ModelProto:
+def read_graph(path: Path, *, data: Mapping[str, int] | None = None) -> ModelProto:
     """A graph without its data. Raises :class:`FormatError` for what is no ONNX, for operators that no reader here knows, and for data that
-    is not where the graph says it is: outside its folder, beyond the end of its file, of another size than its shape."""
+    is not where the graph says it is: outside its folder, beyond the end of its file, of another size than its shape.
+
+    ``data``: where the files beside it are not on this machine, the bytes of each.
+    """
     import onnx
 
     try:
@@ -212,14 +220,14 @@ def read_graph(path: Path) -> ModelProto:
     foreign = sorted(set(opsets) - set(DOMAINS))
     if foreign or not opsets.get(""):
         raise FormatError(f"{path}: operators of {', '.join(foreign) or 'no opset'}; known are the standard's and {DOMAINS[1]}")
-    sizes: dict[str, int] = {}
+    sizes = dict(data or {})
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
-            _check_external(path, tensor, opsets[""], sizes)
+            _check_external(path, tensor, opsets[""], sizes, here=data is None)
     return model
 
 
-def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str, int]) -> None:
+def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str, int], *, here: bool) -> None:
     where = _external(tensor)
     location = where.get("location")
     if not is_plain_name(location):
@@ -238,7 +246,7 @@ def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str
         raise FormatError(f"{path}: {tensor.name} has offset {offset} and {length:,} bytes; {needs}")
     file = path.parent / str(location)
     if location not in sizes:
-        if not file.is_file():
+        if not here or not file.is_file():
             raise FormatError(f"{path}: {tensor.name} should lie in {location}, which is not there; fetch it again")
         # Hub clients keep graph and data as links into one folder; a link that the graph is not part of leads elsewhere.
         if file.resolve().parent != path.resolve().parent:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from conftest import KILLED
 from decoded import put_back
 
 from convert import pipeline
@@ -266,6 +270,33 @@ def test_nothing_of_this_machine_is_in_the_graph_and_its_bytes_are_always_the_sa
     assert read_manifest(first).files == read_manifest(second).files
     for word in (b"site-packages", b".py", b"stack_trace", b"pkg.torch", str(Path.home()).encode()):
         assert word not in raw
+
+
+def test_a_graph_in_half_precision_is_the_model(saved: Callable[..., Any], export: Callable[..., Path]) -> None:
+    folder, model = saved("distilbert")
+    out = export(folder, "[{match: linear, scheme: int8-weight-only}]", targets__0__options="{floats: float16}")
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    inputs = inputs_for("distilbert")
+    put_back(model, out)
+    expected, got = expect(model, inputs)["last_hidden_state"], run(out, inputs)["last_hidden_state"]
+    assert got.dtype == np.float16
+    difference = np.abs(seen(got.astype(np.float32), inputs) - seen(expected, inputs)).max()
+    assert 1e-6 < difference < 1e-2 * np.abs(expected).max()
+    assert {item.spec.dtype for item in read_folder(out).values()} == {"I8", "F16"}
+
+
+def test_what_a_killed_export_left_is_taken_up(saved: Callable[..., Any], export: Callable[..., Path], tmp_path: Path) -> None:
+    folder, _ = saved("distilbert")
+    rules = "[{match: linear, scheme: int8-weight-only}]"
+    whole = export(folder, rules)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=folder, scheme=rules))
+    again = tmp_path / "again"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(again), "9"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (again / "q").exists()
+    assert any(again.iterdir()), "nothing was begun"
+    resumed = export(folder, rules, out="again")
+    assert read_manifest(resumed).files == read_manifest(whole).files
 
 
 def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for(formed: dict[str, Path]) -> None:
