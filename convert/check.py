@@ -144,6 +144,8 @@ def check(
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
         asked["predicts"] = answer["predicts"]
+        if answer.get("written"):
+            text.record["written"] = "what is read, behind the token that the decoder begins with"
         if recipe.validation.tasks:
             names = ", ".join(task.name for task in recipe.validation.tasks)
             progress.say(f"running the source on {names} of lm-evaluation-harness")
@@ -225,7 +227,7 @@ def _check_one(
             found_here = (
                 compare_logits(*files, text.tokens, width)
                 if source["predicts"]
-                else compare_states(*files, width, classes=source["classes"])
+                else compare_states(*files, width, classes=source.get("classes", False))
             )
         except OctavoError as error:
             checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))

@@ -78,6 +78,7 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "predicts": predicts,
         "classes": classes,
+        "written": predicts and bool(skeleton.model.config.is_encoder_decoder),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -13,7 +13,8 @@ Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anyth
 floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second`` (of pictures, how many a second),
 ``decode_tokens_per_second``, ``generated``
 (token ids, none where it predicts none), ``answers`` (the same for each of ``prompts``), ``vocabulary`` (the last axis of what was
-written), ``predicts`` (whether that is logits of next tokens), ``classes`` (whether it is logits of classes), ``device``, ``versions``.
+written), ``predicts`` (whether that is logits of next tokens), ``classes`` (whether it is logits of classes), ``written``
+(whether what was read was written, by an encoder-decoder), ``device``, ``versions``.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         "vocabulary": vocabulary,
         "predicts": predicts,
         "classes": classes,
+        "written": predicts and bool(model.config.is_encoder_decoder),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", *decoders)},
     }

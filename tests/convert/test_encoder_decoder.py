@@ -18,8 +18,10 @@ from decoded import put_back
 
 from convert import pipeline
 from convert.card import render_card
+from convert.progress import QUIET
 from convert.report import read_report, report_path
-from formats.errors import FormatError, RecipeError
+from convert.sensitivity import measure
+from formats.errors import FormatError, InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graphs, read_folder
@@ -246,6 +248,21 @@ def test_what_cannot_be_done_is_refused_with_a_line(
     recipe = recipe_for(save("t5", tmp_path), INT8, text=RECIPE, **overrides)
     with pytest.raises(RecipeError, match=rf":\d+:\d+.*{said}"):
         pipeline.plan(recipe)
+
+
+def test_in_safetensors_too_it_is_checked_and_its_sensitivity_is_refused(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
+    changed = {"targets.0.format": "compressed-tensors", "targets.0.runtimes": "[transformers]"}
+    recipe = recipe_for(save("t5", tmp_path / "model"), "[{match: linear, scheme: int8-weight-only}]", text=RECIPE, **changed)
+    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
+    assert [check.name for check in report.checks if not check.passed] == []
+    (run,) = report.runtimes
+    assert run.divergence is not None
+    assert 1e-7 < run.divergence.kl_nats < 0.05
+    assert run.continuation == report.source.continuation != ""
+    card = render_card(read_report(report_path(tmp_path / "out" / "q")), read_manifest(tmp_path / "out" / "q"))
+    assert "model = AutoModelForSeq2SeqLM.from_pretrained(" in card
+    with pytest.raises(InputError, match="a stack of blocks, which this model is not"):
+        measure(pipeline.plan(recipe), [], QUIET)
 
 
 def test_tables_and_dynamic_inputs(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
