@@ -110,7 +110,7 @@ def test_what_is_wrong_on_the_hub_is_named(published: Hub, artifact: Path, tmp_p
 
 
 def test_a_graph_is_fetched_for_its_tensors_and_its_data_is_not(hub: Hub, make_llama: Any, tmp_path: Path) -> None:
-    recipe = RECIPE.replace("compressed-tensors", "onnx").format(model=make_llama())
+    recipe = RECIPE.replace("compressed-tensors", "onnx, runtimes: [onnxruntime]").format(model=make_llama())
     folder = convert(parse_recipe(recipe, "r.yaml"), tmp_path / "out", check=False).artifacts[0].path
     files: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     hub.add("org/graph", {**files, "octavo.report.json": a_report(folder)})
