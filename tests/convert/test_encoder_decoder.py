@@ -251,20 +251,12 @@ def test_what_cannot_be_done_is_refused_with_a_line(
         pipeline.plan(recipe)
 
 
-def test_in_safetensors_too_it_is_checked_and_its_sensitivity_is_refused(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
+def test_its_sensitivity_is_refused(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
     changed = {"targets.0.format": "compressed-tensors", "targets.0.runtimes": "[transformers]"}
     rules = "[{match: '*.wo', keep: true, why: transformers finds no packed codes there}, {match: linear, scheme: int8-weight-only}]"
-    recipe = recipe_for(save("t5", tmp_path / "model"), rules, text=RECIPE, **changed)
-    (report,) = pipeline.convert(recipe, tmp_path / "out").reports
-    assert [check.name for check in report.checks if not check.passed] == []
-    (run,) = report.runtimes
-    assert run.divergence is not None
-    assert 1e-7 < run.divergence.kl_nats < 0.05
-    assert run.continuation == report.source.continuation != ""
-    card = render_card(read_report(report_path(tmp_path / "out" / "q")), read_manifest(tmp_path / "out" / "q"))
-    assert "model = AutoModelForSeq2SeqLM.from_pretrained(" in card
+    plan = pipeline.plan(recipe_for(save("t5", tmp_path), rules, text=RECIPE, **changed))
     with pytest.raises(InputError, match="a stack of blocks, which this model is not"):
-        measure(pipeline.plan(recipe), [], QUIET)
+        measure(plan, [], QUIET)
 
 
 def test_inputs_quantized_as_they_come(recipe_for: Callable[..., Any], tmp_path: Path) -> None:
