@@ -41,8 +41,9 @@ convert: setup
 plan: setup
 	$(BIN)/octavo plan $(RECIPE) $(if $(MODEL),--model '$(MODEL)') $(foreach value,$(SET),--set '$(value)')
 
+# Each worker has a row of neighbouring tests, so that what a module makes is made once; one that is done takes over half of another's rest.
 test: setup
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -82,8 +82,9 @@ def render_card(
         places=places(
             manifest.format,
             parts_of_ledger(manifest.ledger),
-            {run.program: f"{run.versions.get(run.program, '')} {run.device}" for run in report.runtimes},
+            {run.program: f"{run.version} {run.device}" for run in report.runtimes},
         ),
+        graph=next((file.name for file in manifest.files if file.name.endswith(".onnx")), ""),
         arguments=place.arguments if place else '"FOLDER"',
         repo=place.repo if place else "FOLDER",
         verify=place.name if place else "FOLDER",
@@ -170,7 +171,7 @@ def _results(report: Report, manifest: Manifest) -> list[EvalResult]:
             dataset_type="held-out-text",
             dataset_name=f"{report.validation['text']} ({report.validation['tokens']:,} tokens)",
             metric_type="perplexity",
-            metric_name=f"perplexity, {manifest.target} in {run.name} {run.versions.get(run.program, '')}".rstrip(),
+            metric_name=f"perplexity, {manifest.target} in {run.name} {run.version}".rstrip(),
             metric_value=round(run.divergence.perplexity, 4),
         )
         for run in report.runtimes

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,15 @@ def request(recipe: Recipe, scratch: Path, *, device: str = "cpu") -> dict[str, 
     return {
         "tokens": str(scratch / "tokens.npy"),
         "device": device,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": threads(),
         "trust_remote_code": recipe.trust_remote_code,
     }
+
+
+def threads() -> int:
+    """With how many threads a program computes: what ``OMP_NUM_THREADS`` says, else one for each processor it may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each level of nesting
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
 
 
 def run(
@@ -52,20 +63,95 @@ def run_program(
         "TRANSFORMERS_VERBOSITY": "warning",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    start = [*environment.start, _file(program)] if environment else [sys.executable, "-m", program]
-    done = subprocess.run(
-        [*start, str(scratch / "request.json"), str(answer)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=variables,
-    )
-    if done.returncode == 0 and answer.exists():
+    arguments = [str(scratch / "request.json"), str(answer)]
+    if environment is None and program in _FORKED and request.get("device", "cpu") == "cpu":
+        code, output = _server.run(program, arguments, scratch / "output.txt", variables)
+    else:
+        start = [*environment.start, _file(program)] if environment else [sys.executable, "-m", program]
+        code, output = _alone([*start, *arguments], variables)
+        if environment and code == MachineError.exit_code:
+            raise MachineError(f"the environment of {program} is broken: {last_lines(output)}; build it again: {COMMAND}")
+    if code == 0 and answer.exists():
         return json.loads(answer.read_text()), ""
-    if environment and done.returncode == MachineError.exit_code:
-        raise MachineError(f"the environment of {program} is broken: {last_lines(done.stderr)}; build it again: {COMMAND}")
-    killed = f"\nit was killed by signal {-done.returncode}" if done.returncode < 0 else ""
-    return None, done.stdout + done.stderr + killed
+    killed = f"\nit was killed by signal {-code}" if code < 0 else ""
+    return None, output + killed
+
+
+def _alone(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
+    """A command's exit code (negative: the signal that killed it) and what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    return done.returncode, done.stdout + done.stderr
+
+
+#: Programs that begin with the same imports, four of the five seconds that a small model takes. A CUDA context does not survive a fork, so
+#: on a GPU these begin afresh too.
+_FORKED = frozenset(("convert.numbers", *(f"convert.runtimes.{name}" for name in ("source", "transformers", "bitsandbytes", "harness"))))
+
+
+class _Server:
+    """The :mod:`convert.forkserver` of this process, begun where it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._began: tuple[int, dict[str, str]] | None = None
+
+    def run(self, program: str, arguments: Sequence[str], output: Path, variables: dict[str, str]) -> tuple[int, str]:
+        """A program's exit code (negative: the signal that killed it) and what it printed."""
+        output.unlink(missing_ok=True)
+        order = {
+            "program": program,
+            "arguments": list(map(os.path.abspath, arguments)),
+            "folder": os.getcwd(),
+            "output": str(output.absolute()),
+        }
+        with self._lock:
+            server = self._begin(variables)
+            pid = 0
+            try:
+                assert server.stdin is not None
+                assert server.stdout is not None
+                server.stdin.write(json.dumps(order) + "\n")
+                server.stdin.flush()
+                pid = int(server.stdout.readline())
+                code = int(server.stdout.readline())
+            except (OSError, ValueError):
+                # It is gone: what keeps it from starting keeps a process of its own from it too, and there it is said.
+                self.end()
+                return _alone([sys.executable, "-m", program, *arguments], variables)
+            except BaseException:
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+                self.end()
+                raise
+        return code, output.read_text(errors="replace") if output.exists() else ""
+
+    def _begin(self, variables: dict[str, str]) -> subprocess.Popen[str]:
+        """Begins it again where the environment has changed, which libraries read while they are imported; or behind a fork."""
+        if self._process is None or self._began != (os.getpid(), variables):
+            self.end()
+            command = [sys.executable, "-m", "convert.forkserver"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
+            )
+            self._began = (os.getpid(), dict(variables))
+        return self._process
+
+    def end(self) -> None:
+        """Ends it, if it runs and is ours."""
+        process, self._process = self._process, None
+        if process is None or self._began is None or self._began[0] != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # of what was not read any more
+                if pipe is not None:
+                    pipe.close()
+
+
+_server = _Server()
+atexit.register(_server.end)
 
 
 def _file(module: str) -> str:

@@ -354,7 +354,10 @@ def doctor(
 
 @app.command()
 def runtimes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Those to build; all unless given.", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Those to build; all that are for this machine unless given.", show_default=False),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Build the runtimes that need an environment of their own, under .runtimes/ or OCTAVO_RUNTIMES; those that are whole stay."""
@@ -365,7 +368,7 @@ def runtimes(
     unknown = next((name for name in names or () if name not in environments.PINS), None)
     if unknown is not None:
         raise InputError(f"no runtime {unknown} is built in an environment of its own; there are {', '.join(environments.PINS)}")
-    for name in names or environments.PINS:
+    for name in names or [name for name in environments.PINS if environments.kind_here(name)]:
         built = environments.build(name, choose(quiet=quiet))
         if not quiet:
             print(f"{name}: {environments.describe(name)} in {built.folder}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.ailments import AILMENTS, FLAG, FLOAT, MEMORY, REPEATED, REPEATED_SHARE, last_lines, recognise, repeated_share
 from convert.architecture import Architecture, describe
-from convert.child import run_program
+from convert.child import run_program, threads
 from formats.bitsandbytes import THRESHOLD, quantization_config
 from formats.errors import FormatError
 from formats.safetensors import TensorSpec, read_folder, read_json
@@ -194,7 +194,7 @@ def _run(folder: Path, device: str) -> tuple[dict[str, Any] | None, str]:
             "new_tokens": NEW_TOKENS,
             "dtype": "auto",
             "device": device,
-            "threads": len(os.sched_getaffinity(0)),
+            "threads": threads(),
             "trust_remote_code": False,
         }
         return run_program("convert.runtimes.bitsandbytes", request, scratch)

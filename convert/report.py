@@ -170,6 +170,11 @@ class RuntimeResult:
         """The runtime, without the mode in which it was run."""
         return self.name.partition(" ")[0]
 
+    @property
+    def version(self) -> str:
+        """Of the runtime itself; empty where it did not tell, as in a report that another version of octavo wrote."""
+        return self.versions.get(self.program, "")
+
 
 @dataclass(frozen=True)
 class Report:

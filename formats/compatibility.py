@@ -1068,6 +1068,29 @@ _ONNXRUNTIME = (
     ),
 )
 
+_ORT_CUDA = (
+    Row(
+        "onnxruntime-gpu",
+        ("1.31",),
+        ("sm_90",),
+        "onnx",
+        ("int8-weight-only",),
+        "fused",
+        "seen: onnxruntime-gpu 1.31.1 on an H200, 2026-11-29: loaded, compared with the source, no product beside the GPU (MatMulNBits)",
+        "products of more than a few tokens are widened first and run in TF32 (use_tf32)",
+    ),
+    Row(
+        "onnxruntime-gpu",
+        ("1.31",),
+        ("sm_90",),
+        "onnx",
+        ("int8-weight-only-g32",),
+        "fused",
+        "seen: onnxruntime-gpu 1.31.1 on an H200, 2026-11-29: loaded and timed, its logits not compared",
+        "products of more than a few tokens are widened first and run in TF32 (use_tf32)",
+    ),
+)
+
 #: What ONNX Runtime does in other programs, and OpenVINO with the same graphs.
 _ORT_ELSEWHERE = (("onnxruntime-genai", "0.18", "onnxruntime-genai 0.18"), ("transformers.js", "4.3", "transformers.js 4.3.1 on Node 20"))
 _EPYC = "on AMD EPYC with AVX512-VNNI, 2026-11-24"
@@ -1161,6 +1184,7 @@ TABLE: tuple[Row, ...] = (
     *_SGLANG_ROWS,
     *_TENSORRT_LLM,
     *_ONNXRUNTIME,
+    *_ORT_CUDA,
     *_ONNX_ELSEWHERE,
     *_TABLES,
     *_PLAIN,
@@ -1174,6 +1198,7 @@ VERSIONS: Mapping[str, tuple[str, ...]] = {
     "sglang": ("0.5.23",),
     "tensorrt-llm": ("1.0",),
     "onnxruntime": ("1.32",),
+    "onnxruntime-gpu": ("1.31",),
     "onnxruntime-genai": ("0.18",),
     "openvino": ("2026.4",),
     "transformers.js": ("4.3",),

@@ -13,6 +13,10 @@ import pytest
 
 # Before anything imports huggingface_hub: it would ask its endpoint, or the real Hub, for things no test is about.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Workers of one machine share its processors: threads of torch that wait for others which do not run spin, and every product takes
+# milliseconds. A process for each processor, each with one thread, takes half the time and less.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Make = Callable[..., Path]
 
@@ -45,6 +49,15 @@ def counted(self, tensor):
 export._Writer.finished = counted
 convert(parse_recipe(Path(sys.argv[1]).read_text(), "test.yaml", name="test"), Path(sys.argv[2]), check=False)
 """
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """pytest's word for what runs changes with every test, and a changed environment begins a fork server anew."""
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
+pytest_pyfunc_call = pytest_fixture_setup
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

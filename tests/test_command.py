@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from convert.command import main
+
 ROOT = Path(__file__).parents[1]
 
 
-def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def octavo_process(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False, env={**os.environ, **environment})
+
+
+def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, from its arguments to its exit code: to import torch takes it longer than what it is asked. What it
+    would end in a traceback ends the test in one."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["octavo", *map(str, arguments)])
+        patch.chdir(cwd or Path.cwd())
+        for name in ("TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM", *environment):  # main sets the first two
+            patch.setenv(name, environment.get(name, "false" if name == "TOKENIZERS_PARALLELISM" else "error"))
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        else:
+            code = 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(["octavo", *map(str, arguments)], code, out.getvalue(), err.getvalue())
 
 
 def recipe(folder: Path, model: Path | str, extra: str = "") -> Path:
@@ -36,7 +62,7 @@ def test_help_loads_nothing_heavy() -> None:
     program = f"import sys, convert.command; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "convert" in octavo("--help").stdout
+    assert "convert" in octavo_process("--help").stdout
 
 
 COMMANDS = [
@@ -52,7 +78,7 @@ def test_the_docs_show_the_help_there_is(command: str) -> None:
 
 
 def test_a_job_from_recipe_to_proof(make_llama: Any, tmp_path: Path) -> None:
-    done = octavo("convert", recipe(tmp_path, make_llama()), cwd=tmp_path)
+    done = octavo_process("convert", recipe(tmp_path, make_llama()), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "artifacts" / "job"
     assert {path.name for path in folder.iterdir()} == {"q", "q.report.json", "q.report.html"}
@@ -108,7 +134,7 @@ def test_a_damaged_weight_is_named_and_nothing_is_written(make_llama: Any, tmp_p
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][2, 3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    done = octavo("convert", recipe(tmp_path, folder), cwd=tmp_path)
+    done = octavo_process("convert", recipe(tmp_path, folder), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: model.layers.0.mlp.up_proj.weight: nan at index [2, 3]")
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
@@ -156,11 +182,25 @@ def test_the_plan_is_a_table_for_people_and_json_for_programs(make_llama: Any, t
     assert not (tmp_path / "artifacts").exists()
 
 
+#: The command, each tensor of whose conversion takes half a second, so that it is under way when a signal comes.
+SLOW = """
+import sys, time
+from convert import command, export
+finished = export._Writer.finished
+def slowly(self, tensor):
+    finished(self, tensor)
+    time.sleep(0.5)
+export._Writer.finished = slowly
+sys.argv = ["octavo", *sys.argv[1:]]
+command.main()
+"""
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_is_exit_code_130_and_says_how_to_go_on(make_llama: Any, tmp_path: Path, kind: signal.Signals) -> None:
-    job = recipe(tmp_path, make_llama(vocab_size=100_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12))
+    job = recipe(tmp_path, make_llama())
     process = subprocess.Popen(
-        [sys.executable, "-m", "convert", "convert", str(job), "--no-check"],
+        [sys.executable, "-c", SLOW, "convert", str(job), "--no-check"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

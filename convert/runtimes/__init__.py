@@ -57,6 +57,9 @@ RUNTIMES = {
         needs=("onnxruntime",),
         modes=("as exported", "as deployed"),
     ),
+    "onnxruntime-gpu": Runtime(
+        "convert.runtimes.onnxruntime", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, modes=("on CUDA",)
+    ),
     "onnxruntime-genai": Runtime(
         "convert.runtimes.onnxruntime_genai", formats={"onnx": (), "onnx-matmulnbits": ()}, needs=(), environment=True, decoders_only=True
     ),

@@ -1,13 +1,17 @@
 """Loads the graph of a folder in ONNX Runtime as a user would and writes down what it computes.
 
-Run as ``python -m convert.runtimes.onnxruntime REQUEST ANSWER``, both JSON files. This module imports nothing of this package, so that any
-interpreter with onnxruntime, onnx and NumPy can run it.
+Run as ``python -m convert.runtimes.onnxruntime REQUEST ANSWER``, both JSON files, or as a file by the interpreter of an environment with
+onnxruntime-gpu. This module imports nothing of this package, so that any interpreter with onnxruntime, onnx and NumPy can run it.
 
 Request and answer are those of :mod:`convert.runtimes.transformers`; beside them the request has ``mode`` (``as exported``: no graph
-optimisation, and ONNX's checker has to accept it; ``as deployed``: the session's defaults), and the answer ``session`` (providers and
+optimisation, and ONNX's checker has to accept it; ``as deployed``: the session's defaults; ``on CUDA``: those, and the graph has to run
+on the GPU, where inputs and outputs are bound and the cache stays), and the answer ``session`` (providers and
 options, for people), ``kernels`` (how often each operator that reads weights ran, for one token) and ``checks`` (name -> [value, limit]:
 decoding from the cache against one pass, and a batch of two with padding against each alone, on the left of what predicts tokens and on the
-right of what does not: the largest difference of logits, or of hidden states, over their largest magnitude).
+right of what does not: the largest difference of logits, or of hidden states, over their largest magnitude; on CUDA, products that ran
+beside the GPU).
+
+Exit code 3: there is no CUDA to run it on.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-MODES = ("as exported", "as deployed")
 #: Operators that a quantized weight may end up in; those of activations alone are left out.
 _PRODUCTS = ("MatMul", "Gemm", "DequantizeLinear", "Dequantize", "QLinear", "QGemm")
 #: How far logits of the same tokens may be apart. Deployed, products of quantized weights round their inputs to INT8 on the way
 #: (accuracy_level 4), and a last place in which one token and many differ moves codes: 0.035 was seen with the sample.
-_AGREEMENT = {"as exported": 1e-3, "as deployed": 1e-1}
+#: On CUDA, products of floats are in TF32, whose mantissa of ten bits is cut anew for each shape of a product.
+_AGREEMENT = {"as exported": 1e-3, "as deployed": 1e-1, "on CUDA": 1e-1}
 #: With inputs that are quantized as they come, one scale for all tokens of a call, what else is in the call does change a token.
 _DYNAMIC_AGREEMENT = 0.5
 
@@ -39,6 +43,8 @@ def main(request_path: str, answer_path: str) -> None:
     import numpy as np
 
     request = json.loads(Path(request_path).read_text())
+    if request["mode"] == "on CUDA":
+        _require_cuda()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="octavo-ort-") as scratch:
         session = Session(Path(request["artifact"]), request, Path(scratch))
@@ -75,16 +81,30 @@ def main(request_path: str, answer_path: str) -> None:
         "vocabulary": vocabulary,
         "predicts": session.predicts,
         "device": session.device,
-        "versions": versions(),
+        "versions": versions("onnxruntime-gpu" if request["mode"] == "on CUDA" else "onnxruntime"),
         "session": session.description,
         "kernels": kernels,
         "checks": {name: [value, agreement] for name, value in session.agreements(tokens[0][:24]).items()},
     }
+    if request["mode"] == "on CUDA":
+        answer["checks"]["products that ran beside the GPU"] = [session.beside, 0.0]
     Path(answer_path).write_text(json.dumps(answer))
 
 
+def _require_cuda() -> None:
+    """Ends the program where ONNX Runtime has no CUDA: it would run on the CPU and only warn of it."""
+    import onnxruntime
+
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # of NVIDIA's packages, which lie where no loader looks
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        print(f"onnxruntime {onnxruntime.__version__} has no CUDA; it comes with the package onnxruntime-gpu", file=sys.stderr)
+        sys.exit(3)
+
+
 class Session:
-    """A graph, its names and the shape of an empty cache; ``predicts``: it has one."""
+    """A graph, its names and the shape of an empty cache; ``predicts``: it has one. ``beside``: how many products of the profile ran on no
+    GPU."""
 
     def __init__(self, folder: Path, request: dict[str, Any], scratch: Path) -> None:
         import onnxruntime
@@ -97,8 +117,12 @@ class Session:
         options.log_severity_level = 3
         if request["mode"] == "as exported":
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        providers = ["CUDAExecutionProvider"] if request["device"] == "cuda" else []
+        providers = ["CUDAExecutionProvider"] if request["mode"] == "on CUDA" else []
         self._session = onnxruntime.InferenceSession(str(graphs[0]), options, providers=[*providers, "CPUExecutionProvider"])
+        if providers and providers[0] not in self._session.get_providers():
+            print("onnxruntime could not start CUDA and would run on the CPU; a driver or a library is missing", file=sys.stderr)
+            sys.exit(3)
+        self.beside = 0
         self._graph = graphs[0]
         if request["mode"] == "as exported" and not self._graph.is_symlink():  # it refuses links, which Hub clients make
             self._require_valid()
@@ -111,7 +135,11 @@ class Session:
         self._outputs = [first, *(name for name in given if name != first and self.predicts)]
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         optimised = "no graph optimisation" if request["mode"] == "as exported" else "all graph optimisations"
-        self.description = f"{', '.join(self._session.get_providers())}; {optimised}, {request['threads']} threads"
+        ran = self._session.get_providers()
+        options_said = [optimised, f"{request['threads']} threads"]
+        if providers:
+            options_said.append("use_tf32")  # an option of the provider, on unless told otherwise
+        self.description = f"{', '.join(ran)}; {', '.join(options_said)}"
         config = json.loads((folder / "generation_config.json").read_text()) if (folder / "generation_config.json").exists() else {}
         ends = config.get("eos_token_id", [])
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
@@ -188,8 +216,10 @@ class Session:
         """How often operators that may hold weights ran for ``ids``; ends the profile."""
         self.run(ids)
         events = json.loads(Path(self._session.end_profiling()).read_text())
-        ran = [event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
-        return dict(Counter(name for name in ran if any(product in name for product in _PRODUCTS)))
+        ran = [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
+        products = [item for item in ran if any(product in item["op_name"] for product in _PRODUCTS)]
+        self.beside = sum(item.get("provider") != "CUDAExecutionProvider" for item in products)
+        return dict(Counter(item["op_name"] for item in products))
 
     @cached_property
     def _model(self) -> Any:
@@ -229,11 +259,11 @@ class Session:
         return sum(path.stat().st_size for path in self._graph.parent.glob(f"{self._graph.name}_data*"))
 
 
-def versions() -> dict[str, str]:
-    """Of what ran."""
+def versions(distribution: str) -> dict[str, str]:
+    """Of what ran; the package with CUDA has another name."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("onnxruntime", "onnx")}
+    return {name: version(name) for name in (distribution, "onnx")}
 
 
 def peak_bytes() -> int:

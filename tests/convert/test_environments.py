@@ -105,6 +105,41 @@ def test_an_environment_is_looked_for_here_and_then_in_the_checkout(tmp_path: Pa
     assert environments.root() == tmp_path / ".runtimes"
 
 
+SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\nexit {code}\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "kinds"),
+    [
+        (None, {"vllm": "cpu", "onnxruntime-gpu": None, "openvino": "cpu"}),
+        (9, {"vllm": "cpu", "onnxruntime-gpu": None, "openvino": "cpu"}),  # a driver that does not answer
+        (0, {"vllm": "cuda", "onnxruntime-gpu": "cuda", "openvino": "cpu"}),
+    ],
+)
+def test_a_machine_takes_what_is_for_it(code: int | None, kinds: dict[str, str | None], tmp_path: Path, monkeypatch: Any) -> None:
+    if code is not None:
+        (tmp_path / "nvidia-smi").write_text(SMI.format(code=code))
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert {name: environments.kind_here(name) for name in kinds} == kinds
+
+
+def test_what_is_for_gpus_alone_is_not_built_without_one(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "runtimes", "onnxruntime-gpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": str(tmp_path / "empty")},
+    )
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == (
+        "error: runtime onnxruntime-gpu is for NVIDIA cards, and nvidia-smi shows none here; leave it out"
+    )
+    assert not root.exists(), "nothing was begun"
+
+
 VENVS = [(name, kind) for name, kinds in environments.PINS.items() for kind, pins in kinds.items() if pins.kind == "venv"]
 
 
@@ -161,7 +196,7 @@ def test_a_build_of_node_that_fails_is_one_message(root: Path, monkeypatch: pyte
 def test_a_runtime_that_is_not_built_apart_is_not_built(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "convert", "runtimes", "onnxruntime"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no runtime onnxruntime is built in an environment of its own; there are vllm, onnxruntime-genai" in done.stderr
+    assert "no runtime onnxruntime is built in an environment of its own; there are vllm, onnxruntime-gpu, onnxruntime-genai" in done.stderr
 
 
 def test_the_program_imports_nothing_of_ours_and_no_torch_of_its_own(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from convert.export import export as export_plan
 from convert.numbers import compare
 from convert.onnx.families import FAMILIES as KNOWN
 from convert.progress import QUIET
-from convert.runtimes.onnxruntime import MODES
+from convert.runtimes import RUNTIMES
 from convert.runtimes.onnxruntime import main as run_program
 from convert.source import open_source
 from formats import FORMATS
@@ -393,7 +395,7 @@ def test_every_scheme_is_near_the_model(scheme: str, make_llama: Any, recipe_for
     out = pipeline.convert(recipe_for(model, f"[{{match: linear, scheme: {scheme}}}]", text=text), tmp_path, check=False).artifacts[0].path
     ids = np.random.default_rng(0).integers(3, 300, (2, 32))
     expected = logits(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), ids)
-    for mode in MODES:
+    for mode in RUNTIMES["onnxruntime"].modes:
         answer, found = prove(out, ids, mode, tmp_path)
         assert 1e-5 < np.abs(found - expected).mean() / np.abs(expected).mean() < (0.08 if scheme.startswith("fp8") else 0.05), mode
         assert answer["module_dtypes"]["model.layers.1.mlp.down_proj"] == ("int8" if scheme.startswith("int8") else "float8_e4m3fn")
@@ -402,6 +404,21 @@ def test_every_scheme_is_near_the_model(scheme: str, make_llama: Any, recipe_for
         assert len(answer["generated"]) == 4
     if scheme == "int8-weight-only-g32":
         assert answer["kernels"] == {"MatMulNBits": 8, "MatMul": 1}  # four products a block, and the head, which is kept
+
+
+def test_without_cuda_the_mode_on_cuda_ends_before_anything_is_loaded(tmp_path: Path) -> None:
+    """ONNX Runtime would warn and run on the CPU, and the report would say what was not so."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"mode": "on CUDA", "artifact": str(tmp_path / "none")}))
+    program = Path(run_program.__code__.co_filename)
+    done = subprocess.run(
+        [sys.executable, "-I", str(program), str(request), str(tmp_path / "answer.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == f"onnxruntime {onnxruntime.__version__} has no CUDA; it comes with the package onnxruntime-gpu"
+    assert not (tmp_path / "answer.json").exists()
 
 
 def prove(folder: Path, ids: np.ndarray, mode: str, scratch: Path) -> tuple[dict[str, Any], np.ndarray]:
@@ -426,7 +443,7 @@ def test_a_float_graph_passes_the_whole_way(make_llama: Any, recipe_for: Callabl
     (report,) = pipeline.convert(recipe_for(make_llama(), FLOAT, text=RECIPE), tmp_path).reports
     assert not [check for check in report.checks if not check.passed]
     assert {check.name.partition(" (")[0] for check in report.checks if "kl_nats" in check.name} == {
-        f"onnxruntime {mode}" for mode in MODES
+        f"onnxruntime {mode}" for mode in RUNTIMES["onnxruntime"].modes
     }
 
 

@@ -520,6 +520,21 @@ def test_a_private_source_does_not_go_to_a_public_repo_that_is_there(octo: Hub, 
     send(pack([private], Push(repo="org/name", accept=("private",)))[0], QUIET)
 
 
+def test_a_card_says_how_a_graph_runs_on_a_gpu_and_in_which_version(artifacts: Path) -> None:
+    """And a report without that version, as one of another octavo may be, still gives a card."""
+    report, manifest = read_report(report_path(artifacts / "fp8")), read_manifest(artifacts / "fp8")
+    graph = replace(manifest.files[0], name="onnx/model_quantized.onnx")
+    manifest = replace(manifest, files=(*manifest.files, graph))
+    run = replace(report.runtimes[0], name="onnxruntime-gpu on CUDA (CUDAExecutionProvider)", device="cuda")
+    for versions, installed in (({"onnxruntime-gpu": "1.31.1", "onnx": "1.23.2"}, "onnxruntime-gpu==1.31.1"), ({}, "onnxruntime-gpu")):
+        text = render_card(replace(report, runtimes=(replace(run, versions=versions),)), manifest, Published("org/x", "v1", "f"))
+        assert f"pip install {installed}\n" in text
+        code = text.partition("```python\n")[2].partition("```")[0]
+        assert '"model/f/onnx/model_quantized.onnx", providers=["CUDAExecutionProvider"' in code
+        compile(code, "card", "exec")
+        check_card(text)
+
+
 def test_a_card_for_a_folder_names_no_repo(artifacts: Path) -> None:
     path = artifacts / "fp8"
     text = render_card(read_report(report_path(path)), read_manifest(path))

@@ -161,7 +161,7 @@ def test_digests_stop_when_nobody_wants_them(make_llama: Any) -> None:
         assert next(iter(digests.result().values())).startswith("blake3:")
 
 
-# --- the Hub, on loopback; a process of its own for each, because huggingface_hub reads its environment once ---
+# --- the Hub, on loopback; where it needs another environment in a process of its own, because huggingface_hub reads that once ---
 
 
 @pytest.fixture
@@ -171,33 +171,43 @@ def repo(hub: Hub, make_llama: Any) -> Any:
     return hub.add("org/model", {path.name: path for path in folder.iterdir()})
 
 
-def ask(hub: Hub, home: Path, model: str, **environment: str) -> dict[str, Any]:
-    """Opens ``model`` against the stand-in and reads a tensor; what came of it as plain data."""
-    program = """if True:
-        import json, sys
-        import convert.hub as hub
-        import convert.source as source
-        from formats.errors import OctavoError
-        hub.RETRY_SECONDS = (0.1,) * 4
-        try:
-            checkpoint = source.open_source(sys.argv[1])
-            name = "model.layers.0.mlp.up_proj.weight"
-            planned = {"commit": checkpoint.commit, "download": checkpoint.download_bytes, "licence": checkpoint.licence}
-            rows = checkpoint.reader.read(name, 0, 2).float().tolist()
-            print(json.dumps({**planned, "rows": rows, "digests": [file.digest for file in checkpoint.files]}))
-        except OctavoError as error:
-            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program, model],
-        env={**hub.environment(home), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+OPEN = """
+def opened(model, whole):
+    import convert.source as source
+    from formats.errors import OctavoError
+    try:
+        checkpoint = source.open_source(model)
+        planned = {"commit": checkpoint.commit, "download": checkpoint.download_bytes, "licence": checkpoint.licence}
+        rows = checkpoint.reader.read("model.layers.0.mlp.up_proj.weight", 0, 2).float().tolist()
+        if whole:
+            [checkpoint.reader.path(file.name) for file in checkpoint.files]
+        return {**planned, "rows": rows, "digests": [file.digest for file in checkpoint.files]}
+    except OctavoError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+"""
+
+
+def ask(hub: Hub, home: Path, model: str, *, whole: bool = False, **environment: str) -> dict[str, Any]:
+    """Opens ``model`` against the stand-in and reads a tensor, or with ``whole`` every file; what came of it as plain data."""
+    if environment:
+        program = f"import json, sys\n{OPEN}\nprint(json.dumps(opened(sys.argv[1], {whole})))"
+        command = [sys.executable, "-c", program, model]
+        variables = {**hub.environment(home), **environment}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    namespace: dict[str, Any] = {}
+    exec(OPEN, namespace)
+    constants = "huggingface_hub.constants"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(f"{constants}.HF_TOKEN_PATH", str(home / "token"))
+        patch.setattr(f"{constants}.ENDPOINT", hub.url)
+        patch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(f"{constants}.HF_HUB_DISABLE_XET", True)
+        patch.setattr(f"{constants}.HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr("convert.hub.RETRY_SECONDS", (0.1,) * 4)
+        return dict(namespace["opened"](model, whole))
 
 
 def test_a_hub_model_is_pinned_planned_from_headers_and_cached(hub: Hub, repo: Any, tmp_path: Path) -> None:
@@ -220,8 +230,7 @@ def test_offline_mode_uses_the_cache_or_says_what_is_not_in_it(hub: Hub, repo: A
     assert "not in the cache, and offline mode is on" in ask(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")["error"]
     first = ask(hub, tmp_path, "org/model")
     assert "not whole in the cache" in ask(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")["error"], "one of two shards was fetched"
-    fetch_all = "import convert.source as s; c = s.open_source('org/model'); [c.reader.path(f.name) for f in c.files]"
-    subprocess.run([sys.executable, "-c", fetch_all], env=hub.environment(tmp_path), check=True, timeout=120)
+    ask(hub, tmp_path, "org/model", whole=True)
     offline = ask(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
     assert (offline["commit"], offline["rows"]) == (repo.branches["main"], first["rows"])
 
@@ -241,8 +250,9 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(hub: Hub, repo: Any, tmp_p
     assert answer["exit_code"] == 2
 
 
-def test_a_hub_that_is_not_there_is_said_to_be(hub: Hub, tmp_path: Path) -> None:
-    answer = ask(hub, tmp_path, "org/model", HF_ENDPOINT="http://127.0.0.1:9")
+def test_a_hub_that_is_not_there_is_said_to_be(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "url", "http://127.0.0.1:9")
+    answer = ask(hub, tmp_path, "org/model")
     assert "cannot be reached" in answer["error"]
     assert answer["exit_code"] == 2
 

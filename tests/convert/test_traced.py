@@ -35,7 +35,6 @@ targets:
     rules: {scheme}
     runtimes: [onnxruntime]
 """
-FLOAT = "[{match: linear, keep: true, why: a float graph}]"
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 96}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 PICTURE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32, "patch_size": 8}
@@ -155,10 +154,28 @@ def tensor(folder: Path, item: Any) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+@pytest.fixture(scope="module")
+def graphs(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """``graphs(kind)``: the ``float`` graph of a model and, where `linear` names a layer, that of its codes, ``int8``; traced once."""
+    made: dict[str, dict[str, Path]] = {}
+
+    def make(kind: str) -> dict[str, Path]:
+        if kind not in made:
+            float_ = {"match": "linear" if kind != "resnet" else "classifier.1", "keep": True, "why": "a float graph"}
+            rules = {"float": float_} | ({"int8": {"match": "linear", "scheme": "int8-weight-only"}} if kind != "resnet" else {})
+            targets = [{"name": name, "format": "onnx", "rules": [rule], "runtimes": ["onnxruntime"]} for name, rule in rules.items()]
+            recipe = parse_recipe(json.dumps({"model": str(saved(kind)[0]), "targets": targets}), "test.yaml", name="test")
+            outcome = pipeline.convert(recipe, tmp_path_factory.mktemp("graphs"), check=False)
+            made[kind] = {artifact.path.name: artifact.path for artifact in outcome.artifacts}
+        return made[kind]
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_float_graph_is_the_model(kind: str, saved: Callable[..., Any], export: Callable[..., Path]) -> None:
-    folder, model = saved(kind)
-    out = export(folder, FLOAT if kind != "resnet" else "[{match: classifier.1, keep: true, why: a float graph}]")
+def test_float_graph_is_the_model(kind: str, saved: Callable[..., Any], graphs: Callable[..., dict[str, Path]]) -> None:
+    _, model = saved(kind)
+    out = graphs(kind)["float"]
     onnx.checker.check_model(out / find_graph(out), full_check=True)
     inputs = inputs_for(kind)
     expected, got = expect(model, inputs), run(out, inputs)
@@ -171,9 +188,11 @@ def test_float_graph_is_the_model(kind: str, saved: Callable[..., Any], export: 
 
 
 @pytest.mark.parametrize("kind", ["bert", "masked", "classifier", "distilbert", "modernbert", "t5", "vit"])
-def test_int8_graph_is_the_model_with_the_weights_it_decodes_to(kind: str, saved: Callable[..., Any], export: Callable[..., Path]) -> None:
-    folder, model = saved(kind)
-    out = export(folder, "[{match: linear, scheme: int8-weight-only}]")
+def test_int8_graph_is_the_model_with_the_weights_it_decodes_to(
+    kind: str, saved: Callable[..., Any], graphs: Callable[..., dict[str, Path]]
+) -> None:
+    _, model = saved(kind)
+    out = graphs(kind)["int8"]
     onnx.checker.check_model(out / find_graph(out), full_check=True)
     inputs = inputs_for(kind)
     plain = expect(model, inputs)

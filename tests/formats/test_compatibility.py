@@ -18,12 +18,21 @@ ACCEPTED = [
     if form.refusal(scheme, (256, 512), transposed=False) is None
 ]
 
+#: What a runtime names the format of, and nobody has run there or read: the plan warns that it is not known. Whoever runs one moves it.
+NOT_KNOWN = {
+    *(("onnxruntime-gpu", "onnx", scheme) for scheme in ("int8-weight-only-g64", "int8-weight-only-g128", "int8-dynamic", "int8-static")),
+    *(("onnxruntime-gpu", "onnx", scheme) for scheme in ("fp8-weight-only", "fp8-static", "int8-lookup")),
+    *(("onnxruntime-gpu", "onnx-matmulnbits", scheme) for scheme in ("int8-weight-only", "int8-weight-only-g32")),
+    *(("onnxruntime-gpu", "onnx-matmulnbits", scheme) for scheme in ("int8-weight-only-g64", "int8-weight-only-g128", "int8-lookup")),
+}
+
 
 @pytest.mark.parametrize(("name", "scheme"), ACCEPTED)
 def test_what_can_be_written_has_a_row_in_every_runtime_that_names_its_format(name: str, scheme: str) -> None:
     for runtime, known in RUNTIMES.items():
         if name in known.formats:
-            assert any(find(runtime, place, name, scheme) for place in HARDWARE), f"{runtime} says nothing of {name} {scheme}"
+            known_of = any(find(runtime, place, name, scheme) for place in HARDWARE)
+            assert known_of != ((runtime, name, scheme) in NOT_KNOWN), f"{runtime}: {name} {scheme} has {'a' if known_of else 'no'} row"
 
 
 def test_every_row_says_where_it_is_from_and_speaks_the_words_there_are() -> None:
@@ -76,6 +85,9 @@ def test_no_row_stands_wholly_in_the_shade_of_those_before_it() -> None:
         ("bitsandbytes", None, "cpu", "bitsandbytes", "llm-int8", "emulated"),
         ("tensorrt-llm", None, "sm_80", "modelopt", "fp8-static", "none"),
         ("onnxruntime", None, "cpu", "compressed-tensors", "int8-dynamic", "not known"),
+        ("onnxruntime-gpu", None, "sm_90", "onnx", "int8-weight-only", "fused"),
+        ("onnxruntime-gpu", None, "sm_80", "onnx", "int8-weight-only", "not known"),
+        ("onnxruntime-gpu", None, "sm_90", "onnx", "int8-static", "not known"),
         ("vllm", "0.32", "cpu-vnni", "compressed-tensors", "int8-dynamic-experts", "none"),
         ("vllm", "0.32", "cpu-amx", "compressed-tensors", "int8-dynamic-experts", "native"),
         ("vllm", "0.24", "cpu-amx", "compressed-tensors", "int8-dynamic-experts", "none"),

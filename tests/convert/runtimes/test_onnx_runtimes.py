@@ -77,6 +77,19 @@ def test_int8_passes_and_is_multiplied_in_int8(runtime: str, kernels: dict[str, 
     assert ("prompt tokenized otherwise than by transformers" in names) == (runtime != "openvino")
 
 
+@needs("onnxruntime-gpu")
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["onnx", "onnx-matmulnbits"])
+def test_on_a_gpu_int8_passes_and_no_product_runs_beside_it(form: str, make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    text = JOB.format(model=make_llama(), runtimes="onnxruntime-gpu").replace("format: onnx", f"format: {form}")
+    (report,) = pipeline.convert(parse_recipe(text, "gpu.yaml", name="gpu"), tmp_path).reports
+    assert not [check for check in report.checks if not check.passed]
+    (result,) = report.runtimes
+    assert (result.program, result.device, result.version) == ("onnxruntime-gpu", "cuda", environments.PINS[result.program]["cuda"].version)
+    assert result.kernels == {"MatMulNBits": PRODUCTS}
+    assert any(check.name.endswith("products that ran beside the GPU") for check in report.checks)
+
+
 @needs(*ELSEWHERE)
 def test_an_artifact_that_does_not_load_is_a_failed_check_in_its_own_words(artifact: Path, tmp_path: Path) -> None:
     path = tmp_path / "int8"

@@ -1,0 +1,127 @@
+"""Programs that a fork server runs: the same to whoever asks as processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert import child
+
+Told = Callable[..., tuple[dict[str, Any] | None, str]]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    """``told(body, **request)``: what came of a program whose ``main(request, answer)`` has that body."""
+    folder, programs = tmp_path_factory.mktemp("programs"), set[str]()
+
+    def tell(body: str, *, forked: bool = True, **request: Any) -> tuple[dict[str, Any] | None, str]:
+        name = f"program{len(list(folder.glob('program*.py')))}"
+        text = f"import json, os, signal, sys, time\nfrom pathlib import Path\ndef main(request, answer):\n    {body}\n"
+        (folder / f"{name}.py").write_text(text + 'if __name__ == "__main__":\n    main(*sys.argv[1:])\n')
+        programs.update([name] if forked else [])
+        return child.run_program(name, request, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+        patch.setattr(child, "_server", child._Server())
+        patch.setattr(child, "_FORKED", programs)
+        yield tell
+        child._server.end()
+
+
+TELL = "{'request': json.loads(Path(request).read_text()), 'parent': os.getppid(), 'shared': 'torch' in sys.modules}"
+ANSWER = f"Path(answer).write_text(json.dumps({TELL}))"
+
+
+def test_a_program_finds_its_imports_and_each_is_a_process_of_its_own(told: Told) -> None:
+    (one, said), (two, _) = told(ANSWER, number=1), told(ANSWER, number=2)
+    assert one is not None, said
+    assert two is not None
+    assert (one["request"], two["request"]) == ({"number": 1}, {"number": 2})
+    assert one["parent"] == two["parent"] != os.getpid()
+    assert one["shared"]
+    own, _ = told(ANSWER, forked=False)
+    assert own is not None
+    assert (own["parent"], own["shared"]) == (os.getpid(), False)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("print('on its way', flush=True); raise ValueError('so it is')", "on its way\nTraceback .*ValueError: so it is\n"),
+        ("print('a word', file=sys.stderr); sys.exit(3)", "a word\n"),
+        ("sys.exit('a word')", "a word\n"),
+        ("os.system('echo from a child'); os.kill(os.getpid(), signal.SIGKILL)", "from a child\n\nit was killed by signal 9"),
+        ("print('nothing is answered')", "nothing is answered\n"),
+    ],
+)
+def test_how_a_program_fails_is_told_as_of_a_process_of_its_own(told: Told, body: str, said: str) -> None:
+    for forked in (True, False):
+        answer, output = told(body, forked=forked)
+        assert answer is None
+        assert re.fullmatch(said, output, re.DOTALL), output
+
+
+def test_another_environment_begins_it_again_and_it_ends_with_whoever_asks(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = told(ANSWER)
+    monkeypatch.setenv("OCTAVO_TEST", "seen")
+    second, said = told("Path(answer).write_text(json.dumps({'parent': os.getppid(), 'seen': os.environ['OCTAVO_TEST']}))")
+    assert first is not None
+    assert second is not None, said
+    assert second["seen"] == "seen"
+    assert not Path(f"/proc/{first['parent']}").exists()
+    assert len(list(Path(f"/proc/{second['parent']}/task").iterdir())) == 1, "a thread would hold behind a fork what it held before"
+    server = child._server._process
+    assert server is not None
+    assert server.pid == second["parent"]
+    assert server.stdin is not None
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+def test_without_its_server_a_program_is_run_all_the_same(told: Told) -> None:
+    found, _ = told(ANSWER)
+    assert found is not None
+    os.kill(found["parent"], signal.SIGKILL)
+    alone, said = told(ANSWER)
+    assert alone is not None, said
+    assert alone["parent"] == os.getpid()
+
+
+def test_a_gpu_is_not_carried_through_a_fork(told: Told) -> None:
+    found, said = told(ANSWER, device="cuda")
+    assert found is not None, said
+    assert found["parent"] == os.getpid()
+
+
+def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    body = f"Path('{begun}.new').write_text(f'{{os.getpid()}} {{os.getppid()}}'); os.rename('{begun}.new', '{begun}'); time.sleep(600)"
+    interrupted = threading.Event()
+
+    def interrupt() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        interrupted.set()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        told(body)
+    thread.join()
+    assert interrupted.is_set()
+    for pid in map(int, begun.read_text().split()):
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
