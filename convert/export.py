@@ -104,7 +104,7 @@ def export(
     Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
     whatever calibrating, reading and quantizing raise; what was finished stays for the next run.
     """
-    made = {target.name: _already_made(out / target.name, plan.digest) for target in plan.targets}
+    made = {target.name: already_made(out / target.name, plan.digest) for target in plan.targets}
     pending = [target for target in plan.targets if made[target.name] is None]
     if pending:
         sidecars = plan.checkpoint.sidecars()
@@ -540,7 +540,7 @@ def partial_bytes(out: Path, name: str) -> int:
     return sum(path.stat().st_blocks * 512 for path in [*folder.glob("*.safetensors"), *folder.glob("*/*_data*")]) if folder.exists() else 0
 
 
-def _already_made(folder: Path, digest: str) -> Artifact | None:
+def already_made(folder: Path, digest: str) -> Artifact | None:
     """The artifact of an earlier run of the same plan, if every byte of it is still there."""
     try:
         manifest = read_manifest(folder)

@@ -132,15 +132,18 @@ def remark(layers: Mapping[str, Mapping[str, Any]]) -> str:
     names = ruined(layers)
     if not names:
         return ""
-
-    def told(name: str) -> str:
-        seen = layers[name].get("smoothed", layers[name]["inputs"])
-        return f"{name} (output off by {off(layers[name]):.0%}, largest input {seen['absmax']:,g}, median {seen['typical']:,g})"
-
+    told = [described(name, layers[name]) for name in names[:6]]
     return (
-        f"static activations ruin {', '.join(map(told, names[:6]))}{f' and {len(names) - 6} more' if len(names) > 6 else ''}: "
-        "keep them with a rule (keep: true), or give them a dynamic scheme"
+        f"static activations ruin {', '.join(told)}{f' and {len(names) - 6} more' if len(names) > 6 else ''}: "
+        "keep them with a rule (keep: true), or give them a dynamic scheme; "
+        f"ruined: {{at_most: {len(names)}}} in the target has that done"
     )
+
+
+def described(module: str, health: Mapping[str, Any]) -> str:
+    """A layer that is ruined, and by what, for people."""
+    seen = health.get("smoothed", health["inputs"])
+    return f"{module} (output off by {off(health):.0%}, largest input {seen['absmax']:,g}, median {seen['typical']:,g})"
 
 
 def summary(layers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from convert.export import Artifact, Like
 from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, filled, frontier, line_through, loss_of
 from convert.plan import Plan
 from convert.progress import Progress
-from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, reads_calibration, rung_steps
+from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
 from convert.report import Report, manifest_digest
 from convert.runtimes import RUNTIMES
 from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, measure, spelled, together, weight_error
@@ -188,21 +188,8 @@ def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rul
     """The recipe of one rung: ``kept`` before the target's own rules, which take the rung's algorithms; the budget becomes limits."""
     steps = rung_steps(rung)
     rules = (*kept, *(rule.model_copy(update={"algorithm": steps}) if rule.scheme else rule for rule in target.rules))
-    changed = {"rules": rules, "limits": target.merged_limits(), "budget": None, "ladder": None, "alone": alone or None}
-    index = recipe.targets.index(target)
-    made = recipe.only([target])
-    made = made.model_copy(update={"targets": (target.model_copy(update=changed),)})
-    if not reads_calibration(made.targets[0]):
-        made = made.model_copy(update={"calibration": None})
-    # Rules that the ladder puts first come from the budget's line, and move the others down.
-    of_rules = {path: where for path, where in made._where.items() if path[:3] == ("targets", 0, "rules") and len(path) > 3}
-    for path in of_rules:
-        del made._where[path]
-    made._where |= {(*path[:3], int(path[3]) + len(kept), *path[4:]): where for path, where in of_rules.items()}
-    made._where |= {("targets", 0, "rules", i): recipe.where("targets", index, "budget") for i in range(len(kept))}
-    if "rules" not in target.model_fields_set:
-        made._where |= {("targets", 0, "rules", len(kept) + i): recipe.where("targets", index) for i in range(len(target.rules))}
-    return made
+    changed = {"limits": target.merged_limits(), "budget": None, "ladder": None, "alone": alone or None}
+    return recipe.remade(target, rules, first=len(kept), by="budget", changed=changed)
 
 
 def _try(
@@ -495,7 +482,7 @@ def _said(fate: str) -> str:
 def _rule(item: _Item, taken: int, items: Sequence[_Item], best: Rung) -> Rule:
     """The rule that gives layers another fate, with its reason."""
     fate, option, was = item.fates[taken], item.options[taken], item.options[0]
-    match = _pattern(item.modules, [module for other in items if other is not item for module in other.modules])
+    match = pattern(item.modules, [module for other in items if other is not item for module in other.modules])
     lost = f"mixed precision: in {item.losses[0].scheme} alone its group loses {was.loss:g} nats, "
     if fate == "keep":
         return Rule(match=match, keep=True, why=f"{lost}and keeping it takes {option.extra_bytes:,} bytes")
@@ -503,13 +490,13 @@ def _rule(item: _Item, taken: int, items: Sequence[_Item], best: Rung) -> Rule:
     return Rule(match=match, scheme=fate, algorithm=(*steps, Step(rtn=Rounding())), why=f"{lost}in {fate} {option.loss:g}")
 
 
-def _pattern(modules: Sequence[str], others: Sequence[str]) -> str:
-    """What matches these modules and none of the others: all that lies in one, where that is so, or each by its name."""
+def pattern(modules: Sequence[str], others: Sequence[str] | None = None) -> str:
+    """What matches these modules and none of the ``others``: all that lies in one where that is so, or each by its name."""
     common = modules[0].split(".")
     while common and not all(module.startswith(".".join((*common, ""))) for module in modules):
         common.pop()
     inside = ".".join((*common, ""))
-    if len(modules) > 8 and common and not any(module.startswith(inside) for module in others):
+    if others is not None and len(modules) > 8 and common and not any(module.startswith(inside) for module in others):
         return f"re:{re.escape(inside)}.*"
     return f"re:{'|'.join(re.escape(module) for module in modules)}"
 
@@ -579,13 +566,13 @@ def _curves(items: Sequence[_Item], line: Line, base_bytes: int) -> dict[str, li
     }
 
 
-def settle(found: Climb, target: Target, out: Path, scratch: Path) -> Artifact:
-    """Moves the artifact that is taken to its final name, and removes what was made on the way."""
-    final, old = out / target.name, out / f".{target.name}.old"
+def settle(artifact: Artifact, final: Path, scratch: Path) -> Artifact:
+    """Moves an artifact to its final name, and removes what was made on the way."""
+    old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    found.taken.artifact.path.rename(final)
+    artifact.path.rename(final)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(scratch, ignore_errors=True)
-    return replace(found.taken.artifact, path=final)
+    return replace(artifact, path=final)

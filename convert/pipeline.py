@@ -30,6 +30,7 @@ from convert.recipe import Recipe, Target, parse_recipe
 from convert.recover import training_bytes
 from convert.report import Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate
+from convert.ruined import Passes, spare
 from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
 from convert.text import take_held_out
@@ -80,7 +81,8 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     """What the job needs in memory and on the disk of ``out``, less what an interrupted run already took."""
     import psutil
 
-    disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - partial_bytes(out, target.name)) for target in plan.targets)
+    begun = {name: partial_bytes(out, name) + partial_bytes(out / f".{name}.ruined", name) for name in (t.name for t in plan.targets)}
+    disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - begun[target.name]) for target in plan.targets)
     memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
     free = psutil.virtual_memory().available
     wide = plan.recipe.validation.reference == "float32"
@@ -150,11 +152,13 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
             require_tasks(job.recipe)
         if budgeted:
             return _climb_all(job, out, digests, progress, device=device)
-        artifacts = export(job, out, progress, digests=digests, device=device)
+        made = _export_all(job, checkpoint, out, digests, progress, device=device)
+    artifacts = [artifact for _, artifact in made]
     for artifact in artifacts:
         if said := remark((artifact.manifest.calibration or {}).get("health", {})):
             progress.say(f"warning: {artifact.manifest.target}: {said}")
-    reports = prove([artifact.path for artifact in artifacts], job.recipe, progress=progress, device=device) if check else []
+    recipes = [by.recipe for by, _ in made]
+    reports = prove([artifact.path for artifact in artifacts], recipes, progress=progress, device=device) if check else []
     return Outcome(job, tuple(artifacts), tuple(reports))
 
 
@@ -192,6 +196,26 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
     (out / "compare.json").write_bytes(plain_json(found.record()))
     return found
+
+
+def _export_all(
+    job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDigests, progress: Progress, *, device: str
+) -> list[tuple[Plan, Artifact]]:
+    """Every artifact with the plan that made it, in the job's order: targets together, but for each that takes out what static scales ruin.
+    ``checkpoint``: the source as it was opened."""
+    plain = tuple(target for target in job.recipe.targets if target.ruined is None)
+    together = job if len(plain) == len(job.targets) else _plan(job.recipe.only(plain), checkpoint) if plain else None
+    artifacts = export(together, out, progress, digests=digests, device=device) if together else []
+    found = {artifact.manifest.target: (together or job, artifact) for artifact in artifacts}
+
+    def make(again: Plan, folder: Path) -> Artifact:
+        require(needs(again, folder, check=False, device=device), folder)
+        return export(again, folder, progress, digests=digests, device=device)[0]
+
+    for target in job.recipe.targets:
+        if target.ruined is not None:
+            found[target.name] = spare(job.recipe, target, out, Passes(lambda recipe: _plan(recipe, checkpoint), make), progress)
+    return [found[target.name] for target in job.recipe.targets]
 
 
 def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
@@ -232,7 +256,7 @@ def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: P
     note.unlink(missing_ok=True)
     scratch = out / f".{target.name}.rungs"
     found = climb(job.recipe, target, scratch, stages, progress, device=device)
-    artifact = settle(found, target, out, scratch)
+    artifact = settle(found.taken.artifact, final, scratch)
     report = replace(found.taken.report, ladder=found.record(target.budget))
     report_path(final).write_bytes(report.to_bytes())
     report_path(final).with_suffix(".html").write_text(render(report, artifact.manifest), encoding="utf-8")

@@ -265,7 +265,13 @@ class Plan:
                 f"{len(set(again))} tensors are quantized a second time, first {again[0].name} ({was}): errors add up; "
                 "convert the model it was made from, if there is one"
             )
-        for target in self.targets:
+        for target, asked in zip(self.targets, self.recipe.targets, strict=True):
+            if asked.ruined is not None:
+                fate = "kept in 16 bit" if asked.ruined.instead == "keep" else f"made {asked.ruined.instead}"
+                found.append(
+                    f"{target.name}: of its {len(target.static)} layers with static inputs up to {asked.ruined.at_most} may be {fate} "
+                    "instead, where calibration finds that a static scale ruins them; then it is calibrated and made again"
+                )
             rounded = [entry for entry in target.quantized if entry.again == RESPELLED and _will_round(entry, target.dtype)]
             if rounded:
                 found.append(

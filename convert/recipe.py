@@ -308,6 +308,24 @@ class Budget(_Section):
         return self
 
 
+def _check_instead(instead: str) -> str:
+    if instead != "keep" and instead not in SCHEMES:
+        raise ValueError(f"no scheme is called {instead!r}{_nearest(instead, SCHEMES)}; known are keep, {', '.join(SCHEMES)}")
+    if instead != "keep" and SCHEMES[instead].static:
+        raise ValueError(f"{instead} has static inputs too; choose keep, or a dynamic scheme")
+    return instead
+
+
+class Ruined(_Section):
+    """What to do about layers whose output a scale of a static input, told in advance, leaves off by 60 % or more, as calibration sees
+    them: the target is then made again without them. Otherwise they are only named."""
+
+    at_most: Positive
+    """So many layers; more are an error that names them. Layers that a runtime makes one (q, k and v) go together, and each counts."""
+    instead: Annotated[str, AfterValidator(_check_instead)] = "keep"
+    """`keep` them in 16 bit, or quantize them in another scheme, for instance `int8-dynamic`, by the same algorithms."""
+
+
 def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
     for i, rung in enumerate(rungs):
         if rung == "recover" and i != len(rungs) - 1:
@@ -354,6 +372,8 @@ class Target(_Section):
     """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
+    ruined: Ruined | None = None
+    """Layers that static scales would ruin are taken out, up to a bound; the ledger has the reason of each."""
     budget: Budget | None = None
     """Instead of an algorithm: climb the ladder until this is met."""
     ladder: Annotated[tuple[str, ...], AfterValidator(_check_rungs), Field(strict=False, min_length=1)] | None = None
@@ -372,6 +392,19 @@ class Target(_Section):
         asked = [step.recover for rule in self.rules if rule.scheme for step in rule.algorithm if step.recover]
         if any(options != asked[0] for options in asked):
             raise ValueError("a target is trained once, so every recover in its rules has the same options")
+        return self
+
+    @model_validator(mode="after")
+    def _static_to_ruin(self) -> Target:
+        if self.ruined is None:
+            return self
+        static = [rule for rule in self.rules if rule.scheme and SCHEMES[rule.scheme].static]
+        if not static:
+            raise ValueError("ruined is about static inputs, and no rule has a static scheme; leave it out")
+        if self.budget is not None:
+            raise ValueError("with a budget, mixed chooses what is taken out; leave ruined out")
+        if any(step.recover for rule in static for step in rule.algorithm):
+            raise ValueError("recover trains what static inputs lose, so none of them is ruined for good; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -586,6 +619,23 @@ class Recipe(_Section):
         made._where = {path: where for path, where in self._where.items() if path[:1] != ("targets",) or len(path) == 1}
         for i, place in enumerate(places):
             made._where |= {("targets", i, *path[2:]): where for path, where in self._where.items() if path[:2] == ("targets", place)}
+        return made
+
+    def remade(self, target: Target, rules: Sequence[Rule], *, first: int, by: str, changed: Mapping[str, Any]) -> Recipe:
+        """The recipe of one of its targets alone, with other ``rules`` and what else is ``changed``. The ``first`` of the rules, so many,
+        come from the target's key ``by``, whose line is theirs; the others are its own, in their order."""
+        index = self.targets.index(target)
+        made = self.only([target])
+        made = made.model_copy(update={"targets": (target.model_copy(update={**changed, "rules": tuple(rules)}),)})
+        if not reads_calibration(made.targets[0]):
+            made = made.model_copy(update={"calibration": None})
+        of_rules = {path: where for path, where in made._where.items() if path[:3] == ("targets", 0, "rules") and len(path) > 3}
+        for path in of_rules:
+            del made._where[path]
+        made._where |= {(*path[:3], int(path[3]) + first, *path[4:]): where for path, where in of_rules.items()}
+        made._where |= {("targets", 0, "rules", i): self.where("targets", index, by) for i in range(first)}
+        if "rules" not in target.model_fields_set:
+            made._where |= {("targets", 0, "rules", first + i): self.where("targets", index) for i in range(len(target.rules))}
         return made
 
     def resolved(self, *, predicts: bool = True) -> dict[str, Any]:
@@ -871,6 +921,7 @@ def _fields_at(path: Path_) -> list[str]:
         "rules": Rule,
         "limits": Limits,
         "budget": Budget,
+        "ruined": Ruined,
         "options": Options,
         "validation": Validation,
         "tasks": Task,

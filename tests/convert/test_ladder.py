@@ -99,7 +99,8 @@ def test_a_rung_on_the_way_is_looked_at_first(
     outcome = convert(recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text), tmp_path)
     assert not outcome.passed
     rungs = outcome.reports[0].ladder["rungs"]
-    assert rungs[0]["tokens"] == 256, "a quarter of 1,024"
+    if "mixed" not in ladder:  # which looks at all tokens of the rung it begins with, be it the first
+        assert rungs[0]["tokens"] == 256, "a quarter of 1,024"
     assert ("transformers", 4) in asked
     assert asked[0] == ("source", 16)
     assert [program for program, _ in asked[:3]] == ["source", "transformers", "transformers" if "mixed" in ladder else "numbers"]
