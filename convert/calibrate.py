@@ -197,12 +197,17 @@ def source_tokenizer(plan: Plan, scratch: Path) -> Any:
     """The tokenizer of the source, from a copy in ``scratch`` of the small files beside its weights. Raises :class:`InputError`."""
     from convert.text import load_tokenizer
 
+    return load_tokenizer(source_sidecars(plan, scratch), trust_remote_code=plan.recipe.trust_remote_code)
+
+
+def source_sidecars(plan: Plan, scratch: Path) -> Path:
+    """A folder in ``scratch`` with the small files beside the source's weights: its tokenizer, or its processor of pictures."""
     folder = scratch / "tokenizer"
     folder.mkdir()
     for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    return load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+    return folder
 
 
 def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:

@@ -21,15 +21,17 @@ import psutil
 from convert import environments, tasks
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.answers import Question, describe, encode, judge, read_questions
+from convert.architecture import build
 from convert.child import request, run
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
+from convert.pictures import load_processor, take_pictures
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import HARNESSED, RUNTIMES
-from convert.source import open_source
+from convert.source import Checkpoint, open_source
 from convert.text import load_tokenizer, take_held_out
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
@@ -49,7 +51,7 @@ PASSAGES, PASSAGE_TOKENS = 2, 40
 class _Text:
     """Held-out tokens (sequences, length), what they were made of, a prompt to continue, ``templated`` where it went through the chat
     template, which writes special tokens itself, the user's own questions with theirs, how many tokens answer them, and passages of the
-    held-out text."""
+    held-out text. Or pictures (pictures, channels, height, width), and nothing of words."""
 
     tokens: np.ndarray
     record: dict[str, Any]
@@ -71,7 +73,7 @@ class _Text:
         return [self.decode(item[: self.answer_tokens]) for item in ids[:count]], [self.decode(item[:NEW_TOKENS]) for item in ids[count:]]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
 
 def require_runtimes(target: Target) -> None:
@@ -115,9 +117,10 @@ def check(
     model = manifests[0].pinned
     with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
         scratch = Path(scratch_name)
-        text = _held_out(recipe, artifacts[0])
+        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
+        text = _pictures(recipe, artifacts[0]) if _sees(checkpoint, recipe) else _held_out(recipe, artifacts[0])
         np.save(scratch / "tokens.npy", text.tokens)
-        progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
+        progress.say(f"running the source on {text.record['tokens']:,} held-out {text.record.get('unit', 'tokens')}")
         asked = {
             **request(recipe, scratch, device=device),
             "prompt": text.prompt_ids,
@@ -128,7 +131,6 @@ def check(
             "answer_tokens": max(recipe.validation.answer_tokens, NEW_TOKENS),
         }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
-        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
         blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
         if blocks:
@@ -146,6 +148,8 @@ def check(
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
         asked["predicts"] = answer["predicts"]
+        if answer.get("written"):
+            text.record["written"] = "what is read, behind the token that the decoder begins with"
         if recipe.validation.tasks:
             names = ", ".join(task.name for task in recipe.validation.tasks)
             progress.say(f"running the source on {names} of lm-evaluation-harness")
@@ -229,7 +233,11 @@ def _check_one(
         checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
         try:
             files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
-            found_here = compare_logits(*files, text.tokens, width) if source["predicts"] else compare_states(*files, width)
+            found_here = (
+                compare_logits(*files, text.tokens, width)
+                if source["predicts"]
+                else compare_states(*files, width, classes=source.get("classes", False))
+            )
         except OctavoError as error:
             checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))
             continue
@@ -412,6 +420,8 @@ def _with_doubt(check: Check, sample: int, what: str) -> Check:
 
 def _check_drift(runtime: str, found: Drift, bounds: Quality) -> list[Check]:
     detail = f"mean cosine {found.cosine:.5f}"
+    if found.top1 is not None:
+        detail += f"; the same class for {found.top1:.1%}, {found.kl_nats:.5f} nats between the distributions of classes"
     return [
         holds(f"{runtime}: finite hidden states", math.isfinite(found.relative_error)),
         at_most(f"{runtime}: relative_error", found.relative_error, bounds.relative_error, "share", detail),
@@ -455,6 +465,20 @@ def _check_recovery(runtime: str, result: RuntimeResult, recipe: Recipe, limit: 
         check = at_least(f"{runtime}: recovery of {task.name}", share, limit, "of the source", detail, worst.recovery_interval)
         found.append(_with_doubt(check, worst.documents, "documents"))
     return found
+
+
+def _sees(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether the model reads pictures, and there are some for it."""
+    if recipe.validation.images is None:
+        return False
+    model = build(checkpoint.config, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
+    return model is not None and model.main_input_name == "pixel_values"
+
+
+def _pictures(recipe: Recipe, artifact: Path) -> _Text:
+    processor = load_processor(artifact, trust_remote_code=recipe.trust_remote_code)
+    pictures, record = take_pictures(recipe.validation, processor)
+    return _Text(pictures, record | {"reference": recipe.validation.reference}, "", [], False, None, [], [], 0, [])
 
 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:

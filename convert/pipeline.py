@@ -11,7 +11,7 @@ from pathlib import Path
 
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import lane_tokens, source_tokenizer, statistics_bytes, walk_dtype
+from convert.calibrate import lane_tokens, source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
@@ -22,6 +22,7 @@ from convert.health import remark
 from convert.html import render, render_comparison
 from convert.ladder import Stages, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
+from convert.pictures import load_processor, take_pictures
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
@@ -33,7 +34,7 @@ from convert.rotate import rotate
 from convert.ruined import Passes, spare
 from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
-from convert.text import take_held_out
+from convert.text import load_tokenizer, take_held_out
 from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
@@ -344,9 +345,13 @@ def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 
 def _pinned(recipe: Recipe) -> Recipe:
     """With the commits of datasets on the Hub, so that the same job reads the same text for as long as it is interrupted, and later."""
-    sections = {name: getattr(recipe, name) for name in ("calibration", "validation")}
-    pins = {name: pin(section.text) for name, section in sections.items() if section is not None and section.text != "sample"}
-    changed = {name: sections[name].model_copy(update={"text": text}) for name, text in pins.items() if text != sections[name].text}
+    changed = {}
+    for name, keys in (("calibration", ("text",)), ("validation", ("text", "images"))):
+        section = getattr(recipe, name)
+        named = {key: said for key in keys if section is not None and (said := getattr(section, key)) not in (None, "sample")}
+        pins = {key: pinned for key, said in named.items() if (pinned := pin(said)) != said}
+        if pins:
+            changed[name] = section.model_copy(update=pins)
     return recipe.model_copy(update=changed) if changed else recipe
 
 
@@ -362,14 +367,20 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
-        if job.architecture.reads != "input_ids":
-            raise InputError(
-                f"{job.checkpoint.origin} reads {job.architecture.reads}, and the check has nothing but text to give it; "
-                "convert it with --no-check, and compare it on data of yours"
-            )
+        reads = job.architecture.reads
+        if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and job.recipe.validation.images is None):
+            remedy = "convert it with --no-check, and compare it on data of yours"
+            if reads == "pixel_values":
+                remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
+            raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
         with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
-            tokenizer = source_tokenizer(job, Path(scratch))
-        take_held_out(job.recipe.validation, tokenizer)
+            folder = source_sidecars(job, Path(scratch))
+            trust = job.recipe.trust_remote_code
+            if reads == "pixel_values":
+                take_pictures(job.recipe.validation, load_processor(folder, trust_remote_code=trust))
+            else:
+                tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+                take_held_out(job.recipe.validation, tokenizer)
         if job.recipe.validation.prompts is not None:
             if not job.predicts:
                 raise InputError(

@@ -267,7 +267,8 @@ def measure(
     Raises :class:`InputError` for a model that predicts no tokens or is no stack of blocks, :class:`NumericsError` for logits that are not
     finite, and what reading text raises.
     """
-    if plan.architecture is None or not plan.architecture.predicts or not plan.architecture.blocks:
+    model = plan.architecture
+    if model is None or not model.predicts or not model.blocks or model.encoder_decoder:
         raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
     from convert.calibrate import calibration_tokens
     from convert.recipe import Calibration
