@@ -40,6 +40,8 @@ from formats.scheme import SCHEMES, Quality
 from formats.tensors import GRAPHS
 
 NEW_TOKENS = 32
+#: Tokens of a first look, at least: eight of the blocks that intervals are drawn from.
+LOOK_TOKENS = 512
 QUESTION = "What is the capital of France?"
 #: Passages of the held-out text that are continued beside the question, and how many tokens of each are given.
 PASSAGES, PASSAGE_TOKENS = 2, 40
@@ -100,11 +102,13 @@ def check(
     *,
     device: str = "cpu",
     reference: Path | None = None,
+    look: float = 0.0,
 ) -> list[Report]:
     """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
     ``validation``.
 
-    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. Raises
+    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. ``look``:
+    the share of the tokens on which an artifact is looked at first; if that shows that it misses a limit, its report is a brief one. Raises
     :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
     memory; a runtime that fails is a failed check, not an error.
     """
@@ -159,6 +163,11 @@ def check(
         reports = []
         for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
             target = next(item for item in own.targets if item.name == manifest.target)
+            if look and answer["predicts"]:
+                seen = _look(path, own, target, asked, text, of_source, answer, scratch, progress, share=look)
+                if seen is not None:
+                    reports.append(seen)
+                    continue
             reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
 
@@ -267,6 +276,68 @@ def _check_one(
         passages=tuple(text.decode(ids) for ids in text.passage_ids),
         health=(manifest.calibration or {}).get("health", {}),
     )
+
+
+def _look(
+    path: Path,
+    recipe: Recipe,
+    target: Target,
+    asked: dict[str, Any],
+    text: _Text,
+    reference: RuntimeResult,
+    source: dict[str, Any],
+    scratch: Path,
+    progress: Progress,
+    *,
+    share: float,
+) -> Report | None:
+    """A brief report, if the first tokens show that an artifact misses a limit of quality: by its value on all of them, by the interval on
+    some. Else None, as where it does not run, of which the check says why."""
+    sequences, length = text.tokens.shape
+    count = min(max(math.ceil(share * sequences), math.ceil(LOOK_TOKENS / length)), sequences)
+    few = replace(text, tokens=text.tokens[:count], questions=(), question_ids=[], passage_ids=[])
+    np.save(scratch / "few.npy", few.tokens)
+    of_few = {**asked, "tokens": str(scratch / "few.npy"), "new_tokens": 1, "prompts": [], "answer_tokens": 1, "dtype": "auto"}
+    logits = scratch / "few.f32"
+    checks, results = [], []
+    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
+        name = f"{runtime} {mode}".strip()
+        progress.say(f"{target.name}: looking at {few.tokens.size:,} of {text.tokens.size:,} tokens in {name}")
+        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+        question = {**of_few, "artifact": str(path), "logits": str(logits), "mode": mode}
+        answer, _ = run(RUNTIMES[runtime].program, question, scratch, environment=environment)
+        if answer is None:
+            return None
+        try:
+            found = compare_logits(scratch / "source.f32", logits, few.tokens, int(source["vocabulary"]))
+        except OctavoError:
+            return None
+        measured = _check_quality(name, found, target.bounds())
+        # On some of the tokens, a value on the wrong side is chance as long as the limit lies within its interval.
+        checks += [check for check in measured if not check.passed and (count == sequences or _beyond(check))]
+        results.append(replace(_result(name, answer, few, found), continuation="", decode_tokens_per_second=0.0))
+    if not checks:
+        return None
+    said = f"on the first {few.tokens.size:,} of {text.tokens.size:,} tokens; nothing else was checked"
+    return Report(
+        recipe=recipe.name,
+        target=target.name,
+        manifest_sha256=manifest_digest(path),
+        checks=tuple(replace(check, detail="; ".join(filter(None, (said, check.detail)))) for check in checks),
+        layers=(),
+        source=reference,
+        runtimes=tuple(results),
+        validation=text.record,
+        prompt=text.prompt,
+        brief=True,
+    )
+
+
+def _beyond(check: Check) -> bool:
+    """Whether all of an interval lies on the wrong side of the limit."""
+    if check.interval is None:
+        return False
+    return check.interval.low > check.limit if check.bound == "at most" else check.interval.high < check.limit
 
 
 def _check_promises(path: Path) -> Check:

@@ -134,7 +134,7 @@ def render(report: Report, manifest: Manifest) -> str:
         health=_layer_rows(report.health),
         remark=remark(report.health),
         shades=range(1, SHADES + 1),
-        rungs=[_rung_row(rung) for rung in report.ladder.get("rungs", [])],
+        rungs=[_rung_row(rung, int(report.validation["tokens"])) for rung in report.ladder.get("rungs", [])],
         frontier=draw_frontier(report.ladder) if report.ladder else "",
         groups=sorted(report.ladder.get("groups", []), key=lambda group: -group["alone_nats"]),
     )
@@ -146,7 +146,8 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         loss_name="Relative error" if any(row.run.drift for row in comparison.rows) else "KL divergence",
         plot=draw_comparison(comparison.rows),
-        sentences=explain(comparison.layers),
+        sentences=explain(comparison.layers, comparison.ranges),
+        calibrated=any(layer.reach is not None for layer in comparison.layers),
         shades=range(1, SHADES + 1),
     )
 
@@ -169,13 +170,15 @@ def _page(template: str) -> Template:
     return environment.get_template(template)
 
 
-def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:
-    """A rung as the page shows it; what is not finite is null in a report that was read."""
+def _rung_row(rung: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A rung as the page shows it, of a report on so many tokens; what is not finite is null in a report that was read."""
 
     def shown(value: float | None) -> str:
         return "not measured" if value is None or not math.isfinite(value) else _number(value)
 
-    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"])}
+    few = rung.get("tokens") if 0 < (rung.get("tokens") or 0) < tokens else 0
+    said = [f"on {few:,} tokens"] if few else [f"chosen by {rung['chosen_by']}"] if rung.get("chosen_by") else []
+    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"]), "said": said}
 
 
 def _fate(entry: Mapping[str, Any]) -> str:

@@ -184,7 +184,8 @@ class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
     ``passages`` of it are continued as ``prompt`` is;
     ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
-    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`)."""
+    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`). ``brief``: a
+    first look found that it misses a limit, and nothing else was checked."""
 
     recipe: str
     target: str
@@ -199,6 +200,7 @@ class Report:
     card_sha256: str | None = None
     health: dict[str, Any] = field(default_factory=dict)
     ladder: dict[str, Any] = field(default_factory=dict)
+    brief: bool = False
 
     @property
     def passed(self) -> bool:
