@@ -1,4 +1,4 @@
-"""Times GPTQ, with and without SmoothQuant, to INT8 W8A8: octavo and llm-compressor on the same tokens, whole processes, beside the floor.
+"""Times calibrated INT8 and FP8 W8A8: octavo and llm-compressor on the same tokens, whole processes, beside the floor of GPTQ.
 
     python benchmarks/export_sample.py build/benchmarks/sample
     python benchmarks/calibrate.py build/benchmarks/sample --text TEXT
@@ -20,15 +20,22 @@ from measure import ROOT, Usage, delete, machine, run_measured, settle, versions
 from workload import OFFLINE
 
 HERE = Path(__file__).resolve().parent
-#: By name: octavo's algorithm, and llm-compressor's scheme.
-ALGORITHMS = {"gptq": ("gptq", "GPTQ"), "smoothquant-gptq": ("[{smoothquant: {alpha: search}}, gptq]", "SMOOTHQUANT_GPTQ")}
+#: By name: octavo's scheme and algorithm, and llm-compressor's scheme.
+ALGORITHMS = {
+    "gptq": ("int8-dynamic", "gptq", "GPTQ"),
+    "smoothquant-gptq": ("int8-dynamic", "[{smoothquant: {alpha: search}}, gptq]", "SMOOTHQUANT_GPTQ"),
+    "smoothquant": ("int8-dynamic", "{smoothquant: {alpha: search}}", "SMOOTHQUANT"),
+    "rtn": ("int8-dynamic", "rtn", "INT8"),
+    "fp8-dynamic": ("fp8-dynamic", "rtn", "FP8_DYNAMIC"),
+    "fp8-static": ("fp8-static", "rtn", "FP8"),
+}
+CALIBRATION = "calibration: {{sequences: {sequences}, length: {length}, dtype: {dtype}}}\n"
 RECIPE = """\
 model: {model}
-calibration: {{sequences: {sequences}, length: {length}, dtype: {dtype}}}
-targets:
+{calibration}targets:
   - name: int8
     format: compressed-tensors
-    rules: [{{match: linear, scheme: int8-dynamic, algorithm: {algorithm}}}]
+    rules: [{{match: linear, scheme: {scheme}, algorithm: {algorithm}}}]
 """
 TOKENS = """\
 import json, sys
@@ -44,10 +51,11 @@ print(json.dumps({"tokens": tokens.tolist()}))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Llama's folder, bfloat16")
-    parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=["gptq", "smoothquant-gptq"])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", choices=("source", "float32"), default="source", help="octavo's calibration.dtype")
+    parser.add_argument("--peer-dtype", default="auto", help="llm-compressor's precision; float32 is faster on a CPU without bfloat16")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--text", type=Path, help="held-out text; without it nothing is compared")
     parser.add_argument("--text-tokens", type=int, default=18_432)
@@ -70,17 +78,17 @@ def main() -> None:
     artifacts = []
     for number in range(args.rounds):
         for algorithm in args.algorithms:
-            ours, theirs = ALGORITHMS[algorithm]
+            scheme, ours, theirs = ALGORITHMS[algorithm]
             recipe = workdir / f"{algorithm}.yaml"
-            recipe.write_text(
-                RECIPE.format(model=model, sequences=args.sequences, length=args.length, dtype=args.dtype, algorithm=ours), encoding="utf-8"
-            )
+            calibration = CALIBRATION.format(sequences=args.sequences, length=args.length, dtype=args.dtype)
+            calibration = "" if ours == "rtn" and scheme.endswith("dynamic") else calibration
+            recipe.write_text(RECIPE.format(model=model, calibration=calibration, scheme=scheme, algorithm=ours), encoding="utf-8")
             out = {"octavo": workdir / f"octavo-{algorithm}", "llm-compressor": workdir / f"llm-compressor-{algorithm}"}
             commands = {
                 "octavo": [args.python, "-m", "convert", "convert", str(recipe), "--out", str(out["octavo"]), "--no-check", "--quiet"],
                 "llm-compressor": [
                     str(args.peer_python), str(HERE / "peers/llmcompressor_oneshot.py"), str(model), str(out["llm-compressor"]), theirs,
-                    "--tokens", str(tokens),
+                    "--tokens", str(tokens), "--dtype", args.peer_dtype,
                 ],
             }  # fmt: skip
             for tool, command in commands.items():

@@ -26,15 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# This folder has a convert.py, which would be taken for the package.
-HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE.parent)
-sys.path.append(str(HERE))
+from measure import ROOT, machine, versions
+from workload import add_shape_options, make_workload
 
-from measure import ROOT, machine, versions  # noqa: E402
-from workload import add_shape_options, make_workload  # noqa: E402
-
-from convert.hardware import let_segments_grow  # noqa: E402
+from convert.hardware import let_segments_grow
 
 RECIPE = """\
 model: {model}

@@ -1,6 +1,6 @@
 """Loss against size: what `mixed` keeps in 16 bit, against groups kept at random and those with the largest weight error, all measured.
 
-    python -m benchmarks.frontier ARTIFACT --out frontier.json
+    python benchmarks/frontier.py ARTIFACT --out frontier.json
 
 ARTIFACT: one that Octavo made with every linear layer in 8 bit, for instance of the recipe llama-int8-gptq. What each group loses alone is
 measured on one text (seed + 1, as `mixed` does), and each choice as a whole on another (seed + 2), on which `mixed` chooses between the

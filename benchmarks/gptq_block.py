@@ -8,20 +8,15 @@ scales of its own, 0.06 s.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-# This folder has a convert.py, which would be taken for the package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from convert.algorithms import gptq  # noqa: E402
-from convert.algorithms.output_error import output_error  # noqa: E402
-from convert.algorithms.rtn import quantize  # noqa: E402
-from formats.scheme import SCHEMES  # noqa: E402
+from convert.algorithms import gptq
+from convert.algorithms.output_error import output_error
+from convert.algorithms.rtn import quantize
+from formats.scheme import SCHEMES
 
 #: The rows of the weights that share an input, and its features.
 BLOCKS = {

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --full-size
+    python benchmarks/memory.py --full-size --scheme onnx-int8
     python benchmarks/memory.py --scheme int8-gptq --layers 4 12 --hidden 512 --ffn 1792 --heads 8 --vocab 8192
 
 The default width is reduced, so that the two sources take 5.4 GB of disk and an output 2.5 GB; ``--full-size`` takes Llama-3.1-8B's width,
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 from measure import ROOT, delete, run_measured, settle
-from workload import CALIBRATED, OFFLINE, RECIPES, add_shape_options, make_workload, octavo_command, require_converted
+from workload import CALIBRATED, GRAPHS, OFFLINE, RECIPES, add_shape_options, make_workload, octavo_command, require_converted
 
 FULL_SIZE = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256}
 REDUCED = {"hidden": 2048, "ffn": 7168, "heads": 16, "kv_heads": 4, "vocab": 32768}
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 40])
     add_shape_options(parser, **REDUCED)
     parser.add_argument("--full-size", action="store_true", help="Llama-3.1-8B's width instead")
-    parser.add_argument("--scheme", choices=(*RECIPES, *CALIBRATED), default="int8")
+    parser.add_argument("--scheme", choices=(*RECIPES, *CALIBRATED, *GRAPHS), default="int8")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs octavo (default: this one)")
     parser.add_argument("--workdir", type=Path, default=ROOT / "build/benchmarks", help="for checkpoints, kept, and outputs, deleted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from measure import run_measured
@@ -13,8 +14,9 @@ from formats.safetensors import read_folder, read_header
 RECIPES = {"int8": "recipes/llama-int8.yaml", "fp8": "recipes/llama-fp8.yaml"}
 #: Those that calibrate, which :mod:`memory` measures too.
 CALIBRATED = {"int8-gptq": "recipes/llama-int8-gptq.yaml"}
+#: Those that write a graph, which it measures as well.
+GRAPHS = {"onnx-int8": "recipes/llama-onnx-int8.yaml"}
 EIGHT_BIT = ("I8", "F8_E4M3")
-LINEARS_PER_LAYER = 7
 #: What the tools under test would otherwise try to reach, and wait for.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 SHAPE = ("hidden", "ffn", "heads", "kv_heads", "vocab")
@@ -61,7 +63,7 @@ def octavo_command(python: str, scheme: str, model: Path, out: Path, device: str
         "-m",
         "convert",
         "convert",
-        (RECIPES | CALIBRATED)[scheme],
+        (RECIPES | CALIBRATED | GRAPHS)[scheme],
         "--model",
         str(model),
         "--out",
@@ -73,8 +75,17 @@ def octavo_command(python: str, scheme: str, model: Path, out: Path, device: str
 
 
 def require_converted(workload: Workload, out: Path, tool: str) -> None:
-    """Raises :class:`SystemExit` unless ``out`` has as many 8-bit tensors as the blocks have linears: what did less is not measured."""
-    dtypes = [item.spec.dtype for path in out.rglob("*.safetensors") for item in read_header(path)[0].values()]
-    found, expected = sum(dtype in EIGHT_BIT for dtype in dtypes), workload.layers * LINEARS_PER_LAYER
+    """Raises :class:`SystemExit` unless ``out`` holds the blocks' linears in 8 bit: what did less is not measured. Elements are counted,
+    for a graph joins projections that share an input."""
+    import onnx
+
+    found = sum(
+        item.spec.elements for path in out.rglob("*.safetensors") for item in read_header(path)[0].values() if item.spec.dtype in EIGHT_BIT
+    )
+    for path in out.rglob("*.onnx"):
+        held = onnx.load(path, load_external_data=False).graph.initializer
+        found += sum(prod(each.dims) for each in held if each.data_type == onnx.TensorProto.INT8 and each.name.startswith("model.layers."))
+    source = read_folder(workload.model)
+    expected = sum(item.spec.elements for name, item in source.items() if ".layers." in name and len(item.spec.shape) == 2)
     if found != expected:
-        raise SystemExit(f"{tool} wrote {found} 8-bit tensors, expected {expected}: it did not do the work that is measured")
+        raise SystemExit(f"{tool} wrote {found:,} 8-bit numbers, expected {expected:,}: it did not do the work that is measured")

@@ -6,9 +6,9 @@
 
 Schemes are presets of compressed-tensors (``quantization/quant_scheme.py``): INT8, also called W8A8, has int8 weights by channel and
 dynamic int8 activations by token, FP8_DYNAMIC the same in E4M3; FP8 is static, a scale a tensor, and is calibrated on ``--text``;
-FP8_BLOCK has blocks of 128 x 128. GPTQ and SMOOTHQUANT_GPTQ end in W8A8 and are calibrated too, with its defaults and the strength 0.8 that
-its README gives smoothing; ``--tokens``, JSON, a list of token ids for each sequence, stands for the text. W8A16_CHANNEL and W8A16_G64 are
-no presets (W8A16 has groups of 128): int8 weights alone.
+FP8_BLOCK has blocks of 128 x 128. SMOOTHQUANT, GPTQ and SMOOTHQUANT_GPTQ end in W8A8 and are calibrated too, with its defaults and the
+strength 0.8 that its README gives smoothing; ``--tokens``, JSON, a list of token ids for each sequence, stands for the text. W8A16_CHANNEL
+and W8A16_G64 are no presets (W8A16 has groups of 128): int8 weights alone.
 Prints one line of JSON: seconds to import, and seconds without imports.
 """
 
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-CALIBRATED = ("FP8", "GPTQ", "SMOOTHQUANT_GPTQ")
+CALIBRATED = ("FP8", "GPTQ", "SMOOTHQUANT", "SMOOTHQUANT_GPTQ")
 GRAIN = {"W8A16_CHANNEL": {"strategy": "channel"}, "W8A16_G64": {"strategy": "group", "group_size": 64}}
 
 
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, help="the sequences themselves, JSON")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="auto", help="its precision: auto (as stored) or float32, faster on a CPU without bfloat16")
     args = parser.parse_args()
 
     started = time.perf_counter()
@@ -45,22 +46,24 @@ def main() -> None:
     if args.scheme in GRAIN:
         weights = {"num_bits": 8, "type": "int", "symmetric": True, **GRAIN[args.scheme]}
         recipe = QuantizationModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
-    elif args.scheme.endswith("GPTQ"):
+    elif args.scheme.startswith("SMOOTHQUANT") or args.scheme == "GPTQ":
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
         smoothing = [SmoothQuantModifier(smoothing_strength=0.8)] if args.scheme.startswith("SMOOTHQUANT") else []
-        recipe = [*smoothing, GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+        rounding = GPTQModifier if args.scheme.endswith("GPTQ") else QuantizationModifier
+        recipe = [*smoothing, rounding(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     else:
         recipe = QuantizationModifier(targets="Linear", scheme=args.scheme, ignore=["lm_head"])
     calibration = _calibration(args) if args.scheme in CALIBRATED else {}
-    oneshot(model=args.model, recipe=recipe, output_dir=args.out, save_compressed=True, **calibration)
+    oneshot(model=args.model, precision=args.dtype, recipe=recipe, output_dir=args.out, save_compressed=True, **calibration)
     finished = time.perf_counter()
     print(
         json.dumps(
             {
                 "tool": f"llmcompressor {version('llmcompressor')} oneshot",
                 "scheme": args.scheme,
+                "dtype": args.dtype,
                 "device": "cuda" if torch.cuda.is_available() else "cpu",
                 "import_seconds": imported - started,
                 "seconds": finished - imported,

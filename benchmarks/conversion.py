@@ -1,6 +1,6 @@
 """Times whole conversions, each in a process of its own: octavo, llm-compressor's two ways, and the floor under them all.
 
-    python benchmarks/convert.py --layers 8 --rounds 3
+    python benchmarks/conversion.py --layers 8 --rounds 3
 
 Every round runs the tools in turn, so that a machine that slows down slows them all. Before each run its output is deleted, what is
 dirty goes to the disk, and the source is read once. Prints a table of medians and writes everything to benchmarks/results/NAME.json.
