@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +68,8 @@ class Architecture:
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
     ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens; ``reads``: what it is given,
-    ``input_ids`` or ``pixel_values``. ``blocks``: the modules it is a
-    stack of, in order; what flows between them has ``hidden_size`` features.
+    ``input_ids`` or ``pixel_values``; ``encoder_decoder``: it writes about what it has read. ``blocks``: the modules it is a stack of, in
+    order; what flows between them has ``hidden_size`` features.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Architecture:
     skipped: tuple[str, ...]
     predicts: bool = True
     reads: str = "input_ids"
+    encoder_decoder: bool = False
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
 
@@ -131,7 +133,7 @@ def describe(
     return Architecture(
         name=type(model).__name__,
         parameters=parameters,
-        missing=tuple(name for name in by_name if name not in filled),
+        missing=tuple(name for name in by_name if name not in filled and not _is_computed(model, name)),
         groups=groups,
         linears=linears,
         head=_head_name(model),
@@ -145,6 +147,7 @@ def describe(
         hidden_size=getattr(text_config, "hidden_size", None),
         predicts=bool(model.can_generate()),
         reads=str(model.main_input_name),
+        encoder_decoder=bool(model.config.is_encoder_decoder and model.can_generate()),
     )
 
 
@@ -254,6 +257,11 @@ def _replaceable(model: Any) -> frozenset[str]:
 
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear or isinstance(module, Conv1D)}
     return frozenset(name for name in linear if not skips(name, model._keep_in_fp32_modules or ()))
+
+
+def _is_computed(model: Any, parameter: str) -> bool:
+    """Whether transformers computes a parameter where no file has it, as Marian's sines of positions."""
+    return any(re.search(pattern, parameter) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
 def _head_name(model: Any) -> str | None:

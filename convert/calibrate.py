@@ -125,6 +125,31 @@ def walk_dtype(plan: Plan, device: str) -> str:
     return own if device != "cpu" or (own == "bfloat16" and instructions() & {"avx512_bf16", "amx_bf16"}) else "float32"
 
 
+def alike(plan: Plan, other: Plan) -> frozenset[str]:
+    """Source tensors in blocks of which calibration makes the same in the one target of both plans, because the blocks see the same inputs
+    and are solved in the same way: behind one that differs none are, unless blocks see the source's own inputs (``propagate: float``)."""
+
+    def job(of: Plan) -> Any:
+        recipe = of.recipe.resolved(predicts=of.predicts)
+        return {key: value for key, value in recipe.items() if key not in ("targets", "validation", "push")}, of.targets[0].format
+
+    def fate(entry: Entry) -> Any:
+        return (entry.scheme, entry.steps, entry.algorithm, entry.scale_dtype, entry.observer, entry.parts, entry.outputs, entry.transposed)
+
+    mine, others = ({entry.tensor.name: entry for entry in of.targets[0].entries} for of in (plan, other))
+    trained = any(entry.asks("recover") for entries in (mine, others) for entry in entries.values())
+    if plan.architecture is None or mine.keys() != others.keys() or job(plan) != job(other) or trained:
+        return frozenset()
+    found: set[str] = set()
+    for block in plan.architecture.blocks:
+        inside = [name for name, entry in mine.items() if _within(entry, block)]
+        if all(fate(mine[name]) == fate(others[name]) for name in inside):
+            found.update(inside)
+        elif _settings(plan).propagate == "quantized":
+            break
+    return frozenset(found)
+
+
 def lane_tokens(plan: Plan) -> int:
     """Tokens that walk through the model together."""
     return int(_settings(plan).sequences * _settings(plan).length)
@@ -173,12 +198,17 @@ def source_tokenizer(plan: Plan, scratch: Path) -> Any:
     """The tokenizer of the source, from a copy in ``scratch`` of the small files beside its weights. Raises :class:`InputError`."""
     from convert.text import load_tokenizer
 
+    return load_tokenizer(source_sidecars(plan, scratch), trust_remote_code=plan.recipe.trust_remote_code)
+
+
+def source_sidecars(plan: Plan, scratch: Path) -> Path:
+    """A folder in ``scratch`` with the small files beside the source's weights: its tokenizer, or its processor of pictures."""
     folder = scratch / "tokenizer"
     folder.mkdir()
     for name, content in {**plan.checkpoint.sidecars(), "config.json": json_bytes(dict(plan.targets[0].config))}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    return load_tokenizer(folder, trust_remote_code=plan.recipe.trust_remote_code)
+    return folder
 
 
 def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], dict[str, Any]]:

@@ -76,7 +76,8 @@ def render_card(
         algorithms=sorted({entry["algorithm"] for entry in manifest.ledger if entry["decision"] == "quantize"}),
         bounds=target["limits"],
         predicts=predicts,
-        auto="AutoModelForCausalLM" if predicts else "AutoModel",
+        task=_task(report, predicts=predicts),
+        auto=_AUTO.get(_task(report, predicts=predicts), "AutoModel"),
         weight_bytes=manifest.weight_bytes,
         source_bytes=sum(file["size_bytes"] for file in source["files"]),
         places=places(
@@ -147,11 +148,30 @@ def _metadata(made: Sequence[tuple[Report, Manifest]], *, predicts: bool, name: 
         base_model=source["base_model"],
         base_model_relation="quantized" if source["base_model"] else None,
         library_name=_library(manifests[0], runtimes),
-        pipeline_tag="text-generation" if predicts else "feature-extraction",
+        pipeline_tag=_task(made[0][0], predicts=predicts),
         tags=list(dict.fromkeys(["octavo", *(manifest.format for manifest in manifests), *schemes])),
         eval_results=results or None,
         model_name=name if results else None,
     ).to_yaml()
+
+
+#: By the Hub's word for what a model does, the class of transformers that loads it with its head.
+_AUTO = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def _task(report: Report, *, predicts: bool) -> str:
+    """The Hub's word for what it does, and that of transformers.js for the pipeline that does it."""
+    if predicts:
+        return "text2text-generation" if "written" in report.validation else "text-generation"
+    sees = report.validation.get("unit") == "pictures"
+    if any(run.drift is not None and run.drift.top1 is not None for run in report.runtimes):
+        return "image-classification" if sees else "text-classification"
+    return "image-feature-extraction" if sees else "feature-extraction"
 
 
 def _library(manifest: Manifest, runtimes: Sequence[str]) -> str:
@@ -167,7 +187,7 @@ def _results(report: Report, manifest: Manifest) -> list[EvalResult]:
 
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_task(report, predicts=True),
             dataset_type="held-out-text",
             dataset_name=f"{report.validation['text']} ({report.validation['tokens']:,} tokens)",
             metric_type="perplexity",

@@ -21,15 +21,17 @@ import psutil
 from convert import environments, tasks
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.answers import Question, describe, encode, judge, read_questions
+from convert.architecture import build
 from convert.child import request, run
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
+from convert.pictures import load_processor, take_pictures
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
 from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
 from convert.runtimes import HARNESSED, RUNTIMES
-from convert.source import open_source
+from convert.source import Checkpoint, open_source
 from convert.text import load_tokenizer, take_held_out
 from formats.dtypes import DTYPES, FLOATS
 from formats.errors import MachineError, OctavoError
@@ -38,6 +40,8 @@ from formats.scheme import SCHEMES, Quality
 from formats.tensors import GRAPHS
 
 NEW_TOKENS = 32
+#: Tokens of a first look, at least: eight of the blocks that intervals are drawn from.
+LOOK_TOKENS = 512
 QUESTION = "What is the capital of France?"
 #: Passages of the held-out text that are continued beside the question, and how many tokens of each are given.
 PASSAGES, PASSAGE_TOKENS = 2, 40
@@ -47,7 +51,7 @@ PASSAGES, PASSAGE_TOKENS = 2, 40
 class _Text:
     """Held-out tokens (sequences, length), what they were made of, a prompt to continue, ``templated`` where it went through the chat
     template, which writes special tokens itself, the user's own questions with theirs, how many tokens answer them, and passages of the
-    held-out text."""
+    held-out text. Or pictures (pictures, channels, height, width), and nothing of words."""
 
     tokens: np.ndarray
     record: dict[str, Any]
@@ -69,7 +73,7 @@ class _Text:
         return [self.decode(item[: self.answer_tokens]) for item in ids[:count]], [self.decode(item[:NEW_TOKENS]) for item in ids[count:]]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
 
 
 def require_runtimes(target: Target) -> None:
@@ -98,11 +102,13 @@ def check(
     *,
     device: str = "cpu",
     reference: Path | None = None,
+    look: float = 0.0,
 ) -> list[Report]:
     """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
     ``validation``.
 
-    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. Raises
+    The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. ``look``:
+    the share of the tokens on which an artifact is looked at first; if that shows that it misses a limit, its report is a brief one. Raises
     :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
     memory; a runtime that fails is a failed check, not an error.
     """
@@ -111,9 +117,10 @@ def check(
     model = manifests[0].pinned
     with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
         scratch = Path(scratch_name)
-        text = _held_out(recipe, artifacts[0])
+        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
+        text = _pictures(recipe, artifacts[0]) if _sees(checkpoint, recipe) else _held_out(recipe, artifacts[0])
         np.save(scratch / "tokens.npy", text.tokens)
-        progress.say(f"running the source on {text.tokens.size:,} held-out tokens")
+        progress.say(f"running the source on {text.record['tokens']:,} held-out {text.record.get('unit', 'tokens')}")
         asked = {
             **request(recipe, scratch, device=device),
             "prompt": text.prompt_ids,
@@ -124,7 +131,6 @@ def check(
             "answer_tokens": max(recipe.validation.answer_tokens, NEW_TOKENS),
         }
         dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
-        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         whole = whole_bytes(checkpoint, wide=dtype == "float32")
         blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
         if blocks:
@@ -142,6 +148,8 @@ def check(
             raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
         of_source = _result("source", answer, text, None)
         asked["predicts"] = answer["predicts"]
+        if answer.get("written"):
+            text.record["written"] = "what is read, behind the token that the decoder begins with"
         if recipe.validation.tasks:
             names = ", ".join(task.name for task in recipe.validation.tasks)
             progress.say(f"running the source on {names} of lm-evaluation-harness")
@@ -155,6 +163,11 @@ def check(
         reports = []
         for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
             target = next(item for item in own.targets if item.name == manifest.target)
+            if look and answer["predicts"]:
+                seen = _look(path, own, target, asked, text, of_source, answer, scratch, progress, share=look)
+                if seen is not None:
+                    reports.append(seen)
+                    continue
             reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
 
@@ -220,7 +233,11 @@ def _check_one(
         checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
         try:
             files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
-            found_here = compare_logits(*files, text.tokens, width) if source["predicts"] else compare_states(*files, width)
+            found_here = (
+                compare_logits(*files, text.tokens, width)
+                if source["predicts"]
+                else compare_states(*files, width, classes=source.get("classes", False))
+            )
         except OctavoError as error:
             checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))
             continue
@@ -259,6 +276,68 @@ def _check_one(
         passages=tuple(text.decode(ids) for ids in text.passage_ids),
         health=(manifest.calibration or {}).get("health", {}),
     )
+
+
+def _look(
+    path: Path,
+    recipe: Recipe,
+    target: Target,
+    asked: dict[str, Any],
+    text: _Text,
+    reference: RuntimeResult,
+    source: dict[str, Any],
+    scratch: Path,
+    progress: Progress,
+    *,
+    share: float,
+) -> Report | None:
+    """A brief report, if the first tokens show that an artifact misses a limit of quality: by its value on all of them, by the interval on
+    some. Else None, as where it does not run, of which the check says why."""
+    sequences, length = text.tokens.shape
+    count = min(max(math.ceil(share * sequences), math.ceil(LOOK_TOKENS / length)), sequences)
+    few = replace(text, tokens=text.tokens[:count], questions=(), question_ids=[], passage_ids=[])
+    np.save(scratch / "few.npy", few.tokens)
+    of_few = {**asked, "tokens": str(scratch / "few.npy"), "new_tokens": 1, "prompts": [], "answer_tokens": 1, "dtype": "auto"}
+    logits = scratch / "few.f32"
+    checks, results = [], []
+    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
+        name = f"{runtime} {mode}".strip()
+        progress.say(f"{target.name}: looking at {few.tokens.size:,} of {text.tokens.size:,} tokens in {name}")
+        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+        question = {**of_few, "artifact": str(path), "logits": str(logits), "mode": mode}
+        answer, _ = run(RUNTIMES[runtime].program, question, scratch, environment=environment)
+        if answer is None:
+            return None
+        try:
+            found = compare_logits(scratch / "source.f32", logits, few.tokens, int(source["vocabulary"]))
+        except OctavoError:
+            return None
+        measured = _check_quality(name, found, target.bounds())
+        # On some of the tokens, a value on the wrong side is chance as long as the limit lies within its interval.
+        checks += [check for check in measured if not check.passed and (count == sequences or _beyond(check))]
+        results.append(replace(_result(name, answer, few, found), continuation="", decode_tokens_per_second=0.0))
+    if not checks:
+        return None
+    said = f"on the first {few.tokens.size:,} of {text.tokens.size:,} tokens; nothing else was checked"
+    return Report(
+        recipe=recipe.name,
+        target=target.name,
+        manifest_sha256=manifest_digest(path),
+        checks=tuple(replace(check, detail="; ".join(filter(None, (said, check.detail)))) for check in checks),
+        layers=(),
+        source=reference,
+        runtimes=tuple(results),
+        validation=text.record,
+        prompt=text.prompt,
+        brief=True,
+    )
+
+
+def _beyond(check: Check) -> bool:
+    """Whether all of an interval lies on the wrong side of the limit."""
+    if check.interval is None:
+        return False
+    return check.interval.low > check.limit if check.bound == "at most" else check.interval.high < check.limit
 
 
 def _check_promises(path: Path) -> Check:
@@ -341,6 +420,8 @@ def _with_doubt(check: Check, sample: int, what: str) -> Check:
 
 def _check_drift(runtime: str, found: Drift, bounds: Quality) -> list[Check]:
     detail = f"mean cosine {found.cosine:.5f}"
+    if found.top1 is not None:
+        detail += f"; the same class for {found.top1:.1%}, {found.kl_nats:.5f} nats between the distributions of classes"
     return [
         holds(f"{runtime}: finite hidden states", math.isfinite(found.relative_error)),
         at_most(f"{runtime}: relative_error", found.relative_error, bounds.relative_error, "share", detail),
@@ -384,6 +465,20 @@ def _check_recovery(runtime: str, result: RuntimeResult, recipe: Recipe, limit: 
         check = at_least(f"{runtime}: recovery of {task.name}", share, limit, "of the source", detail, worst.recovery_interval)
         found.append(_with_doubt(check, worst.documents, "documents"))
     return found
+
+
+def _sees(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Whether the model reads pictures, and there are some for it."""
+    if recipe.validation.images is None:
+        return False
+    model = build(checkpoint.config, folder=checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
+    return model is not None and model.main_input_name == "pixel_values"
+
+
+def _pictures(recipe: Recipe, artifact: Path) -> _Text:
+    processor = load_processor(artifact, trust_remote_code=recipe.trust_remote_code)
+    pictures, record = take_pictures(recipe.validation, processor)
+    return _Text(pictures, record | {"reference": recipe.validation.reference}, "", [], False, None, [], [], 0, [])
 
 
 def _held_out(recipe: Recipe, artifact: Path) -> _Text:

@@ -634,7 +634,7 @@ def _show_comparison(found: Comparison, out: Path) -> None:
     for row in found.rows:
         if row.in_noise:
             console.print(f"{row.name} in {row.run.name}: its loss and the least are not told apart by this text", markup=False)
-    for sentence in explain(found.layers):
+    for sentence in explain(found.layers, found.ranges):
         console.print(sentence, markup=False)
     console.print(f"page       {out / 'compare.html'}, {out / 'compare.json'}", markup=False)
 
@@ -689,9 +689,10 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
     for rung in report.ladder.get("rungs", []):
         taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""
         kl = math.nan if rung["kl_nats"] is None else rung["kl_nats"]
+        few = f" on {rung['tokens']:,} tokens" if 0 < rung.get("tokens", 0) < report.validation["tokens"] else ""
         missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
         console.print(
-            f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats, {_size(rung['weight_bytes'])}, "
+            f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats{few}, {_size(rung['weight_bytes'])}, "
             f"{rung['kept_share']:.1%} of the linear bytes in 16 bit; {missed}",
             markup=False,
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from convert.health import off
 from convert.intervals import difference
+from convert.ranges import Range
+from convert.ranges import explain as explain_ranges
 from convert.report import Interval, LayerNumbers, Report, RuntimeResult
 from formats.errors import InputError
 from formats.manifest import Manifest
@@ -44,10 +46,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in INT8 and in FP8: the weight's signal to noise in dB in each, and where calibration saw its input, the largest magnitude
-    over the median one (``reach``) and the share by which its output is off in each."""
+    """One layer in INT8 and in FP8, by these ``schemes``: the weight's signal to noise in dB in each, and where calibration saw its input,
+    the largest magnitude over the median one (``reach``) and the share by which its output is off in each."""
 
     tensor: str
+    schemes: tuple[str, str]
     int8_db: float
     fp8_db: float
     reach: float | None
@@ -57,7 +60,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``source``: as it ran on the same text; ``pair``: the names of the artifacts whose ``layers`` are compared, if there are such."""
+    """``source``: as it ran on the same text; ``pair``: the names of the artifacts whose ``layers`` are compared, if there are such, with
+    the dynamic ``ranges`` of their tensors."""
 
     model: str
     source: RuntimeResult
@@ -65,6 +69,7 @@ class Comparison:
     rows: tuple[Row, ...]
     pair: tuple[str, str] | None
     layers: tuple[Layer, ...]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As plain data, without what intervals were made of."""
@@ -97,7 +102,7 @@ def compare(made: Sequence[tuple[Manifest, Report]]) -> Comparison:
     )
 
 
-def explain(layers: Sequence[Layer]) -> list[str]:
+def explain(layers: Sequence[Layer], ranges: Mapping[str, Range]) -> list[str]:
     """Sentences on INT8 against FP8, each from what was measured of the layers."""
     weights = [layer for layer in layers if math.isfinite(layer.int8_db) and math.isfinite(layer.fp8_db)]
     if not weights:
@@ -107,7 +112,8 @@ def explain(layers: Sequence[Layer]) -> list[str]:
     said = [
         f"Weights: {finer} of {len(weights)} are closer to the source in INT8 (median signal to noise {int8_db:.1f} dB, "
         f"in FP8 {fp8_db:.1f} dB). "
-        "The steps of INT8 are even, so its error follows the largest value; those of FP8 grow with the value, whatever the range."
+        "The steps of INT8 are even, so its error follows the largest value; those of FP8 grow with the value, whatever the range.",
+        *explain_ranges(ranges),
     ]
     seen = [
         (layer.reach, layer.int8_off < layer.fp8_off)
@@ -115,14 +121,14 @@ def explain(layers: Sequence[Layer]) -> list[str]:
         if layer.reach is not None and layer.int8_off is not None and layer.fp8_off is not None
     ]
     if not seen:
-        return [*said, "Inputs: calibration did not see them in both, so their range is not known; calibrated recipes would tell."]
+        return said
     told = []
     for better, name in ((True, "INT8"), (False, "FP8")):
         reaches = [reach for reach, int8_is_better in seen if int8_is_better is better]
         if reaches:
             range_ = f"largest input {statistics.median(reaches):,.0f} times the median one, by the median layer"
             told.append(f"{len(reaches)} of {len(seen)} are closer to the source in {name} ({range_})")
-    return [*said, f"Outputs: {'; '.join(told)}."]
+    return [*said, f"Outputs as both artifacts were made, which calibration saw: {'; '.join(told)}."]
 
 
 def _row(manifest: Manifest, report: Report, run: RuntimeResult) -> Row:
@@ -177,5 +183,6 @@ def _layers(int8: Report, fp8: Report) -> list[Layer]:
         inputs = next((health["inputs"] for health in healths if health), None)
         offs = [off(health) if health else None for health in healths]
         reach = inputs["absmax"] / inputs["typical"] if inputs and inputs["typical"] else None
-        found.append(Layer(layer.tensor, layer.snr_db, other[layer.tensor].snr_db, reach, *offs))
+        fp8_layer = other[layer.tensor]
+        found.append(Layer(layer.tensor, (layer.scheme, fp8_layer.scheme), layer.snr_db, fp8_layer.snr_db, reach, *offs))
     return found

@@ -24,6 +24,8 @@ from pathlib import Path
 from threading import Condition, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from convert import __version__, quantize
 from convert.calibrate import NOTHING_FEEDS_IT, calibrate
 from convert.crew import in_order
@@ -90,11 +92,14 @@ def export(
     digests: SourceDigests | None = None,
     device: str = "cpu",
     workers: int | None = None,
+    like: Like | None = None,
+    keep_notes: bool = False,
 ) -> list[Artifact]:
     """Makes every artifact of the plan in ``out/<target>``, or finds it made, and returns them in the plan's order.
 
     What needs calibration is calibrated first, and what that solves is written block by block. ``digests`` of the source, if somebody
-    began them already.
+    began them already. ``like``: an artifact that was solved from the same source with the same text, of which tensors are taken over as
+    if an earlier run of this plan had made them; it was made with ``keep_notes``, which leaves beside it what was seen of each tensor.
 
     Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
     whatever calibrating, reading and quantizing raise; what was finished stays for the next run.
@@ -108,14 +113,31 @@ def export(
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
             writers = {target.name: stack.enter_context(_Writer(target, out, plan.digest)) for target in pending}
+            if like is not None:
+                for writer in writers.values():
+                    writer.take_over(like)
             # A slab or a batch is one core's work, and the cores share them; with more, calibration's sums would come out otherwise.
             stack.enter_context(one_thread())
             _keep_freed_memory()
             stats = _calibrate(plan, writers, progress, device=device, workers=workers or cores())
             _stream(plan, writers, progress, stats, device=device, workers=workers or cores())
             for target in pending:
-                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats[target.name])
+                made[target.name] = writers[target.name].finish(plan, sidecars, digests.result(), stats[target.name], keep_notes=keep_notes)
     return [artifact for artifact in made.values() if artifact is not None]
+
+
+@dataclass(frozen=True)
+class Like:
+    """An artifact in ``folder`` whose plan has the same ``tensors`` of the source in the same codes as the plan at hand."""
+
+    folder: Path
+    target: TargetPlan
+    tensors: frozenset[str]
+
+
+def _notes(artifact: Path) -> Path:
+    """Where the notes of an artifact lie that was made with ``keep_notes``."""
+    return artifact.with_name(f".{artifact.name}.notes")
 
 
 def _calibrate(plan: Plan, writers: Mapping[str, _Writer], progress: Progress, *, device: str, workers: int) -> dict[str, Stats]:
@@ -291,11 +313,31 @@ class _Writer:
             return plain.T if entry.transposed else plain
         return quantize.decoded_part(reader, self.target.format, entry, part)
 
+    def take_over(self, like: Like) -> None:
+        """Copies what another artifact has in the same codes, with what was noted of it. Nothing where it has no notes."""
+        notes = _notes(like.folder)
+        if not notes.exists():
+            return
+        noted = {item["tensor"]: item["health"] for item in map(json.loads, notes.read_text().splitlines())}
+        places = {item.spec.name: (shard.file, item) for shard in like.target.shards for item in shard.tensors}
+        for entry in self.target.entries:
+            # What nothing was noted of was not solved, but streamed.
+            if (name := entry.tensor.name) not in like.tensors or name in self.done or name not in noted:
+                continue
+            if any(places[spec.name][1].pitch_bytes for spec in entry.outputs):
+                continue  # rows that lie apart, in a graph
+            for spec in entry.outputs:
+                file, item = places[spec.name]
+                data = np.fromfile(like.folder / file, np.uint8, spec.size_bytes, offset=item.start)
+                self.write(quantize.Piece(self.target.name, spec.name, 0, data))
+            self.note(name, noted[name])
+            self.finished(name)
+
     def wait_for_hashes(self) -> None:
         for follower in self._followers.values():
             follower.join()
 
-    def finish(self, plan: Plan, sidecars: Mapping[str, bytes], digests: Mapping[str, str], stats: Stats) -> Artifact:
+    def finish(self, plan: Plan, sidecars: Mapping[str, bytes], digests: Mapping[str, str], stats: Stats, *, keep_notes: bool) -> Artifact:
         """Writes everything that is not a weight, the manifest last, and gives the folder its final name."""
         missing = [entry.tensor.name for entry in self.target.entries if entry.tensor.name not in self.done]
         if missing:
@@ -332,6 +374,8 @@ class _Writer:
         (self._partial / MANIFEST).write_bytes(manifest.to_bytes())
         (self._partial / PROVENANCE).write_bytes(statement(manifest))
         (self._partial / JOURNAL).unlink()
+        if keep_notes and (self._partial / HEALTH).exists():
+            (self._partial / HEALTH).rename(_notes(self._final))
         (self._partial / HEALTH).unlink(missing_ok=True)
         for path in self._partial.glob(f"{self.training.stem}.*"):
             path.unlink()

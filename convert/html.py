@@ -21,7 +21,7 @@ from convert.gauges import SHADES, draw_gauge, draw_stages, shade
 from convert.health import is_ruined, off, remark
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, draw_ranges, is_drawable, place
 from convert.plan import REQUANTIZED
-from convert.report import Check, Interval, Report, RuntimeResult
+from convert.report import Check, Drift, Interval, Report, RuntimeResult
 from formats.errors import FormatError
 from formats.manifest import Manifest
 from formats.safetensors import json_bytes
@@ -134,7 +134,7 @@ def render(report: Report, manifest: Manifest) -> str:
         health=_layer_rows(report.health),
         remark=remark(report.health),
         shades=range(1, SHADES + 1),
-        rungs=[_rung_row(rung) for rung in report.ladder.get("rungs", [])],
+        rungs=[_rung_row(rung, int(report.validation["tokens"])) for rung in report.ladder.get("rungs", [])],
         frontier=draw_frontier(report.ladder) if report.ladder else "",
         groups=sorted(report.ladder.get("groups", []), key=lambda group: -group["alone_nats"]),
     )
@@ -146,7 +146,8 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison,
         loss_name="Relative error" if any(row.run.drift for row in comparison.rows) else "KL divergence",
         plot=draw_comparison(comparison.rows),
-        sentences=explain(comparison.layers),
+        sentences=explain(comparison.layers, comparison.ranges),
+        calibrated=any(layer.reach is not None for layer in comparison.layers),
         shades=range(1, SHADES + 1),
     )
 
@@ -169,13 +170,15 @@ def _page(template: str) -> Template:
     return environment.get_template(template)
 
 
-def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:
-    """A rung as the page shows it; what is not finite is null in a report that was read."""
+def _rung_row(rung: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A rung as the page shows it, of a report on so many tokens; what is not finite is null in a report that was read."""
 
     def shown(value: float | None) -> str:
         return "not measured" if value is None or not math.isfinite(value) else _number(value)
 
-    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"])}
+    few = rung.get("tokens") if 0 < (rung.get("tokens") or 0) < tokens else 0
+    said = [f"on {few:,} tokens"] if few else [f"chosen by {rung['chosen_by']}"] if rung.get("chosen_by") else []
+    return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"]), "said": said}
 
 
 def _fate(entry: Mapping[str, Any]) -> str:
@@ -257,13 +260,17 @@ def _csp_hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
+def _vectors(drift: Drift) -> str:
+    return "last hidden states" if drift.top1 is None else "logits of classes"
+
+
 def _lead(report: Report, weight_bytes: int, source_bytes: int) -> str:
     sizes = f"The weights take {_size(weight_bytes)} on disk, the files of the source {_size(source_bytes)}"
     drifts = [(run.name, run.drift) for run in report.runtimes if run.drift]
     if drifts:
         name, worst = max(drifts, key=lambda item: (math.isnan(item[1].relative_error), item[1].relative_error))
         return (
-            f"{sizes}. Over {worst.vectors:,} last hidden states on held-out text the mean error, in {_short(name)}, is "
+            f"{sizes}. Over {worst.vectors:,} {_vectors(worst)} of what was held out the mean error, in {_short(name)}, is "
             f"{_number(worst.relative_error)} of their length."
         )
     measured = [(run.name, run.divergence) for run in report.runtimes if run.divergence]
@@ -312,7 +319,10 @@ def _tiles(report: Report, weight_bytes: int, source_bytes: int) -> list[_Tile]:
         ]
     drifts = [run.drift for run in report.runtimes if run.drift]
     if drifts:
-        found.append(_Tile("Relative error", f"{max(item.relative_error for item in drifts):.3g}", "of the last hidden states"))
+        found.append(_Tile("Relative error", f"{max(item.relative_error for item in drifts):.3g}", f"of the {_vectors(drifts[0])}"))
+        if drifts[0].top1 is not None:
+            worst_top1 = min(item.top1 for item in drifts if item.top1 is not None)
+            found.append(_Tile("Same class", f"{worst_top1:.1%}", f"of {drifts[0].vectors:,}"))
     # Of a source in four bits, a factor would tell nobody anything.
     beside = f"{_times(weight_bytes / source_bytes)} × the source" if weight_bytes < source_bytes else f"the source {_size(source_bytes)}"
     found.append(_Tile("On disk", _size(weight_bytes), beside))

@@ -17,18 +17,20 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from convert.algorithms import TRANSFORMS
-from convert.export import Artifact
-from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, frontier, line_through, loss_of
+from convert.calibrate import alike
+from convert.export import Artifact, Like
+from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, filled, frontier, line_through, loss_of
 from convert.plan import Plan
 from convert.progress import Progress
-from convert.recipe import LADDER, Budget, Recipe, Rounding, Rule, Step, Target, rung_steps
+from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
 from convert.report import Report, manifest_digest
 from convert.runtimes import RUNTIMES
-from convert.sensitivity import Loss, artifact_trials, entries_of, measure, spelled
+from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, measure, spelled, together, weight_error
 from formats.errors import RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
@@ -36,21 +38,27 @@ WORTHWHILE = 0.9
 #: What ``mixed`` may spend so that the budget is met by more than the noise of the text: of the linear bytes, the share kept beyond what
 #: the value alone asks for; as much of the noise as that buys, in quarters.
 CERTAINTY = 0.05
+#: The share of the validation tokens on which a rung with another behind it is looked at first.
+FIRST_LOOK = 0.25
+
+
+class Make(Protocol):
+    def __call__(self, recipe: Recipe, folder: Path, *, look: float, like: Like | None = None) -> tuple[Plan, Artifact, Report]: ...
 
 
 @dataclass(frozen=True)
 class Stages:
     """What the pipeline does for a climb, for recipes of one target. ``draft``: plans one. ``make``: plans, converts and checks it in a
-    folder."""
+    folder, taking over what is ``like`` it; the check ends where the first ``look`` shows that a limit is missed."""
 
     draft: Callable[[Recipe], Plan]
-    make: Callable[[Recipe, Path], tuple[Plan, Artifact, Report]]
+    make: Make
 
 
 @dataclass(frozen=True)
 class Rung:
-    """What came of a rung. ``kl_nats`` and ``perplexity_ratio`` are those of the worst runtime, infinite where one did not run;
-    ``kept_share`` of the bytes of all linear layers are in 16 bit."""
+    """What came of a rung. ``kl_nats`` and ``perplexity_ratio`` are those of the worst runtime, on ``tokens``, infinite where one did not
+    run; ``kept_share`` of the bytes of all linear layers are in 16 bit. ``chosen_by``: of ``mixed``, what its groups were chosen by."""
 
     name: str
     plan: Plan
@@ -60,6 +68,8 @@ class Rung:
     perplexity_ratio: float
     kept_share: float
     kept_groups: int = 0
+    tokens: int = 0
+    chosen_by: str = ""
 
     @property
     def weight_bytes(self) -> int:
@@ -91,6 +101,8 @@ class Rung:
             "weight_bytes": self.weight_bytes,
             "kept_share": self.kept_share,
             "kept_groups": self.kept_groups,
+            "tokens": self.tokens,
+            "chosen_by": self.chosen_by,
             "passed": self.report.passed,
             "failed": [check.name for check in self.report.checks if not check.passed],
         }
@@ -126,17 +138,21 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
     # What the format or a runtime cannot hold is an error before the first rung.
     schemes = {name: stages.draft(_in_scheme(recipe, target, name)) for name in others}
     mixed: Climb | None = None
-    for name in ladder:
+    for i, name in enumerate(ladder):
         if name == "mixed":
-            best = min(rungs, key=lambda rung: _distance(rung, target.budget))
+            best = _best(rungs, target, stages, progress)
+            if best.report.passed:  # what the first tokens said of it was not so on all
+                break
             mixed = _mix(recipe, target, out, stages, progress, rungs, best, schemes, device)
             if mixed.taken.report.passed:
                 return mixed
             rungs = list(mixed.rungs)
             continue
         progress.say(f"{target.name}: rung {name}")
+        # A rung on the way is looked at first; what `mixed` begins with, on the tokens on which its choices are measured.
+        look = 0.0 if i == len(ladder) - 1 else 1.0 if ladder[i + 1] == "mixed" else FIRST_LOOK
         try:
-            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, stages, progress))
+            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, stages, progress, look=look))
         except RecipeError as error:
             # It is the one rung that not every model can take, and there is an artifact already.
             if name != "recover" or not rungs:
@@ -145,7 +161,27 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
             break
         if rungs[-1].report.passed:
             break
-    return Climb(tuple(rungs), _taken(rungs, target.budget), *((mixed.groups, mixed.curves) if mixed else ()))
+    taken = _taken(rungs, target.budget)
+    if taken.report.brief:
+        taken = _again(rungs, taken, stages, progress, look=0.0)
+    return Climb(tuple(rungs), taken, *((mixed.groups, mixed.curves) if mixed else ()))
+
+
+def _best(rungs: list[Rung], target: Target, stages: Stages, progress: Progress) -> Rung:
+    """The rung that comes closest, looked at on all tokens."""
+    for _ in rungs:
+        best = min(rungs, key=lambda rung: _distance(rung, target.budget))
+        if not best.report.brief or best.tokens >= max(rung.tokens for rung in rungs):
+            break
+        _again(rungs, best, stages, progress, look=1.0)
+    return min(rungs, key=lambda rung: _distance(rung, target.budget))
+
+
+def _again(rungs: list[Rung], rung: Rung, stages: Stages, progress: Progress, *, look: float) -> Rung:
+    """A rung whose artifact is there, looked at more closely, in its place."""
+    made = _try(rung.name, rung.plan.recipe, rung.artifact.path.parent, stages, progress, look=look, kept_groups=rung.kept_groups)
+    rungs[rungs.index(rung)] = made
+    return made
 
 
 def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rule] = (), alone: dict[str, float] | None = None) -> Recipe:
@@ -156,13 +192,24 @@ def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rul
     return recipe.remade(target, rules, first=len(kept), by="budget", changed=changed)
 
 
-def _try(name: str, recipe: Recipe, folder: Path, stages: Stages, progress: Progress, *, kept_groups: int = 0) -> Rung:
-    plan, artifact, report = stages.make(recipe, folder)
+def _try(
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    stages: Stages,
+    progress: Progress,
+    *,
+    look: float,
+    kept_groups: int = 0,
+    like: Like | None = None,
+) -> Rung:
+    plan, artifact, report = stages.make(recipe, folder, look=look, like=like)
     divergences = [run.divergence for run in report.runtimes]
     ran = len(divergences) == len(plan.targets[0].runtimes) and all(divergences)
     kl = max((found.kl_nats for found in divergences if found), default=math.inf) if ran else math.inf
     ratio = max((found.perplexity_ratio for found in divergences if found), default=math.inf) if ran else math.inf
-    rung = Rung(name, plan, artifact, report, kl, ratio, kept_share(plan), kept_groups)
+    tokens = min((found.tokens for found in divergences if found), default=0)
+    rung = Rung(name, plan, artifact, report, kl, ratio, kept_share(plan), kept_groups, tokens)
     progress.say(
         f"{name}: KL {kl:.4g} nats, perplexity ratio {ratio:.4g}, {rung.weight_bytes / 1e6:.1f} MB, "
         f"{rung.kept_share:.1%} of the linear bytes in 16 bit: {'passed' if report.passed else 'not enough'}"
@@ -234,14 +281,21 @@ def _mix(
     most = int(CERTAINTY * sum(entry.plain.size_bytes for entry in best.plan.targets[0].quantized))
     unchanged = loss_of(groups, [0] * len(items))
     kl, ratio = [Measured(unchanged, best.kl_nats)], [Measured(unchanged, math.log(best.perplexity_ratio))]
+    rivals = _Rivals(recipe, target, best, items, list(schemes), progress, device)
     mixed: list[tuple[Rung, Choice]] = []
     for attempt in range(budget.tries):
         choice = _chosen(groups, budget, line_through(kl), line_through(ratio), rungs[-1].noise(), most=most)
         if choice is None:
             progress.say(f"{target.name}: not even the smallest losses there can be are expected to meet the budget")
             break
+        if all(item.fates[j] == "keep" for item, j in zip(items, choice, strict=True)):
+            progress.say(f"{target.name}: only with every group in 16 bit is the budget expected to be met, which is no artifact in 8 bit")
+            break
         certain = [bytes_of(groups, was) for rung, was in mixed if rung.certain(budget)]
         if choice in [was for _, was in mixed] or (certain and bytes_of(groups, choice) > WORTHWHILE * min(certain)):
+            break
+        chosen_by, choice = rivals.best(choice)
+        if choice in [was for _, was in mixed]:
             break
         left = loss_of(groups, choice)
         name = "mixed" if attempt == 0 else f"mixed-{attempt + 1}"
@@ -249,12 +303,14 @@ def _mix(
         said = " and ".join(f"{count} {_said(fate)}" for fate, count in fates.items())
         progress.say(
             f"{target.name}: rung {name}: {best.name} with {said} of {len(items)} groups, "
-            f"{bytes_of(groups, choice) / 1e6:.2f} MB more, KL {line_through(kl).expect(left):.4g} expected"
+            f"{bytes_of(groups, choice) / 1e6:.2f} MB more, KL {line_through(kl).expect(left):.4g} expected, chosen by {chosen_by}"
         )
         rules = [_rule(item, j, items, best) for item, j in zip(items, choice, strict=True) if j]
         alone = {module: item.options[0].loss for item in items for module in item.modules}
         made = rung_recipe(recipe, target, best.name, kept=rules, alone=alone)
-        rung = _try(name, made, out / name, stages, progress, kept_groups=fates["keep"])
+        like = _most_alike(stages.draft(made), (best, *(rung for rung, _ in mixed)))
+        rung = _try(name, made, out / name, stages, progress, look=0.0, kept_groups=fates["keep"], like=like)
+        rung = replace(rung, chosen_by=chosen_by)
         rungs.append(rung)
         mixed.append((rung, choice))
         if not math.isfinite(rung.kl_nats):
@@ -265,6 +321,78 @@ def _mix(
     chosen = next((choice for rung, choice in mixed if rung is taken), [0] * len(items))
     records = tuple(item.record(j) for item, j in zip(items, chosen, strict=True))
     return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes))
+
+
+#: What groups can be chosen by, for people.
+SUM, WEIGHTS, BLOCKS = "losses alone", "largest weight error", "largest error in its block"
+
+
+@dataclass
+class _Rivals:
+    """What else a choice's bytes could keep. Losses do not add: two groups kept can win more, or less, than what they lose alone says, so
+    a choice is measured as a whole, on text on which no group was, against those that keep the groups with the largest errors."""
+
+    recipe: Recipe
+    target: Target
+    rung: Rung
+    items: Sequence[_Item]
+    schemes: Sequence[str]
+    progress: Progress
+    device: str
+
+    def best(self, choice: Choice) -> tuple[str, Choice]:
+        """The choice that loses least of those that take no more bytes, and what it was chosen by."""
+        groups = [item.options for item in self.items]
+        most = bytes_of(groups, choice)
+        if most <= 0:
+            return SUM, choice
+        rivals = {SUM: choice}
+        for name, order in self._orders.items():
+            rival = filled(order, groups, most=most)
+            if rival not in rivals.values() and any(rival):
+                rivals[name] = rival
+        assert self.target.budget is not None
+        whole = {name: self._quantized(rival) for name, rival in rivals.items()}
+        if len(rivals) == 1 or not all(whole.values()):
+            return SUM, choice
+        settings = self.recipe.calibration or Calibration()
+        settings = settings.model_copy(update={"seed": settings.seed + 1})
+        asked = replace(self.rung.plan, recipe=self.rung.plan.recipe.model_copy(update={"calibration": settings}))
+        self.progress.say(f"{self.target.name}: measuring {len(rivals)} choices of {most / 1e6:.2f} MB, each as a whole")
+        trials = [together(each) for each in whole.values()]
+        losses, _ = measure(asked, trials, self.progress, tokens=self.target.budget.tokens, device=self.device)
+        found = {name: _rounded(loss) for name, loss in zip(whole, losses, strict=True)}
+        name = min(found, key=lambda name: found[name])
+        self.progress.say(f"{self.target.name}: chosen by {', by '.join(f'{each} {loss:.4g} nats' for each, loss in found.items())}")
+        return name, rivals[name]
+
+    @cached_property
+    def _trials(self) -> dict[tuple[tuple[str, ...], str], Trial]:
+        trials = artifact_trials(self.rung.plan, self.rung.artifact.path, self.schemes)
+        count = len(trials) // (1 + len(self.schemes))
+        return {(trial.modules, "" if i < count else trial.scheme): trial for i, trial in enumerate(trials)}
+
+    @cached_property
+    def _orders(self) -> dict[str, list[int]]:
+        """Of items that can be kept, by name."""
+        can = [i for i, item in enumerate(self.items) if item.fates[-1] == "keep"]
+        of_weights = {i: max(weight_error(self.rung.plan, self._trials[loss.modules, ""]) for loss in self.items[i].losses) for i in can}
+        of_blocks = {i: max(loss.block_error for loss in self.items[i].losses) for i in can}
+        return {
+            name: sorted(can, key=lambda i, errors=errors: math.inf if math.isnan(errors[i]) else -errors[i])  # type: ignore[misc]
+            for name, errors in ((WEIGHTS, of_weights), (BLOCKS, of_blocks))
+        }
+
+    def _quantized(self, choice: Choice) -> list[Trial]:
+        """The groups that a choice leaves quantized, as it does."""
+        fates = [(item, item.fates[j]) for item, j in zip(self.items, choice, strict=True)]
+        return [self._trials[loss.modules, fate] for item, fate in fates if fate != "keep" for loss in item.losses]
+
+
+def _most_alike(plan: Plan, rungs: Sequence[Rung]) -> Like:
+    """The rung of which most can be taken over."""
+    found = [Like(rung.artifact.path, rung.plan.targets[0], alike(plan, rung.plan)) for rung in rungs]
+    return max(found, key=lambda like: len(like.tensors))
 
 
 def _losses(recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str) -> list[Loss]:

@@ -171,9 +171,10 @@ class Skeleton:
                     setattr(part, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
     def compute_buffers(self, device: str) -> None:
-        """Computes what no checkpoint holds (rotary frequencies, position ids), by the model's own ``_init_weights``.
+        """Computes what no checkpoint holds (rotary frequencies, position ids, sines that are parameters), by the model's own
+        ``_init_weights``.
 
-        Raises :class:`SourceError` for a buffer that the model's class does not compute.
+        Raises :class:`SourceError` for one that the model's class does not compute.
         """
         import torch
         from transformers import PreTrainedModel
@@ -184,16 +185,18 @@ class Skeleton:
             owner = module if isinstance(module, PreTrainedModel) else next(o for p, o in reversed(owners.items()) if _inside(path, p))
             if isinstance(module, PreTrainedModel):
                 owners[path] = module
-            missing = [name for name, value in module._buffers.items() if value is not None and f"{path}.{name}".lstrip(".") not in filled]
+            there = {**module._buffers, **module._parameters}
+            missing = [name for name, value in there.items() if value is not None and f"{path}.{name}".lstrip(".") not in filled]
             if not missing:
                 continue
             for name in missing:
-                module._buffers[name] = _unset(module._buffers[name], device)
+                empty = _unset(there[name], device)
+                setattr(module, name, empty if name in module._buffers else torch.nn.Parameter(empty, requires_grad=False))
             with torch.no_grad():
                 owner._init_weights(module)
-            unset = [name for name in missing if _is_unset(module._buffers[name])]
+            unset = [name for name in missing if _is_unset(getattr(module, name))]
             if unset:
-                raise SourceError(f"{path}.{unset[0]}: a buffer that no tensor fills and {type(self.model).__name__} does not compute")
+                raise SourceError(f"{path}.{unset[0]}: no tensor fills it and {type(self.model).__name__} does not compute it")
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint in its own shape."""

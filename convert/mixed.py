@@ -3,8 +3,12 @@ how losses add up that measurements correct."""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,17 +93,36 @@ def choose(groups: Sequence[Sequence[Option]], *, allowed: float) -> Choice | No
     if bound <= least / total:
         smallest = [min(range(len(group)), key=lambda j, group=group: (group[j].loss, group[j].extra_bytes)) for group in groups]  # type: ignore[misc]
         return _without_idle(groups, smallest, allowed)
-    found = milp(
-        cost / max(np.abs(cost).max(), 1.0),
-        constraints=[LinearConstraint(loss[None] / total, ub=bound), LinearConstraint(one_each, lb=1, ub=1)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _mute():
+        found = milp(
+            cost / max(np.abs(cost).max(), 1.0),
+            constraints=[LinearConstraint(loss[None] / total, ub=bound), LinearConstraint(one_each, lb=1, ub=1)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         return None
     choice = [max(range(len(group)), key=lambda j, i=i: found.x[flat.index((i, j))]) for i, group in enumerate(groups)]  # type: ignore[misc]
     return _without_idle(groups, choice, allowed)
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Nothing that C code prints reaches the user: HiGHS has a ``printf`` of its own in ``transformNewIntegerFeasibleSolution``, which no
+    option silences, and which would end up in the JSON of a program that reads us."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # into a pipe, it is printed when the process ends
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def loss_of(groups: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
@@ -129,6 +152,16 @@ def frontier(groups: Sequence[Sequence[Option]], *, points: int = 16) -> list[Ch
     total = math.fsum(max(group[0].loss, 0.0) for group in groups)
     found = [choose(groups, allowed=total * (points - i) / points) for i in range(points + 1)]
     return [choice for choice in found if choice is not None]
+
+
+def filled(order: Sequence[int], groups: Sequence[Sequence[Option]], *, most: int) -> Choice:
+    """Takes the last option of one group after the other in some order, leaving out what would take all of them beyond ``most`` bytes."""
+    choice = [0] * len(groups)
+    for i in order:
+        tried = [*choice[:i], len(groups[i]) - 1, *choice[i + 1 :]]
+        if bytes_of(groups, tried) <= most:
+            choice = tried
+    return choice
 
 
 def by_order(order: Sequence[int], count: int) -> list[Choice]:

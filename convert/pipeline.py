@@ -11,20 +11,22 @@ from pathlib import Path
 
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import lane_tokens, source_tokenizer, statistics_bytes, walk_dtype
+from convert.calibrate import lane_tokens, source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
 from convert.datasets import pin
-from convert.export import Artifact, cores, export, partial_bytes
+from convert.export import Artifact, Like, cores, export, partial_bytes
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
 from convert.ladder import Stages, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
+from convert.pictures import load_processor, take_pictures
 from convert.plan import Plan, TargetPlan, make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
+from convert.ranges import observe
 from convert.recipe import Recipe, Target, parse_recipe
 from convert.recover import training_bytes
 from convert.report import Report, manifest_digest, plain_json, read_report, report_path
@@ -32,7 +34,7 @@ from convert.rotate import rotate, rotation_bytes
 from convert.ruined import Passes, spare
 from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
-from convert.text import take_held_out
+from convert.text import load_tokenizer, take_held_out
 from formats.errors import FormatError, InputError, MachineError
 from formats.manifest import CARD, read_manifest
 from formats.safetensors import json_bytes
@@ -151,7 +153,7 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
         if check:
             require_tasks(job.recipe)
         if budgeted:
-            return _climb_all(job, checkpoint, out, digests, progress, device=device)
+            return _climb_all(job, out, digests, progress, device=device)
         made = _export_all(job, checkpoint, out, digests, progress, device=device)
     artifacts = [artifact for _, artifact in made]
     for artifact in artifacts:
@@ -190,6 +192,9 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     by_artifact = [outcome.plan.recipe for outcome in made for _ in outcome.artifacts]
     reports = prove(paths, by_artifact, progress=progress, device=device)
     found = side_by_side([(read_manifest(path), report) for path, report in zip(paths, reports, strict=True)])
+    if found.pair:
+        schemes = {layer.tensor: layer.schemes for layer in found.layers}
+        found = replace(found, ranges=observe(made[0].plan, schemes, progress, device=device))
     (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
     (out / "compare.json").write_bytes(plain_json(found.record()))
     return found
@@ -215,8 +220,8 @@ def _export_all(
     return [found[target.name] for target in job.recipe.targets]
 
 
-def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
-    """Targets without a budget together, then each that has one. ``checkpoint``: the source as it was opened."""
+def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one."""
     found: dict[str, tuple[Artifact, Report]] = {}
     plain = tuple(target for target in job.recipe.targets if target.budget is None)
     if plain:
@@ -224,14 +229,17 @@ def _climb_all(job: Plan, checkpoint: Checkpoint, out: Path, digests: SourceDige
         found |= {target.name: pair for target, pair in zip(plain, zip(made.artifacts, made.reports, strict=True), strict=True)}
 
     def draft(recipe: Recipe) -> Plan:
-        return _plan(recipe, checkpoint)
+        # Rungs differ in their rules and in no more.
+        return make_plan(recipe, job.checkpoint, job.architecture, machine=this_machine())
 
-    def make(recipe: Recipe, folder: Path) -> tuple[Plan, Artifact, Report]:
+    def make(recipe: Recipe, folder: Path, *, look: float, like: Like | None = None) -> tuple[Plan, Artifact, Report]:
         rung = draft(recipe)
         require(needs(rung, folder, check=True, device=device), folder)
-        artifact = export(rung, folder, progress, digests=digests, device=device)[0]
+        artifact = export(rung, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
         known, reference = _known_report(artifact), folder.parent / REFERENCE
-        return rung, artifact, known or prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference)[0]
+        if known and (not known.brief or (look and _looked_at(known) >= look)):
+            return rung, artifact, known
+        return rung, artifact, prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference, look=look)[0]
 
     for target in job.recipe.targets:
         if target.budget is not None:
@@ -258,6 +266,12 @@ def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: P
     return artifact, report
 
 
+def _looked_at(report: Report) -> float:
+    """On which share of the tokens a brief report found that a limit is missed."""
+    tokens = min((run.divergence.tokens for run in report.runtimes if run.divergence), default=0)
+    return tokens / int(report.validation["tokens"])
+
+
 def _whole(folder: Path) -> Artifact | None:
     """The artifact in a folder, if every byte of it is there."""
     try:
@@ -282,10 +296,12 @@ def prove(
     progress: Progress = QUIET,
     device: str = "cpu",
     reference: Path | None = None,
+    look: float = 0.0,
 ) -> list[Report]:
     """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards.
 
-    ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check.
+    ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check. ``look``: as of
+    :func:`convert.check.check`; of an artifact with a brief report nothing else is written.
     """
     from convert.check import check
 
@@ -293,7 +309,11 @@ def prove(
         recipe = recipe_of(artifacts[0])
         require_tasks(recipe)
     reports = []
-    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference), strict=True):
+    for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference, look=look), strict=True):
+        if report.brief:
+            report_path(path).write_bytes(report.to_bytes())
+            reports.append(report)
+            continue
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
         # How a budget was met is no measurement of this check's: it stays with the bytes.
@@ -326,9 +346,13 @@ def _plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 
 def _pinned(recipe: Recipe) -> Recipe:
     """With the commits of datasets on the Hub, so that the same job reads the same text for as long as it is interrupted, and later."""
-    sections = {name: getattr(recipe, name) for name in ("calibration", "validation")}
-    pins = {name: pin(section.text) for name, section in sections.items() if section is not None and section.text != "sample"}
-    changed = {name: sections[name].model_copy(update={"text": text}) for name, text in pins.items() if text != sections[name].text}
+    changed = {}
+    for name, keys in (("calibration", ("text",)), ("validation", ("text", "images"))):
+        section = getattr(recipe, name)
+        named = {key: said for key in keys if section is not None and (said := getattr(section, key)) not in (None, "sample")}
+        pins = {key: pinned for key, said in named.items() if (pinned := pin(said)) != said}
+        if pins:
+            changed[name] = section.model_copy(update=pins)
     return recipe.model_copy(update=changed) if changed else recipe
 
 
@@ -344,14 +368,20 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
                 f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
                 "convert it with --no-check"
             )
-        if job.architecture.reads != "input_ids":
-            raise InputError(
-                f"{job.checkpoint.origin} reads {job.architecture.reads}, and the check has nothing but text to give it; "
-                "convert it with --no-check, and compare it on data of yours"
-            )
+        reads = job.architecture.reads
+        if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and job.recipe.validation.images is None):
+            remedy = "convert it with --no-check, and compare it on data of yours"
+            if reads == "pixel_values":
+                remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
+            raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
         with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
-            tokenizer = source_tokenizer(job, Path(scratch))
-        take_held_out(job.recipe.validation, tokenizer)
+            folder = source_sidecars(job, Path(scratch))
+            trust = job.recipe.trust_remote_code
+            if reads == "pixel_values":
+                take_pictures(job.recipe.validation, load_processor(folder, trust_remote_code=trust))
+            else:
+                tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+                take_held_out(job.recipe.validation, tokenizer)
         if job.recipe.validation.prompts is not None:
             if not job.predicts:
                 raise InputError(

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,7 +21,7 @@ from convert.coded import Coded
 from convert.compatibility import judge, parts_of
 from convert.onnx.artifact import Files, inline_template, plan_decoder, plan_traced
 from convert.onnx.nodes import Stored
-from convert.onnx.traced import Placed, Traced, trace
+from convert.onnx.traced import ENCODER, Placed, Traced, trace
 from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
@@ -65,7 +65,8 @@ class Entry:
     source's scales where its codes are only spelled anew; ``note`` says what became of codes that the source had. Of kind ``cache`` it
     is a scale that no source tensor becomes, and ``tensor`` the scale itself. ``observer``: what chooses the scale of a static input, a
     percentile behind it. ``experts`` and ``reading`` are those of :class:`~convert.architecture.Parameter`. ``beside``: what is stored as
-    it is beside the codes, the embedding of a tied head. ``transposed``: rows become columns on disk.
+    it is beside the codes, the embedding of a tied head. ``transposed``: rows become columns on disk. ``copies``: what each of its outputs
+    that two graphs read is called where it lies once more.
     ``alone_nats``: what its group loses alone, where the recipe says.
     """
 
@@ -89,6 +90,7 @@ class Entry:
     beside: TensorSpec | None = None
     transposed: bool = False
     observer: str = ""
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def coder(self) -> str:
@@ -331,7 +333,7 @@ def _plan_target(
     checkpoint: Checkpoint,
     architecture: Architecture | None,
     machine: str | None,
-    graph: Callable[..., Traced],
+    graph: Callable[..., tuple[Traced, ...]],
 ) -> TargetPlan:
     """``graph``: traces the model, in a ``dtype``."""
     for i, runtime in enumerate(target.runtimes):
@@ -350,10 +352,10 @@ def _plan_target(
     parameters = {name: _parameter(spec, architecture) for name, spec in checkpoint.tensors.items()}
     if target.format in GRAPHS:
         parameters = {name: _untied(parameter, checkpoint.tensors[name], architecture) for name, parameter in parameters.items()}
-    traced = None
-    if target.format in GRAPHS and architecture is not None and not architecture.predicts:
+    traced: tuple[Traced, ...] = ()
+    if target.format in GRAPHS and architecture is not None and (architecture.encoder_decoder or not architecture.predicts):
         traced = _traced(recipe, index, target, graph, dtype)
-        read = traced.tensors
+        read = frozenset[str]().union(*(one.tensors for one in traced))
         parameters = {
             name: parameter if name in read or parameter.kind == "unused" else Parameter(parameter.modules, "unread")
             for name, parameter in parameters.items()
@@ -363,6 +365,9 @@ def _plan_target(
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
     )
+    if len(traced) > 1:
+        shared = frozenset.intersection(*(one.tensors for one in traced))
+        entries = tuple(_copied(entry) if entry.tensor.name in shared else entry for entry in entries)
     _require_loadable(recipe, index, target, entries, claims, architecture)
     _require_biases(recipe, index, target, claims, checkpoint)
     _require_predictions(recipe, index, target, predicts=predicts)
@@ -405,17 +410,15 @@ def _plan_target(
     )
 
 
-def _traced(recipe: Recipe, index: int, target: Target, graph: Callable[..., Traced], dtype: str) -> Traced:
-    """The graph of a model that predicts no tokens. Raises :class:`RecipeError` where there is none, or where the target asks for what only
+def _traced(recipe: Recipe, index: int, target: Target, graph: Callable[..., tuple[Traced, ...]], dtype: str) -> tuple[Traced, ...]:
+    """The graphs of a model that is no decoder. Raises :class:`RecipeError` where there are none, or where the target asks for what only
     decoders have."""
     for i, runtime in enumerate(target.runtimes):
         if RUNTIMES[runtime].decoders_only:
-            raise RecipeError(
-                f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} runs decoders only, and the model predicts no tokens"
-            )
+            raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {runtime} runs decoders only, and the model is none")
     for option in ("attention", "tied_embedding"):
         if getattr(target.options, option) not in (None, "standard", "float"):
-            raise RecipeError(f"{recipe.where('targets', index, 'options', option)}: for decoders only, and the model predicts no tokens")
+            raise RecipeError(f"{recipe.where('targets', index, 'options', option)}: for decoders only, and the model is none")
     try:
         return graph(dtype=dtype)
     except FormatError as error:
@@ -429,7 +432,7 @@ def _plan_files(
     entries: Sequence[Entry],
     specs: Sequence[TensorSpec],
     contents: Contents,
-    traced: Traced | None,
+    traced: Sequence[Traced],
 ) -> Files:
     """Weight files, ``config.json`` and what lies beside it. Raises :class:`FormatError` where the format cannot say it."""
     form, config = FORMATS[target.format], checkpoint.config
@@ -443,8 +446,14 @@ def _plan_files(
             "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
         }
         blocks, limit = target.format == "onnx-matmulnbits", target.max_shard_size
-        if traced is not None:
-            files = plan_traced(traced, _placed(entries, blocks=blocks), specs, max_file_bytes=limit, provenance=provenance)
+        if traced:
+            files = plan_traced(
+                traced,
+                lambda one: _placed([entry for entry in entries if entry.tensor.name in one.tensors], one, blocks=blocks),
+                lambda one: _read_by(one, entries),
+                max_file_bytes=limit,
+                provenance=provenance,
+            )
         else:
             files = plan_decoder(
                 config,
@@ -479,17 +488,43 @@ def _stored(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Stored]:
     return found
 
 
-def _placed(entries: Iterable[Entry], *, blocks: bool) -> dict[str, Placed]:
+def _copied(entry: Entry) -> Entry:
+    """A tensor that both graphs of an encoder-decoder read, each from files of its own. Of a tied head the encoder reads the embedding."""
+    copied = [entry.beside] if entry.beside else entry.outputs
+    copies = {spec.name: f"{ENCODER}.{spec.name}" for spec in copied}
+    return replace(entry, copies=copies, outputs=(*entry.outputs, *(replace(spec, name=copies[spec.name]) for spec in copied)))
+
+
+def _read_by(traced: Traced, entries: Iterable[Entry]) -> list[TensorSpec]:
+    """What of the outputs lies in the files of a graph."""
+    found: list[TensorSpec] = []
+    for entry in entries:
+        if entry.tensor.name in traced.tensors:
+            own = set(entry.copies.values())
+            found += [spec for spec in entry.outputs if not own or (spec.name in own) == (traced.name == ENCODER)]
+    return found
+
+
+def _placed(entries: Iterable[Entry], traced: Traced, *, blocks: bool) -> dict[str, Placed]:
     """By tensor of the checkpoint, what a traced graph finds of it."""
     found: dict[str, Placed] = {}
     for entry in entries:
         columns = any(part.columns for part in entry.parts)
+        beside = Stored(entry.beside.name) if entry.beside else None
         if entry.scheme is None:
-            found[entry.tensor.name] = Placed(_stored_plain(entry), _stored_plain(entry), columns)
+            there = Placed(_stored_plain(entry), _stored_plain(entry), columns)
         else:
-            beside = Stored(entry.beside.name) if entry.beside else None
-            found[entry.tensor.name] = Placed(_stored_codes(entry, entry.parts[0], blocks=blocks), beside, columns)
+            there = Placed(_stored_codes(entry, entry.parts[0], blocks=blocks), beside, columns)
+        if entry.copies and traced.name == ENCODER:
+            there = Placed(beside, beside, columns) if beside else there
+            plain = replace(there.plain, name=entry.copies[there.plain.name]) if there.plain else None
+            there = Placed(_copy_of(there.product, entry.copies), plain, columns)
+        found[entry.tensor.name] = there
     return found
+
+
+def _copy_of(stored: Stored, copies: Mapping[str, str]) -> Stored:
+    return replace(stored, name=copies[stored.name], scale=copies.get(stored.scale, stored.scale))
 
 
 def _stored_plain(entry: Entry) -> Stored:
@@ -908,6 +943,11 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
         return "an expert has no bias of its own to correct; leave bias_correction out"
     if any(step.recover for step in rule.algorithm) and (refused := _untrainable(parameter, SCHEMES[str(rule.scheme)])):
         return refused
+    if architecture is not None and architecture.encoder_decoder and (calibrated(rule.algorithm) or SCHEMES[str(rule.scheme)].static):
+        return (
+            "calibration gives a model text to read, and this one writes beside it; take weights alone or dynamic inputs, and rtn, for "
+            "encoder-decoders"
+        )
     if not calibrated(rule.algorithm):
         return None
     name = next(step.name for step in rule.algorithm if calibrated([step]))

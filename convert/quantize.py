@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -126,7 +126,8 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
                     weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
                     codes[key] = _quantize(weight.to(device), entry, dtype, work)
             pieces += encode(targets[name], entry, part, codes[key], work, stats[name])
-    return pieces
+    copies = {name: entry.copies for name, entry in work.entries.items()}
+    return pieces + [replace(piece, name=copies[piece.target][piece.name]) for piece in pieces if piece.name in copies[piece.target]]
 
 
 def encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:

@@ -508,7 +508,12 @@ class Validation(_Section):
     split: str | None = None
     """Of a dataset on the Hub: which split, `validation` unless given."""
     column: str | None = None
-    """Of rows: where the text is; `text` unless given."""
+    """Of rows: where the text is, `text` unless given, or the picture, `image` unless given."""
+    images: str | None = None
+    """What a model that reads pictures is compared on: a folder, a .parquet file or a dataset on the Hub. Its own processor prepares
+    them."""
+    pictures: Positive = 64
+    """How many pictures are compared."""
     tokens: Annotated[int, Field(ge=16)] = 4096
     """How many tokens are compared."""
     length: Annotated[int, Field(ge=8)] = 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from convert.source import remote_header
 from formats.errors import FormatError, SourceError
 from formats.lint import Finding
 from formats.manifest import CARD, MANIFEST, REPORT, FileRecord, hash_file, read_manifest
+from formats.onnx_graph import join_graphs, read_graph
 from formats.provenance import PROVENANCE, statement
 from formats.safetensors import INDEX_FILE, SINGLE_FILE, Located, join_shards, read_json, shard_files
 from formats.verify import Verdict, check_config, check_ledger, check_promises
@@ -60,8 +62,9 @@ def fetch_manifest(remote: Remote, into: Path) -> str:
 def verify_remote(remote: Remote) -> tuple[Verdict, str, int]:
     """The verdict on an artifact, the commit it is of, and how many bytes were fetched for it.
 
-    Of files under LFS the Hub's sha256 is held against the manifest, and of weights the headers are read by range; whatever git holds
-    itself is fetched and hashed. Raises :class:`SourceError` when there is no such artifact, :class:`FormatError` for a broken manifest.
+    Of files under LFS the Hub's sha256 is held against the manifest, and of weights the headers are read by range; graphs, which have none
+    in them, and whatever git holds itself are fetched and hashed. Raises :class:`SourceError` when there is no such artifact,
+    :class:`FormatError` for a broken manifest.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.hf_api import RepoFile
@@ -86,7 +89,8 @@ def verify_remote(remote: Remote) -> tuple[Verdict, str, int]:
                 REPORT,
                 PROVENANCE,
             }
-            small = sorted(wanted & there.keys())
+            graphs = [name for name in promised & there.keys() if name.endswith(".onnx")]
+            small = sorted((wanted | set(graphs)) & there.keys())
 
             def fetch(name: str) -> int:
                 target = folder / name
@@ -125,9 +129,25 @@ def verify_remote(remote: Remote) -> tuple[Verdict, str, int]:
                 findings += check_promises(manifest, tensors)
             except FormatError as error:
                 findings.append(Finding(remote.repo, str(error), REMEDY))
+        if graphs:
+            try:
+                tensors = _read_graphs(folder, sorted(graphs), manifest.files)
+                findings += check_promises(manifest, tensors)
+            except FormatError as error:
+                findings.append(Finding(remote.repo, str(error).replace(f"{folder}/", ""), REMEDY))
         findings += _check_beside(folder, manifest.to_bytes(), statement(manifest))
     hashed = sum(file.size_bytes for file in manifest.files if file.name in there)
     return Verdict(tuple(findings), len(manifest.files), len(tensors), hashed), commit, fetched
+
+
+def _read_graphs(folder: Path, names: Sequence[str], files: Sequence[FileRecord]) -> dict[str, Located]:
+    """The tensors of graphs that were fetched, where the files beside them were not."""
+    models = {}
+    for name in names:
+        prefix = name.rpartition("/")[0]
+        data = {file.name.rpartition("/")[2]: file.size_bytes for file in files if file.name.rpartition("/")[0] == prefix}
+        models[name] = read_graph(folder / name, data=data)
+    return join_graphs(folder, models)
 
 
 def _stays_inside(name: str) -> bool:

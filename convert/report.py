@@ -106,11 +106,14 @@ class Divergence:
 @dataclass(frozen=True)
 class Drift:
     """How far the last hidden states of a model that predicts no tokens are from the source's: over ``vectors``, the mean length of the
-    error as a share of the source's, and the mean cosine."""
+    error as a share of the source's, and the mean cosine. Where the vectors are logits of classes, ``top1``: how often the most likely
+    class is the same, and ``kl_nats`` from the source's distribution of classes to the artifact's."""
 
     vectors: int
     relative_error: float
     cosine: float
+    top1: float | None = None
+    kl_nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
     ``passages`` of it are continued as ``prompt`` is;
     ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
-    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`)."""
+    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`). ``brief``: a
+    first look found that it misses a limit, and nothing else was checked."""
 
     recipe: str
     target: str
@@ -196,6 +200,7 @@ class Report:
     card_sha256: str | None = None
     health: dict[str, Any] = field(default_factory=dict)
     ladder: dict[str, Any] = field(default_factory=dict)
+    brief: bool = False
 
     @property
     def passed(self) -> bool:
@@ -249,7 +254,7 @@ def _runtime(raw: dict[str, Any]) -> RuntimeResult:
         divergence = {**divergence, "blocks": Blocks(**{key: tuple(values) for key, values in divergence["blocks"].items()})}
     found = {
         "divergence": _with_intervals(Divergence, divergence) if divergence else None,
-        "drift": _record(Drift, drift) if drift else None,
+        "drift": _drift(drift) if drift else None,
         "answers": Answers(tuple(answers["right"]), Interval(**answers["interval"])) if answers else None,
         "tasks": tuple(_score(item) for item in raw.get("tasks", ())),
         "passages": tuple(raw.get("passages", ())),
@@ -266,6 +271,12 @@ def _score(raw: dict[str, Any]) -> TaskScore:
 
 def _record(kind: type[_Record], raw: dict[str, Any]) -> _Record:
     return kind(**{key: math.nan if value is None else value for key, value in raw.items()})
+
+
+def _drift(raw: dict[str, Any]) -> Drift:
+    """Without logits of classes there are no numbers of them, which is no NaN."""
+    classes = {key: raw[key] for key in ("top1", "kl_nats") if raw.get(key) is not None}
+    return _record(Drift, {key: raw[key] for key in ("vectors", "relative_error", "cosine")} | classes)
 
 
 def _with_intervals(kind: type[_Record], raw: dict[str, Any]) -> _Record:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 TOKENS, LENGTH = 1024, 512
 #: What is tried unless told otherwise.
 SCHEMES_TRIED = ("int8-dynamic", "fp8-dynamic")
-#: Tokens whose logits are compared at a time.
-CHUNK = 64
+#: Tokens whose logits are compared at a time: what is looked at several times stays in cache.
+CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,31 @@ def artifact_trials(plan: Plan, artifact: Path, schemes: Sequence[str] = ()) -> 
     ]
 
 
+def together(trials: Sequence[Trial]) -> Trial:
+    """All groups of some trials at once."""
+    return Trial(
+        tuple(module for trial in trials for module in trial.modules),
+        " ".join(dict.fromkeys(trial.scheme for trial in trials)),
+        sum(trial.parameters for trial in trials),
+        {module: form for trial in trials for module, form in trial.forms.items()},
+    )
+
+
+def weight_error(plan: Plan, trial: Trial) -> float:
+    """The error of a group's weights as a share of their length; NaN for experts."""
+    noise = signal = 0.0
+    for entry in entries_of(plan.targets[0], trial.modules):
+        if entry.experts:
+            return math.nan
+        weight = plan.checkpoint.reader.read(entry.tensor.name, 0, entry.tensor.matrix_shape[0]).float()
+        form = trial.forms[entry.modules[0]]
+        found = form.weight(weight)
+        found = found if form.divisor is None else found / form.divisor
+        noise += float((found - weight).square().sum())
+        signal += float(weight.square().sum())
+    return math.sqrt(noise / signal)
+
+
 def _scheme(entry: Entry) -> str:
     assert entry.scheme is not None
     return entry.scheme.name
@@ -242,7 +267,8 @@ def measure(
     Raises :class:`InputError` for a model that predicts no tokens or is no stack of blocks, :class:`NumericsError` for logits that are not
     finite, and what reading text raises.
     """
-    if plan.architecture is None or not plan.architecture.predicts or not plan.architecture.blocks:
+    model = plan.architecture
+    if model is None or not model.predicts or not model.blocks or model.encoder_decoder:
         raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
     from convert.calibrate import calibration_tokens
     from convert.recipe import Calibration
@@ -317,7 +343,7 @@ class _Pass:
         self._skeleton.find_experts(experts)
         if self._skeleton.experts:
             self._skeleton.model.set_experts_implementation("eager")
-        self._reference: dict[int, Any] = {}
+        self._reference: Reference | None = None
         self._kl: dict[int, list[torch.Tensor]] = {}
         self._heads: dict[int, Form] = {}
         self.errors: dict[int, float] = {}
@@ -341,7 +367,8 @@ class _Pass:
         count, blocks = len(self._tokens), self._plan.architecture.blocks
         begins = [min(self._lies_in(module) for module in trial.forms) for trial in self._trials]
         lanes = len(self._trials) + 1 if to_output else 1
-        batches = [{"input_ids": batch, "use_cache": False} for _ in range(lanes) for batch in self._tokens]
+        # Batch by batch all lanes, the source first: of its logits those of one batch are kept.
+        batches = [{"input_ids": batch, "use_cache": False} for batch in self._tokens for _ in range(lanes)]
         head = self._plan.architecture.head
         self._heads = {i: trial.forms[head] for i, trial in enumerate(self._trials) if head and head in trial.forms}
         free = torch.cuda.mem_get_info()[0] if self._device != "cpu" else 0
@@ -356,31 +383,30 @@ class _Pass:
         workers = cores() if self._device == "cpu" else 1
         with (
             self._progress.stage(name, size * work, unit="tokens") as advance,
-            self._head_hook(count),
+            self._head_hook(lanes),
             one_thread(),
             crew(workers) as hands,
         ):
-            self._advance = advance
+            self._advance, self._hands = advance, hands
             for i, stand in enumerate(stands):
                 mine = [self._forms_in(trial, i) for trial in self._trials]
-                source = self._through(stand, mine, hands)
+                source = self._through(stand, mine, hands, range(0, count * lanes, lanes))
                 mine = [self._forms_in(trial, i) for trial in self._trials]
                 advance(size)
-                outputs = [*source] if to_output else None
+                outputs = [source] if to_output else None
                 for j in range(len(self._trials)):
                     own = source
                     if begins[j] == i or (begins[j] < i and to_output):
-                        first = count * (j + 1) if to_output else 0
                         with _put_in(self._skeleton, mine[j]):
-                            own = list(hands.map(stand.output, range(first, first + count)))
+                            own = list(hands.map(stand.output, range(j + 1 if to_output else 0, count * lanes, lanes)))
                     if begins[j] == i:
                         self.errors[j] = _mean_error(source, own)
                     if outputs is not None:
-                        outputs += own
+                        outputs.append(own)
                     if own is not source:
                         advance(size)
                 if outputs is not None:
-                    stand.hand_on(outputs)
+                    stand.hand_on([lane[batch] for batch in range(count) for lane in outputs])
                 if i == len(blocks) - 1:  # the head's products are large, and their greenlets are all in this thread
                     torch.set_num_threads(hands.count)
         return self
@@ -394,9 +420,9 @@ class _Pass:
     def _forms_in(self, trial: Trial, block: int) -> dict[str, Form]:
         return {module: form for module, form in trial.forms.items() if self._lies_in(module) == block}
 
-    def _through(self, stand: Stand, mine: Sequence[Mapping[str, Form]], hands: Crew) -> list[Any]:
-        """What the source's block returns for each batch; of forms that round statically and do not say by what, the largest input that the
-        source shows becomes the limit."""
+    def _through(self, stand: Stand, mine: Sequence[Mapping[str, Form]], hands: Crew, source: Sequence[int]) -> list[Any]:
+        """What the source's block returns for each batch of its lane, ``source``; of forms that round statically and do not say by what,
+        the largest input that the source shows becomes the limit."""
         divisors = {module: form.divisor for forms in mine for module, form in forms.items() if form.lacks_limit}
         seen: dict[str, list[float]] = {name: [] for name in divisors}
 
@@ -406,7 +432,7 @@ class _Pass:
                 seen[name].append(float((x if divisor is None else x / divisor.to(x.device)).abs().max()))
 
         with _inputs(self._skeleton, divisors, look):
-            outputs = list(hands.map(stand.output, range(len(self._tokens))))
+            outputs = list(hands.map(stand.output, source))
         if divisors:
             limits = {module: max(found, default=0.0) for module, found in seen.items()}
             self._trials = [
@@ -416,7 +442,7 @@ class _Pass:
         return outputs
 
     @contextmanager
-    def _head_hook(self, count: int) -> Iterator[None]:
+    def _head_hook(self, lanes: int) -> Iterator[None]:
         """Every batch calls the head once, in their order: those of a head's trial get what the quantized head returns."""
         head = self._plan.architecture.head if self._plan.architecture else None
         if not self._heads or head is None:
@@ -428,7 +454,7 @@ class _Pass:
         def quantized(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             import torch
 
-            trial = next(calls) // count - 1
+            trial = next(calls) % lanes - 1
             if trial not in self._heads:
                 return output
             form = self._heads[trial]
@@ -447,37 +473,56 @@ class _Pass:
             hook.remove()
 
     def _finish(self, i: int, output: Any) -> None:
-        import numpy as np
-        import torch
+        from convert.export import one_thread
 
-        lane, batch = divmod(i, len(self._tokens))
         logits = output.logits[0]
+        lane = i % (len(self._trials) + 1)
         if lane == 0:
-            path = self._scratch / f"reference-{batch}"
-            kept = np.memmap(path, np.float32, "w+", shape=tuple(logits.shape))
-            for start in range(0, len(logits), CHUNK):
-                kept[start : start + CHUNK] = logits[start : start + CHUNK].float().cpu().numpy()
-            self._reference[batch] = torch.from_numpy(kept)
+            self._reference = Reference(logits)
             return
-        for start in range(0, len(logits), CHUNK):
-            reference = self._reference[batch][start : start + CHUNK].to(logits.device)
-            self._kl.setdefault(lane - 1, []).append(kl_of(reference, logits[start : start + CHUNK].float()).cpu())
+        assert self._reference is not None
+        # Shared out by rows: what two threads share out of each small product is less than what it takes them to meet.
+        with one_thread():
+            self._kl.setdefault(lane - 1, []).append(self._reference.kl(logits, self._hands).cpu())
         self._advance(len(logits))
 
 
-def kl_of(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(reference) || softmax(logits)) of each row, (tokens,), from logits (tokens, vocabulary) in float32.
+class Reference:
+    """Logits of the source (tokens, vocabulary), in memory with what they make likely, for others to be compared with."""
 
-    With ``p = softmax(reference)``, ``d = logits - reference`` and ``c = sum p d`` it is ``log(sum p exp(d - c))``, taken as
-    ``log1p(sum p expm1(d - c))``: no two large numbers are subtracted, so that what is far below the rounding of a logarithm is told.
-    """
-    import torch
+    def __init__(self, logits: torch.Tensor) -> None:
+        import torch
 
-    p = torch.softmax(reference, -1)
-    difference = logits - reference
-    for _ in range(2):  # p sums to one only within rounding, so a common shift of all logits is not gone at once
-        difference = difference - (p * difference).sum(-1, keepdim=True)
-    return torch.log1p((p * torch.expm1(difference)).sum(-1))
+        self._logits = logits.float()
+        self._p = torch.softmax(self._logits, -1)
+        # It is one within rounding, which many small differences would show.
+        self._whole = torch.cat([self._p[i : i + CHUNK].double().sum(-1, keepdim=True).float() for i in range(0, len(logits), CHUNK)])
+
+    def kl(self, logits: torch.Tensor, hands: Crew) -> torch.Tensor:
+        """KL(source || other) of each token, (tokens,), in float32; each of the crew takes some.
+
+        With ``p = softmax(source)``, ``d = logits - source`` and ``c = sum p d`` it is ``log(sum p exp(d - c))``, taken as
+        ``log1p(sum p expm1(d - c))``: no two large numbers are subtracted, so that what is far below the rounding of a logarithm is told.
+        """
+        import torch
+
+        size = CHUNK if logits.device.type == "cpu" else len(logits)
+
+        def part(start: int) -> torch.Tensor:
+            rows = slice(start, start + size)
+            p, whole = self._p[rows], self._whole[rows]
+
+            def mean(values: torch.Tensor) -> torch.Tensor:
+                found: torch.Tensor = torch.linalg.vecdot(p, values)[:, None] / whole
+                return found
+
+            d = logits[rows].float() - self._logits[rows]
+            # Of a common shift of all logits a sum in float32 leaves a little, which the second mean tells.
+            d -= mean(d)
+            left = mean(d)
+            return (torch.log1p(mean(d.expm1_())) - left)[:, 0]
+
+        return torch.cat(list(hands.map(part, range(0, len(logits), size))))
 
 
 def _mean_error(source: Sequence[Any], own: Sequence[Any]) -> float:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -253,7 +254,7 @@ def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
         files=(SourceFile(path.name, path.stat().st_size),),
         file_of=dict.fromkeys(gguf.tensors, path.name),
         reader=GgufReader(gguf),
-        sidecars=lambda: _gguf_sidecars(gguf),
+        sidecars=cache(lambda: _gguf_sidecars(gguf)),  # transformers reads every token in Python: seconds
         float_dtype="BF16",
         coded={name: Coded(f"GGUF {tensor.kind}") for name, tensor in gguf.tensors.items() if tensor.kind not in ("F32", "F16", "BF16")},
         licence=gguf.fields.get("general.license"),

@@ -12,7 +12,7 @@ from formats.dtypes import FLOATS
 from formats.errors import FormatError
 from formats.existing import SIDE_FILE, section_of
 from formats.manifest import MANIFEST, read_manifest
-from formats.onnx_graph import find_graph, has_graph, metadata_of, read_graph, tensors_of
+from formats.onnx_graph import find_graphs, has_graph, metadata_of, read_graph, tensors_of
 from formats.safetensors import TensorSpec, read_folder, read_header, read_json
 from formats.tensors import GRAPHS, read_tensors
 
@@ -57,8 +57,9 @@ def compatibility(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / 'config.json'}: not a JSON object")
     side = read_json(folder / SIDE_FILE) if (folder / SIDE_FILE).exists() else None
     if has_graph(folder):
-        said = metadata_of(read_graph(folder / find_graph(folder)))
-        name, parts = said.get("format", GRAPHS[0]), tuple(Part(scheme, frozenset()) for scheme in said.get("schemes", []))
+        said = [metadata_of(read_graph(folder / graph)) for graph in find_graphs(folder)]
+        schemes = sorted({scheme for one in said for scheme in one.get("schemes", [])})
+        name, parts = said[-1].get("format", GRAPHS[0]), tuple(Part(scheme, frozenset()) for scheme in schemes)
         if not parts:
             raise FormatError(f"{folder}: its graph does not say by which scheme it is quantized; only what octavo wrote does")
     else:
@@ -107,8 +108,11 @@ def _inspect_folder(folder: Path) -> dict[str, Any]:
         "tensors": _count((item.spec, item.spec.dtype, item.spec.size_bytes) for item in located.values()),
     }
     if graphed:
-        graph = _inspect_graph(folder / find_graph(folder))
-        found |= {key: graph[key] for key in ("quantization", "metadata")}
+        graphs = {name: _inspect_graph(folder / name) for name in find_graphs(folder)}
+        last = list(graphs.values())[-1]
+        found |= {key: last[key] for key in ("quantization", "metadata")}
+        if len(graphs) > 1:
+            found["metadata"] = {name: graph["metadata"] for name, graph in graphs.items()}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         found["made_by"] = {

@@ -8,7 +8,7 @@ that transformers.js 4 looks for: ``onnx/model_quantized.onnx`` and ``.onnx_data
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ FOLDER = "onnx"
 METADATA = "octavo"
 #: The standard's operators are those of this version; it has Attention, RotaryEmbedding and RMSNormalization. IR 11 goes with it.
 OPSET, IR_VERSION = 23, 11
+#: What the names of an encoder-decoder's graphs begin with.
+PAIR = ("encoder_model", "decoder_model_merged")
 #: Domains that a graph here may use: the standard's, and ONNX Runtime's own where the recipe asks for it.
 DOMAINS = ("", "com.microsoft")
 #: Large tensors begin at a page, so that they can be mapped; small ones where a cache line does.
@@ -90,9 +92,10 @@ class Pack:
     axis: int
 
 
-def graph_file(*, quantized: bool, dtype: str) -> str:
-    """Where a graph lies, by the names that transformers.js gives to what it loads; ``dtype``: F32 or F16, of what is not quantized."""
-    return f"{FOLDER}/model{'_quantized' if quantized else '_fp16' if dtype == 'F16' else ''}.onnx"
+def graph_file(*, quantized: bool, dtype: str, stem: str = "model") -> str:
+    """Where a graph lies, by the names that transformers.js gives to what it loads; ``dtype``: F32 or F16, of what is not quantized;
+    ``stem``: what a graph of several is called."""
+    return f"{FOLDER}/{stem}{'_quantized' if quantized else '_fp16' if dtype == 'F16' else ''}.onnx"
 
 
 def lay_out(
@@ -138,14 +141,23 @@ def _alignment(spec: TensorSpec) -> int:
 
 
 def read_folder(folder: Path) -> dict[str, Located]:
-    """The tensors that a folder's graph refers to, apart from its own small constants; files are named from ``folder``.
+    """The tensors that a folder's graphs refer to, apart from their own small constants; files are named from ``folder``.
 
     Raises :class:`FormatError` where :func:`read_graph` does, and where the metadata disagrees with the graph.
     """
-    graph = find_graph(folder)
-    found = tensors_of(read_graph(folder / graph), folder / graph)
-    prefix = graph.rpartition("/")[0]
-    return {name: replace(item, file=f"{prefix}/{item.file}".lstrip("/")) for name, item in found.items()}
+    return join_graphs(folder, {graph: read_graph(folder / graph) for graph in find_graphs(folder)})
+
+
+def join_graphs(folder: Path, graphs: Mapping[str, ModelProto]) -> dict[str, Located]:
+    """The tensors that graphs of a folder refer to, ``graphs`` by their files. Raises :class:`FormatError` where two have one."""
+    tensors: dict[str, Located] = {}
+    for graph, model in graphs.items():
+        prefix = graph.rpartition("/")[0]
+        for name, item in tensors_of(model, folder / graph).items():
+            if name in tensors:
+                raise FormatError(f"{folder / graph}: {name} is in {tensors[name].file} too")
+            tensors[name] = replace(item, file=f"{prefix}/{item.file}".lstrip("/"))
+    return tensors
 
 
 def tensors_of(model: ModelProto, path: Path) -> dict[str, Located]:
@@ -172,18 +184,30 @@ def has_graph(folder: Path) -> bool:
     return not any(folder.glob("*.safetensors*")) and any(any(where.glob("*.onnx")) for where in (folder, folder / FOLDER))
 
 
-def find_graph(folder: Path) -> str:
-    """The one graph of a folder, from there. Raises :class:`FormatError` where there is none, or several."""
+def find_graphs(folder: Path) -> tuple[str, ...]:
+    """The graph of a folder, from there, or the two of an encoder-decoder, the encoder first. Raises :class:`FormatError` where there is
+    none, or where there are others."""
     found = sorted(path.relative_to(folder).as_posix() for where in (folder, folder / FOLDER) for path in where.glob("*.onnx"))
+    pair = sorted(found, reverse=True)
+    if len(found) == 2 and all(name.rpartition("/")[2].startswith(stem) for name, stem in zip(pair, PAIR, strict=True)):
+        return tuple(pair)
     if len(found) != 1:
         what = f"several graphs, {', '.join(found)}" if found else f"no .onnx file in it or in {FOLDER}/"
         raise FormatError(f"{folder}: {what}")
-    return found[0]
+    return tuple(found)
 
 
-def read_graph(path: Path) -> ModelProto:
+def find_graph(folder: Path) -> str:
+    """The one graph of a folder, or of an encoder-decoder the decoder's. Raises :class:`FormatError` as :func:`find_graphs` does."""
+    return find_graphs(folder)[-1]
+
+
+def read_graph(path: Path, *, data: Mapping[str, int] | None = None) -> ModelProto:
     """A graph without its data. Raises :class:`FormatError` for what is no ONNX, for operators that no reader here knows, and for data that
-    is not where the graph says it is: outside its folder, beyond the end of its file, of another size than its shape."""
+    is not where the graph says it is: outside its folder, beyond the end of its file, of another size than its shape.
+
+    ``data``: where the files beside it are not on this machine, the bytes of each.
+    """
     import onnx
 
     try:
@@ -196,14 +220,14 @@ def read_graph(path: Path) -> ModelProto:
     foreign = sorted(set(opsets) - set(DOMAINS))
     if foreign or not opsets.get(""):
         raise FormatError(f"{path}: operators of {', '.join(foreign) or 'no opset'}; known are the standard's and {DOMAINS[1]}")
-    sizes: dict[str, int] = {}
+    sizes = dict(data or {})
     for tensor in model.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
-            _check_external(path, tensor, opsets[""], sizes)
+            _check_external(path, tensor, opsets[""], sizes, here=data is None)
     return model
 
 
-def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str, int]) -> None:
+def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str, int], *, here: bool) -> None:
     where = _external(tensor)
     location = where.get("location")
     if not is_plain_name(location):
@@ -222,7 +246,7 @@ def _check_external(path: Path, tensor: TensorProto, opset: int, sizes: dict[str
         raise FormatError(f"{path}: {tensor.name} has offset {offset} and {length:,} bytes; {needs}")
     file = path.parent / str(location)
     if location not in sizes:
-        if not file.is_file():
+        if not here or not file.is_file():
             raise FormatError(f"{path}: {tensor.name} should lie in {location}, which is not there; fetch it again")
         # Hub clients keep graph and data as links into one folder; a link that the graph is not part of leads elsewhere.
         if file.resolve().parent != path.resolve().parent:

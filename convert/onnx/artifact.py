@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -54,21 +55,44 @@ def plan_decoder(
 
 
 def plan_traced(
-    traced: Traced, placed: Mapping[str, Placed], specs: Sequence[TensorSpec], *, max_file_bytes: int, provenance: Mapping[str, Any]
+    traced: Sequence[Traced],
+    placed: Callable[[Traced], Mapping[str, Placed]],
+    specs: Callable[[Traced], Sequence[TensorSpec]],
+    *,
+    max_file_bytes: int,
+    provenance: Mapping[str, Any],
 ) -> Files:
-    """The traced graph of a model whose tensors are ``placed`` (by the checkpoint's names) as ``specs`` say. Raises :class:`FormatError`
-    where it reads codes as something else than the weight of a linear layer."""
-    schemes = _schemes(place.product for place in placed.values())
-    name = graph_file(quantized=bool(schemes), dtype=traced.dtype)
-    shards, initializers = lay_out(specs, (), name, max_file_bytes)
+    """The traced graphs of a model; what each reads lies as ``specs`` say, its tensors ``placed`` by the checkpoint's names. Raises
+    :class:`FormatError` where one reads codes as something else than the weight of a linear layer."""
+    quantized = any(_schemes(place.product for place in placed(one).values()) for one in traced)
     tools = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
-    graph = rewrite(
-        traced,
-        placed,
-        initializers,
-        metadata=lambda computed: _facts(schemes, initializers, {**provenance, "computed": computed}, tools),
-    )
-    return Files(shards, {name: graph}, _external(name, shards))
+    files = Files((), {}, {"transformers.js_config": {"use_external_data_format": {}}})
+    for one in traced:
+        there = placed(one)
+        schemes = _schemes(place.product for place in there.values())
+        name = graph_file(quantized=quantized, dtype=one.dtype, stem=one.name)
+        shards, initializers = lay_out(specs(one), (), name, max_file_bytes)
+        graph = rewrite(
+            one,
+            there,
+            initializers,
+            metadata=partial(_traced_facts, schemes, initializers, provenance, tools),
+        )
+        counts = {**files.config["transformers.js_config"]["use_external_data_format"], **_chunks(name, shards)}
+        files = Files(
+            (*files.shards, *shards), {**files.texts, name: graph}, {"transformers.js_config": {"use_external_data_format": counts}}
+        )
+    return files
+
+
+def _traced_facts(
+    schemes: Sequence[str],
+    initializers: Sequence[Initializer],
+    provenance: Mapping[str, Any],
+    tools: Sequence[str],
+    computed: Sequence[str],
+) -> dict[str, str]:
+    return _facts(schemes, initializers, {**provenance, "computed": computed}, tools)
 
 
 def _schemes(stored: Iterable[Stored]) -> list[str]:
@@ -91,7 +115,11 @@ def _facts(
 
 def _external(graph: str, shards: Sequence[Shard]) -> dict[str, Any]:
     """What transformers.js must be told of data beside a graph."""
-    return {"transformers.js_config": {"use_external_data_format": {graph.rpartition("/")[2]: len(shards)}}}
+    return {"transformers.js_config": {"use_external_data_format": _chunks(graph, shards)}}
+
+
+def _chunks(graph: str, shards: Sequence[Shard]) -> dict[str, int]:
+    return {graph.rpartition("/")[2]: len(shards)}
 
 
 def inline_template(sidecars: Mapping[str, bytes]) -> dict[str, bytes]:

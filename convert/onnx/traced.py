@@ -1,4 +1,8 @@
-"""The graph of a model that is no decoder: traced by transformers' own exporter, its linear layers then as the plan stores them.
+"""The graphs of a model that is no decoder: traced by transformers' own exporter, its linear layers then as the plan stores them.
+
+There is one, or for an encoder-decoder two: what reads, and what writes with a cache (the names are Optimum's, which transformers.js and
+its ``ORTModelForSeq2SeqLM`` look for). In the decoder, keys and values of the encoder's states come from the cache where there is one, and
+are computed where not.
 
 Nothing is read for it. Parameters are memory that no one touches, and inputs of the graph while it is simplified, so that no value of
 theirs can be folded into it; what the model computes of its configuration alone (position ids, rotary frequencies) is a constant inside.
@@ -21,7 +25,7 @@ from convert.loading import Skeleton
 from convert.onnx.nodes import Nodes, Stored
 from formats.dtypes import DTYPES
 from formats.errors import FormatError
-from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, Initializer
+from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, PAIR, Initializer
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +35,23 @@ if TYPE_CHECKING:
 #: What a model of text may be given, in this order. A type of tokens only where there are several: tokenizers give none otherwise.
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
 #: Sizes of what is traced with: no two alike, and none of 1, which torch.export takes for a constant.
-_BATCH, _LENGTH = 2, 11
+_BATCH, _LENGTH, _WRITTEN, _PAST = 2, 11, 3, 5
+
+
+#: What an encoder-decoder's graphs are called, beside :data:`WHOLE`, which any other model's is.
+WHOLE, (ENCODER, DECODER) = "model", PAIR
 
 
 @dataclass(frozen=True)
 class Traced:
     """``graph``: an onnx.proto3 model without weights, in which a parameter is an input of the name that the model has for it.
-    ``parameters``: of each that the graph computes with, the tensor of the checkpoint that it is. ``dtype``: F32 or F16, of its floats."""
+    ``parameters``: of each that the graph computes with, the tensor of the checkpoint that it is. ``dtype``: F32 or F16, of its floats.
+    ``name``: what its file is called."""
 
     graph: bytes
     parameters: Mapping[str, str]
     dtype: str
+    name: str = WHOLE
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -59,28 +69,43 @@ class Placed:
     columns: bool = False
 
 
-def trace(checkpoint: Checkpoint, *, dtype: str, trust_remote_code: bool) -> Traced:
-    """The graph of a model in ``dtype`` (F32 or F16). Raises :class:`FormatError` where the exporter cannot give one, or where a parameter
+def trace(checkpoint: Checkpoint, *, dtype: str, trust_remote_code: bool) -> tuple[Traced, ...]:
+    """The graphs of a model in ``dtype`` (F32 or F16). Raises :class:`FormatError` where the exporter cannot give one, or where a parameter
     of it is no tensor of the checkpoint as it is."""
     skeleton = Skeleton(checkpoint, dtype=DTYPES[dtype].torch_name, trust_remote_code=trust_remote_code)
     model = skeleton.model
     skeleton.compute_buffers("cpu")
     _fill_with_nothing(model)
     model.config.use_cache = False
-    exported = _export(model, _examples(model))
+    if not (model.config.is_encoder_decoder and model.can_generate()):  # of an encoder alone, T5's config says that it is both
+        return (_trace(skeleton, model, WHOLE, dtype, _examples(model)),)
+    if model.main_input_name != "input_ids":
+        raise FormatError(f"no graphs are known for {type(model).__name__}, an encoder-decoder that reads {model.main_input_name}")
+    reads, writes = _halves(model)
+    return (
+        _trace(skeleton, reads, ENCODER, dtype, {name: _ones(_BATCH, _LENGTH) for name in _TEXT[:2]}),
+        _trace(skeleton, writes, DECODER, dtype, _decoder_examples(model)),
+    )
+
+
+def _trace(skeleton: Skeleton, model: Any, name: str, dtype: str, examples: dict[str, Any]) -> Traced:
+    """The graph of the model, or of a half of it."""
+    within = "" if model is skeleton.model else "model."
+    exported = _export(model, examples)
     graph = exported.graph
     sources: dict[str, str] = {}
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in list(graph.initializers):
-        source = skeleton.own_tensor(name)
-        if source is None and name in known:
+    known = {parameter for parameter, _ in model.named_parameters(remove_duplicate=False)}
+    for parameter in list(graph.initializers):
+        own = parameter.removeprefix(within)
+        source = skeleton.own_tensor(own)
+        if source is None and parameter in known and skeleton.tensors(own):
             raise FormatError(
-                f"{name} of {type(model).__name__} is no tensor of the checkpoint as it is (transformers makes it of "
-                f"{', '.join(skeleton.tensors(name)[:3])}); a traced graph holds tensors of the checkpoint only"
+                f"{own} of {type(skeleton.model).__name__} is no tensor of the checkpoint as it is (transformers makes it of "
+                f"{', '.join(skeleton.tensors(own)[:3])}); a traced graph holds tensors of the checkpoint only"
             )
         if source is not None:
-            sources[name] = source
-            value = graph.initializers.pop(name)
+            sources[parameter] = source
+            value = graph.initializers.pop(parameter)
             value.const_value = None
             graph.inputs.append(value)
     _simplify(exported)
@@ -89,10 +114,12 @@ def trace(checkpoint: Checkpoint, *, dtype: str, trust_remote_code: bool) -> Tra
             graph.inputs.remove(value)
             del sources[str(value.name)]
     _tidy(exported, sources)
+    if name == DECODER:
+        _name_cache(graph)
     foreign = {f"{node.domain}.{node.op_type}" for node in graph.all_nodes() if node.domain not in DOMAINS}
     if foreign:
-        raise FormatError(f"the graph of {type(model).__name__} has operators of no standard: {', '.join(sorted(foreign))}")
-    return Traced(bytes(ir.to_proto(exported).SerializeToString(deterministic=True)), sources, dtype)
+        raise FormatError(f"the graph of {type(skeleton.model).__name__} has operators of no standard: {', '.join(sorted(foreign))}")
+    return Traced(bytes(ir.to_proto(exported).SerializeToString(deterministic=True)), sources, dtype, name)
 
 
 def rewrite(
@@ -122,6 +149,8 @@ def rewrite(
         graph.inputs.remove(value)
         if value.uses():
             _read_plain(graph, value, nodes, traced.parameters[str(value.name)], placed)
+    if traced.name == DECODER:
+        _keep_cross(model)
     for value in nodes.initializers():
         graph.register_initializer(value)
     computed = sorted(name for name, value in graph.initializers.items() if not isinstance(value.const_value, ir.ExternalTensor))
@@ -221,6 +250,169 @@ def _fill_with_nothing(model: Any) -> None:
                     values[name] = made.setdefault(id(value), filled)
 
 
+def _halves(model: Any) -> tuple[Any, Any]:
+    """An encoder-decoder as what reads and what writes, each with tensors alone for inputs and outputs."""
+    import torch
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.config = model.config
+
+    class Reads(Half):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            states = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+            return {"last_hidden_state": states.last_hidden_state}
+
+    class Writes(Half):
+        def forward(
+            self,
+            encoder_attention_mask: torch.Tensor,
+            input_ids: torch.Tensor,
+            encoder_hidden_states: torch.Tensor,
+            past: list[torch.Tensor],
+        ) -> dict[str, Any]:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            for i in range(0, len(past), 2):
+                cache.self_attention_cache.update(past[i], past[i + 1], i // 2)
+            output = self.model(
+                decoder_input_ids=input_ids,
+                encoder_outputs=(encoder_hidden_states,),
+                attention_mask=encoder_attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            layers = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
+            return {"logits": output.logits, "present": [part for pair in layers for layer in pair for part in _kept(layer)]}
+
+    return Reads().eval(), Writes().eval()
+
+
+def _kept(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys, layer.values
+
+
+def _decoder_examples(model: Any) -> dict[str, Any]:
+    """What the writing half is traced with; how many heads there are is seen, since configs have many names for it."""
+    import torch
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    ids = _ones(_BATCH, _WRITTEN)
+    with torch.no_grad():
+        output = model(input_ids=_ones(_BATCH, _LENGTH), decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+    kept = [part for layer in cache.self_attention_cache.layers for part in _kept(layer)]
+    shapes = [(part.shape[0], part.shape[1], _PAST, part.shape[3]) for part in kept]
+    states = output.encoder_last_hidden_state
+    return {
+        "encoder_attention_mask": _ones(_BATCH, _LENGTH),
+        "input_ids": ids,
+        "encoder_hidden_states": torch.zeros_like(states),
+        "past": [torch.zeros(shape, dtype=states.dtype) for shape in shapes],
+    }
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    import torch
+
+    return torch.ones(*shape, dtype=torch.long)
+
+
+#: The parts of a decoder layer's cache, in the order in which they are in it.
+_CACHE = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
+
+
+def _name_cache(graph: ir.Graph) -> None:
+    """Gives the decoder's inputs and outputs the names, and their axes those, by which Optimum and transformers.js know them."""
+    axes = {
+        "encoder_attention_mask": ("batch_size", "encoder_sequence_length"),
+        "input_ids": ("batch_size", "decoder_sequence_length"),
+        "encoder_hidden_states": ("batch_size", "encoder_sequence_length"),
+        "logits": ("batch_size", "decoder_sequence_length"),
+    }
+    for value in (*graph.inputs, *graph.outputs):
+        kind, _, number = str(value.name).partition(".")
+        if kind == "past" and number.isdecimal():
+            layer, part = divmod(int(number), 2)
+            value.name = f"past_key_values.{layer}.{_CACHE[part]}"
+            names: dict[int, str] = {0: "batch_size", 2: "past_decoder_sequence_length"}
+        elif kind == "present":
+            layer, part = divmod(int(number), len(_CACHE))
+            value.name = f"present.{layer}.{_CACHE[part]}"
+            names = {0: "batch_size", 2: "encoder_sequence_length" if part > 1 else "total_decoder_sequence_length"}
+        else:
+            names = dict(enumerate(axes.get(str(value.name), ())))
+        if names and value.shape is not None:
+            value.shape = ir.Shape([names.get(axis, size) for axis, size in enumerate(value.shape)])
+
+
+def _keep_cross(model: ir.Model) -> None:
+    """Takes keys and values of the encoder's states from the cache where ``use_cache_branch`` says that there is one. What is computed of
+    the states and put behind them is then of no states: products of nothing cost nothing, and no part of the graph is there twice."""
+    graph = model.graph
+    states = next(value for value in graph.inputs if value.name == "encoder_hidden_states")
+    flag = ir.Value(name="use_cache_branch", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))
+    constants = {name: ir.val(f"cross.{name}", const_value=ir.tensor([number])) for name, number in _SLICE.items()}
+    for constant in constants.values():
+        graph.register_initializer(constant)
+    end = ir.node("Where", [flag, constants["none"], constants["all"]])
+    fresh = ir.node("Slice", [states, constants["none"], end.outputs[0], constants["axis"]])
+    end.outputs[0].name, fresh.outputs[0].name = "cross.end", "cross.fresh_states"
+    graph.insert_before(next(iter(graph)), [end, fresh])
+    for computed in [value for value in graph.outputs if ".encoder." in str(value.name)]:
+        name, producer = str(computed.name), computed.producer()
+        assert producer is not None
+        assert computed.shape is not None
+        past = ir.Value(name=name.replace("present", "past_key_values"), type=computed.type)
+        past.shape = ir.Shape([size if axis != 2 else "past_encoder_sequence_length" for axis, size in enumerate(computed.shape)])
+        graph.inputs.append(past)
+        nodes, value = _copies(computed, {states: fresh.outputs[0]}, f"{name}.fresh")
+        both = ir.node("Concat", [past, value], {"axis": 2}, name=f"{name}.joined")
+        graph.insert_after(producer, [*nodes, both])
+        kept = both.outputs[0]
+        kept.type, kept.shape = computed.type, computed.shape
+        ir.convenience.replace_all_uses_with(computed, kept, replace_graph_outputs=True)
+        computed.name, kept.name = f"{name}.unused", name
+    order = {str(value.name).replace("present", "past_key_values"): i for i, value in enumerate(graph.outputs)}
+    cache = sorted((value for value in graph.inputs if value.name in order), key=lambda value: order[str(value.name)])
+    for value in cache:
+        graph.inputs.remove(value)
+    graph.inputs.extend([*cache, flag])
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+#: Where a slice of the encoder's states begins, where it ends, and along which axis it is.
+_SLICE = {"none": 0, "all": (1 << 63) - 1, "axis": 1}
+
+
+def _copies(value: ir.Value, instead: Mapping[ir.Value, ir.Value], prefix: str) -> tuple[list[ir.Node], ir.Value]:
+    """The nodes that a value comes from, once more, in their order and of other values ``instead``, and what is then the value."""
+    wanted: set[ir.Node] = set()
+    open_ = [value]
+    while open_:
+        producer = open_.pop().producer()
+        if producer is not None and producer not in wanted:
+            wanted.add(producer)
+            open_ += [item for item in producer.inputs if item is not None]
+    made = dict(instead)
+    nodes = []
+    assert value.graph is not None
+    for node in value.graph:
+        if node not in wanted:
+            continue
+        inputs = [made.get(item, item) if item is not None else None for item in node.inputs]
+        copy = ir.Node(
+            node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs), name=f"{prefix}.{node.name}"
+        )
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.name = f"{prefix}.{old.name}"
+            made[old] = new
+        nodes.append(copy)
+    return nodes, made[value]
+
+
 def _examples(model: Any) -> dict[str, torch.Tensor]:
     """What the model is traced with: of each input its dtype and its rank are what matters."""
     import torch
@@ -230,7 +422,7 @@ def _examples(model: Any) -> dict[str, torch.Tensor]:
     if model.main_input_name == "input_ids":
         few = getattr(config, "type_vocab_size", 0) < 2
         names = [name for name in _TEXT if name in known and not (name == "token_type_ids" and few)]
-        return {name: torch.ones(_BATCH, _LENGTH, dtype=torch.long) for name in names}
+        return {name: _ones(_BATCH, _LENGTH) for name in names}
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -241,13 +433,17 @@ def _examples(model: Any) -> dict[str, torch.Tensor]:
     )
 
 
-def _export(model: Any, examples: dict[str, torch.Tensor]) -> ir.Model:
+def _export(model: Any, examples: dict[str, Any]) -> ir.Model:
     import torch
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    free = {"pixel_values": (0, 2, 3)}
-    shapes = {name: dict.fromkeys(free.get(name, (0, 1)), torch.export.Dim.AUTO) for name in examples}
+    free = {"pixel_values": (0, 2, 3), "past": (0, 2)}
+
+    def axes(name: str) -> dict[int, Any]:
+        return dict.fromkeys(free.get(name, (0, 1)), torch.export.Dim.AUTO)
+
+    shapes = {name: [axes(name) for _ in value] if isinstance(value, list) else axes(name) for name, value in examples.items()}
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
     try:
         with _quiet():

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.runtimes.transformers import measure, model_class, peak_bytes
+from convert.runtimes.transformers import inputs_for, measure, model_class, peak_bytes
 from convert.source import open_source
 from formats.dtypes import DTYPES
 
@@ -52,17 +52,17 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     tokens = torch.from_numpy(np.load(request["tokens"]))
     module_dtypes = {name: str(module.weight.dtype).removeprefix("torch.") for name, module in _weighted(skeleton.model)}
-    vocabulary = 0
+    vocabulary, classes = 0, False
     with Path(request["logits"]).open("wb") as stream:
 
         def write(_: int, output: Any) -> None:
-            nonlocal vocabulary
+            nonlocal vocabulary, classes
             given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
-            vocabulary = given.shape[-1]
+            vocabulary, classes = given.shape[-1], given.dim() == 2
             given[0].float().cpu().numpy().tofile(stream)
 
         predicts = bool(skeleton.model.can_generate())
-        batches = [{"input_ids": sequence[None], **({"use_cache": False} if predicts else {})} for sequence in tokens]
+        batches = [inputs_for(skeleton.model, sequence[None]) for sequence in tokens]
         for _ in walk(skeleton, batches, device=request["device"], place="host", finish=write):
             pass
     on_gpu = request["device"] != "cpu"
@@ -77,6 +77,8 @@ def _walk(request: dict[str, Any]) -> dict[str, Any]:
         "answers": [],
         "vocabulary": vocabulary,
         "predicts": predicts,
+        "classes": classes,
+        "written": predicts and bool(skeleton.model.config.is_encoder_decoder),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }

@@ -3,15 +3,18 @@
 Run as ``python -m convert.runtimes.transformers REQUEST ANSWER``, both JSON files. This module imports nothing of this package, so that
 any interpreter with transformers can run it.
 
-Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length)), ``logits`` (file to write: float32 (sequences, length,
-vocabulary), raw; of a model that predicts no tokens its last hidden states, or whatever logits it has), ``prompt`` (token ids),
+Request: ``artifact`` (folder), ``tokens`` (.npy, int64 (sequences, length), or pictures, float32 (pictures, channels, height, width)),
+``logits`` (file to write: float32 (sequences, length, vocabulary), raw; of a model that predicts no tokens its last hidden states, or
+whatever logits it has), ``prompt`` (token ids),
 ``new_tokens``, ``dtype`` (``auto`` or a torch dtype), ``device``, ``threads``, ``trust_remote_code``; and, if asked, ``prompts`` (token ids
 of each) with ``answer_tokens``.
 
 Answer: ``module_dtypes`` (module -> dtype of its weight as loaded, before anything ran), ``dequantized`` (whether loading turned codes into
-floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second``, ``decode_tokens_per_second``, ``generated``
+floats), ``weight_bytes``, ``peak_bytes``, ``load_seconds``, ``prefill_tokens_per_second`` (of pictures, how many a second),
+``decode_tokens_per_second``, ``generated``
 (token ids, none where it predicts none), ``answers`` (the same for each of ``prompts``), ``vocabulary`` (the last axis of what was
-written), ``predicts`` (whether that is logits of next tokens), ``device``, ``versions``.
+written), ``predicts`` (whether that is logits of next tokens), ``classes`` (whether it is logits of classes), ``written``
+(whether what was read was written, by an encoder-decoder), ``device``, ``versions``.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     device = request["device"]
     tokens = torch.from_numpy(np.load(request["tokens"])).to(device)
     seconds = 0.0
-    vocabulary = 0
+    vocabulary, classes = 0, False
     predicts = bool(model.can_generate())
     generated: list[int] = []
     answers: list[list[int]] = []
@@ -75,8 +78,9 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
     with torch.inference_mode(), Path(request["logits"]).open("wb") as stream:
         for sequence in tokens:
             started = time.perf_counter()
-            output = model(input_ids=sequence[None], **({"use_cache": False} if predicts else {}))
+            output = model(**inputs_for(model, sequence[None]))
             given = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
+            classes = given.dim() == 2
             logits = given[0].float().cpu()
             seconds += time.perf_counter() - started
             vocabulary = logits.shape[-1]
@@ -98,15 +102,32 @@ def measure(model: Any, request: dict[str, Any], *, load_seconds: float) -> dict
         "weight_bytes": sum(weights.values()),
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_bytes(),
         "load_seconds": load_seconds,
-        "prefill_tokens_per_second": tokens.numel() / seconds,
+        "prefill_tokens_per_second": (len(tokens) if tokens.is_floating_point() else tokens.numel()) / seconds,
         "decode_tokens_per_second": len(generated) / decode_seconds if predicts else 0.0,
         "generated": generated,
         "answers": answers,
         "vocabulary": vocabulary,
         "predicts": predicts,
+        "classes": classes,
+        "written": predicts and bool(model.config.is_encoder_decoder),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers", *decoders)},
     }
+
+
+def inputs_for(model: Any, ids: Any) -> dict[str, Any]:
+    """What a model is given of token ids (batch, length), or of pictures (batch, channels, height, width). An
+    encoder-decoder reads ids, and is told to write them: behind the token that its decoder begins with come those from the second on, so
+    that the logits at a place are of the token after it, as in a decoder."""
+    if ids.is_floating_point():  # pictures
+        return {"pixel_values": ids.to(model.dtype)}
+    if not model.can_generate():
+        return {"input_ids": ids}
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids, "use_cache": False}
+    written = ids.clone()
+    written[:, 0] = model.config.decoder_start_token_id
+    return {"input_ids": ids, "decoder_input_ids": written, "use_cache": False}
 
 
 def _continue(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -114,8 +135,9 @@ def _continue(model: Any, prompt: list[int], count: int) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt], device=model.device)
-    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[0].tolist()
-    return found[len(prompt) :]
+    options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1}
+    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return found[1 if model.config.is_encoder_decoder else len(prompt) :]
 
 
 def peak_bytes() -> int:

@@ -31,7 +31,7 @@ async function main(requestPath, answerPath) {
   const tokens = readTokens(request.tokens);
   const graph = findGraph(request.artifact);
   // Profiling would slow down what is timed, so it has a session of its own.
-  const kernels = await countKernels(library, request, graph, tokens.rows[0].slice(0, 1));
+  const kernels = await countKernels(library, request, graph, tokens.pictures ? tokens.rows[0] : tokens.rows[0].slice(0, 1));
 
   const started = performance.now();
   const model = await load(library, request, graph);
@@ -44,30 +44,35 @@ async function main(requestPath, answerPath) {
     const output = await forward(library, model, row);
     seconds += (performance.now() - began) / 1000;
     const given = (!request.predicts && output.last_hidden_state) || output.logits;
-    vocabulary = given.dims[2];
-    if (given.dims[1] !== row.length) throw new Error(`${given.dims[1]} rows for ${row.length} tokens`);
+    vocabulary = given.dims.at(-1);
+    const rows = given.dims[1];
+    if (given.dims.length === 3 && !tokens.pictures && rows !== row.length) throw new Error(`${rows} rows for ${row.length} tokens`);
     const values = Float32Array.from(given.data);
     fs.writeSync(logits, new Uint8Array(values.buffer));
   }
   fs.closeSync(logits);
 
   const write = async (ids, count) => {
-    const output = await model.generate({ ...feeds(library, ids.map(BigInt)), max_new_tokens: count, do_sample: false });
-    return Array.from(output.data, Number).slice(ids.length);
+    const output = await model.generate({ ...feeds(library, ids.map(BigInt)), max_new_tokens: count, do_sample: false, num_beams: 1 });
+    return Array.from(output.data, Number).slice(graph.pair ? 1 : ids.length);
   };
   const began = performance.now();
   const generated = request.predicts ? await write(request.prompt, request.new_tokens) : [];
   const decoding = (performance.now() - began) / 1000;
   const answers = [];
   for (const ids of request.predicts ? (request.prompts ?? []) : []) answers.push(await write(ids, request.answer_tokens));
-  const tokenizer = await library.AutoTokenizer.from_pretrained(request.artifact, { local_files_only: true });
-  const ids = tokenizer(request.text, { add_special_tokens: request.special_tokens, return_tensor: false }).input_ids.map(Number);
+  const checks = {};
+  if (!tokens.pictures) {
+    const tokenizer = await library.AutoTokenizer.from_pretrained(request.artifact, { local_files_only: true });
+    const ids = tokenizer(request.text, { add_special_tokens: request.special_tokens, return_tensor: false }).input_ids.map(Number);
+    checks["prompt tokenized otherwise than by transformers"] = [otherwise(ids, request.prompt), 0];
+  }
 
   const answer = {
     weight_bytes: weightBytes(graph),
     peak_bytes: peakBytes(),
     load_seconds: (loaded - started) / 1000,
-    prefill_tokens_per_second: (tokens.rows.length * tokens.rows[0].length) / seconds,
+    prefill_tokens_per_second: (tokens.rows.length * (tokens.pictures ? 1 : tokens.rows[0].length)) / seconds,
     decode_tokens_per_second: request.predicts ? generated.length / decoding : 0,
     generated,
     answers,
@@ -81,13 +86,14 @@ async function main(requestPath, answerPath) {
     },
     session: `cpu; dtype ${graph.dtype}, ${request.threads} threads`,
     kernels,
-    checks: { "prompt tokenized otherwise than by transformers": [otherwise(ids, request.prompt), 0] },
+    checks,
   };
   fs.writeFileSync(answerPath, JSON.stringify(answer));
 }
 
 function load(library, request, graph, options = {}) {
-  return (request.predicts ? library.AutoModelForCausalLM : library.AutoModel).from_pretrained(request.artifact, {
+  const loader = graph.pair ? library.AutoModelForSeq2SeqLM : request.predicts ? library.AutoModelForCausalLM : library.AutoModel;
+  return loader.from_pretrained(request.artifact, {
     dtype: graph.dtype,
     device: "cpu",
     local_files_only: true,
@@ -103,8 +109,14 @@ function feeds(library, ids) {
   };
 }
 
+// What an encoder-decoder reads it is told to write, but for the first token, in whose place it begins.
 function forward(library, model, ids) {
-  return model(feeds(library, ids));
+  if (ids.dims) return model({ pixel_values: new library.Tensor("float32", ids.values, [1, ...ids.dims]) });
+  const given = feeds(library, ids);
+  if (!model.sessions.decoder_model_merged) return model(given);
+  const start = BigInt(model.config.decoder_start_token_id ?? model.generation_config.decoder_start_token_id);
+  const written = BigInt64Array.from([start, ...ids.slice(1)]);
+  return model({ ...given, decoder_input_ids: new library.Tensor("int64", written, [1, written.length]) });
 }
 
 async function countKernels(library, request, graph, ids) {
@@ -128,14 +140,15 @@ async function countKernels(library, request, graph, ids) {
   }
 }
 
-// The one graph of a folder, and the dtype by which transformers.js asks for it.
+// The graph of a folder, or the two of an encoder-decoder, and the dtype by which transformers.js asks for it.
 function findGraph(artifact) {
   const folder = path.join(artifact, "onnx");
-  const names = fs.readdirSync(folder).filter((name) => name.endsWith(".onnx"));
-  const suffix = names.length === 1 && names[0].startsWith("model") ? names[0].slice("model".length, -".onnx".length) : undefined;
-  const dtype = DTYPES[suffix];
+  const names = fs.readdirSync(folder).filter((name) => name.endsWith(".onnx")).sort();
+  const stems = names.length === 2 ? ["decoder_model_merged", "encoder_model"] : ["model"];
+  const known = names.length === stems.length && stems.every((stem, i) => names[i].startsWith(stem));
+  const dtype = DTYPES[known ? names[0].slice(stems[0].length, -".onnx".length) : undefined];
   if (dtype === undefined) throw new Error(`onnx/ has ${names.join(", ") || "no graph"}; expected one named as transformers.js names them`);
-  return { folder, name: names[0], dtype };
+  return { folder, names, dtype, pair: stems.length === 2 };
 }
 
 // The largest resident memory of this process; maxRSS would begin with that of the process it was forked from.
@@ -144,21 +157,30 @@ function peakBytes() {
 }
 
 function weightBytes(graph) {
-  const data = fs.readdirSync(graph.folder).filter((name) => name.startsWith(`${graph.name}_data`));
+  const data = fs.readdirSync(graph.folder).filter((name) => graph.names.some((graphName) => name.startsWith(`${graphName}_data`)));
   return data.reduce((sum, name) => sum + fs.statSync(path.join(graph.folder, name)).size, 0);
 }
 
-// Rows of a .npy file, version 1 or 2, of int64 in C order (numpy/lib/format.py).
+// Rows of a .npy file, version 1 or 2, in C order (numpy/lib/format.py): of int64 (sequences, length) arrays of ids, of float32 (pictures,
+// channels, height, width) records of `values` and `dims`.
 function readTokens(file) {
   const bytes = fs.readFileSync(file);
   const wide = bytes[6] >= 2;
   const start = (wide ? 12 : 10) + (wide ? bytes.readUInt32LE(8) : bytes.readUInt16LE(8));
   const header = bytes.toString("latin1", 10, start);
-  const shape = header.match(/'shape': \((\d+), (\d+)\)/);
-  if (!header.includes("'<i8'") || !header.includes("'fortran_order': False") || !shape) throw new Error(`${file}: no int64 matrix`);
-  const [count, length] = [Number(shape[1]), Number(shape[2])];
-  const at = (i) => bytes.readBigInt64LE(start + 8 * i);
-  return { rows: Array.from({ length: count }, (_, i) => Array.from({ length }, (_, j) => at(i * length + j))) };
+  const shape = (header.match(/'shape': \(([\d, ]+)\)/)?.[1] ?? "").split(",").filter((size) => size.trim()).map(Number);
+  const [count, ...dims] = shape;
+  const pictures = header.includes("'<f4'") && dims.length === 3;
+  const ordered = header.includes("'fortran_order': False");
+  if (!ordered || !(pictures || (header.includes("'<i8'") && dims.length === 1))) throw new Error(`${file}: neither ids nor pictures`);
+  const size = dims.reduce((product, extent) => product * extent, 1);
+  const each = pictures ? 4 : 8;
+  const row = (i) => {
+    const raw = bytes.subarray(start + i * size * each, start + (i + 1) * size * each);
+    const copy = raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.byteLength); // begins where a number may
+    return pictures ? { values: new Float32Array(copy), dims } : Array.from(new BigInt64Array(copy));
+  };
+  return { rows: Array.from({ length: count }, (_, i) => row(i)), pictures };
 }
 
 function otherwise(found, expected) {

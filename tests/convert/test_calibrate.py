@@ -15,9 +15,10 @@ import torch
 from conftest import KILLED, save_tokenizer
 from families import save_family
 
-from convert.calibrate import _batches
+from convert import solve
+from convert.calibrate import _batches, alike
 from convert.crew import Crew, crew
-from convert.export import export
+from convert.export import Like, export
 from convert.hardware import instructions
 from convert.lanes import walk
 from convert.loading import Skeleton
@@ -227,6 +228,48 @@ def test_a_head_that_no_block_holds_is_refused_to_gptq_with_its_line(make_llama:
     message = r"^test.yaml:6:13: lm_head.weight cannot be int8-dynamic: gptq works block by block, and it lies in none; use rtn"
     with pytest.raises(RecipeError, match=message):
         plan(recipe_for(make_llama(), text=text))
+
+
+@pytest.mark.parametrize(("propagate", "solved_again"), [("quantized", [1, 2]), ("float", [1])])
+def test_what_is_alike_is_taken_over_to_the_same_bytes(
+    propagate: str, solved_again: list[int], make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another artifact of the same source keeps a layer of the second block: the first one's codes are the same, and what was seen of
+    them; behind it only where blocks see the source's own inputs."""
+    folder = make_llama(num_hidden_layers=3)
+    text = _text("int8-dynamic", "[{{smoothquant: {{alpha: 0.7}}}}, gptq]", propagate)
+    keeps = text.replace("rules: [", "rules: [{{match: model.layers.1.mlp.down_proj, keep: true, why: a try}}, ")
+    assert keeps != text
+    first, second = (plan(recipe_for(folder, text=each)) for each in (text, keeps))
+    made = export(first, tmp_path / "first", QUIET, keep_notes=True)[0]
+    whole = export(second, tmp_path / "whole", QUIET)[0]
+    solved: list[str] = []
+    solve_block = solve.solve_block
+
+    def spy(target: Any, entries: Any, *args: Any, **more: Any) -> Any:
+        solved.append(entries[0].modules[0])
+        return solve_block(target, entries, *args, **more)
+
+    monkeypatch.setattr(solve, "solve_block", spy)
+    like = Like(made.path, first.targets[0], alike(second, first))
+    over = export(second, tmp_path / "over", QUIET, like=like)[0]
+    assert [int(module.split(".")[2]) for module in solved] == solved_again
+    assert {path.name for path in over.path.iterdir()} == {path.name for path in whole.path.iterdir()}
+    for path in whole.path.iterdir():
+        assert path.read_bytes() == (over.path / path.name).read_bytes(), path.name
+    assert {path.name for path in over.path.parent.iterdir()} == {"q"}, "notes are kept where that is asked for"
+
+
+def test_of_other_text_nothing_is_alike(make_llama: Any, recipe_for: Any) -> None:
+    folder, text = make_llama(), _text("int8-dynamic", "gptq")
+    job = plan(recipe_for(folder, text=text))
+    assert len(alike(job, job)) == len([e for e in job.targets[0].entries if ".layers." in e.tensor.name])
+    for change in (
+        ("sequences: 6", "sequences: 7"),
+        ("algorithm: gptq", "algorithm: {{gptq: {{damping: 0.1}}}}"),
+        ("int8-dynamic", "fp8-dynamic"),
+    ):
+        assert not alike(job, plan(recipe_for(folder, text=text.replace(*change)))), change
 
 
 @pytest.mark.parametrize("dtype", ["float32", "source"])

@@ -56,7 +56,9 @@ def test_recipes_are_made_once_proven_together_and_told_apart(make_llama: Any, t
     assert found.pair == ("int8/q", "fp8/q")
     assert len(found.layers) == 14
     assert all(layer.int8_db > layer.fp8_db for layer in found.layers)
-    assert explain(found.layers)[0].startswith("Weights: 14 of 14 are closer to the source in INT8")
+    assert explain(found.layers, found.ranges)[0].startswith("Weights: 14 of 14 are closer to the source in INT8")
+    assert found.ranges.keys() == {layer.tensor for layer in found.layers}
+    assert json.loads((tmp_path / "compare.json").read_text())["ranges"]["model.layers.1.mlp.up_proj.weight"]["input_crest"] > 1
     record = json.loads((tmp_path / "compare.json").read_text())
     assert record["rows"][2]["interval"]["low"] < record["rows"][2]["loss"]
     text = Page((tmp_path / "compare.html").read_text()).text
@@ -142,12 +144,12 @@ def test_int8_and_fp8_are_explained_by_what_calibration_saw() -> None:
     ruined = next(layer for layer in found.layers if layer.tensor == "model.layers.2.mlp.down_proj.weight")
     assert ruined.reach == 3000 / 0.05
     assert (ruined.int8_off, ruined.fp8_off) == (0.9, 0.03)
-    weights, outputs = explain(found.layers)
+    weights, outputs = explain(found.layers, {})
     assert "28 of 28 are closer to the source in INT8 (median signal to noise 40.0 dB, in FP8 31.5 dB)" in weights
     assert "27 of 28 are closer to the source in INT8" in outputs
     assert "1 of 28 are closer to the source in FP8 (largest input 60,000 times the median one" in outputs
-    assert "calibration did not see them" in explain([replace(layer, reach=None) for layer in found.layers])[1]
-    assert explain([]) == []
+    assert explain([replace(layer, reach=None) for layer in found.layers], {}) == [weights]
+    assert explain([], {}) == []
 
 
 def test_the_page_stands_alone_and_escapes() -> None:

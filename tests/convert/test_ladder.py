@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from convert.child import run
@@ -78,6 +79,37 @@ def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, 
     made = convert(recipe, tmp_path / "again", check=False).artifacts[0]
     weights = [{f.name: f.sha256 for f in a.manifest.files if f.name.endswith(".safetensors")} for a in (made, outcome.artifacts[0])]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("ladder", ["[rtn, gptq]", "[rtn, smoothquant, mixed]"])
+def test_a_rung_on_the_way_is_looked_at_first(
+    ladder: str, make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget far below what rungs lose is missed on the first tokens; the artifact that is taken is checked to the end all the same."""
+    monkeypatch.setattr("convert.check.LOOK_TOKENS", 128)
+    asked: list[tuple[str, int]] = []
+
+    def spy(program: str, request: Any, *args: Any, **more: Any) -> Any:
+        asked.append((program.rpartition(".")[2], len(np.load(request["tokens"]))))
+        return run(program, request, *args, **more)
+
+    monkeypatch.setattr("convert.check.run", spy)
+    # Three rungs at 1e-9 nats: nothing meets that, whatever mixed keeps.
+    text = _text(1e-9, ladder).replace("tokens: 128", "tokens: 1024").replace("tokens: 64}", "tokens: 64, tries: 1}")
+    outcome = convert(recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text), tmp_path)
+    assert not outcome.passed
+    rungs = outcome.reports[0].ladder["rungs"]
+    if "mixed" not in ladder:  # which looks at all tokens of the rung it begins with, be it the first
+        assert rungs[0]["tokens"] == 256, "a quarter of 1,024"
+    assert ("transformers", 4) in asked
+    assert asked[0] == ("source", 16)
+    assert [program for program, _ in asked[:3]] == ["source", "transformers", "transformers" if "mixed" in ladder else "numbers"]
+    assert all(rung["tokens"] in (256, 1024) and not rung["passed"] for rung in rungs)
+    # What is left behind was proven whole.
+    assert not outcome.reports[0].brief
+    assert [check.name for check in outcome.reports[0].checks][:2] == ["promises", "numbers: largest error / bound"]
+    assert next(rung for rung in rungs if rung["name"] == outcome.reports[0].ladder["taken"])["tokens"] == 1024
+    assert not read_report(tmp_path / "q.report.json").brief
 
 
 def test_smoothed_groups_are_measured_as_they_were_made(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.mixed import Line, Measured, Option, bytes_of, choose, frontier, line_through, loss_of
+from convert.mixed import Line, Measured, Option, bytes_of, choose, filled, frontier, line_through, loss_of
 
 GROUPS = st.lists(
     st.lists(st.tuples(st.floats(0, 1, width=32), st.integers(1, 10**9)), min_size=1, max_size=3).map(
@@ -75,3 +77,19 @@ def test_a_line_is_corrected_by_what_was_measured() -> None:
     assert line.allows(line.expect(0.7)) == pytest.approx(0.7)
     assert line.allows(0.4) < 0
     assert line_through([Measured(2.0, 1.0), Measured(1.0, 1.5)]) == Line(0.0, 1.5), "one that falls is noise"
+
+
+def test_what_the_solver_prints_of_its_own_is_not_seen(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS prints through C, in rare cases that no test can rely on: here it always does."""
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *a, **k: (ctypes.CDLL(None).puts(b"HighsMipSolverData::"), milp(*a, **k))[1])
+    assert choose(_kept([(3.0, 5), (2.0, 1), (1.0, 1)]), allowed=3.5) == [0, 1, 1]
+    print("after")
+    assert capfd.readouterr().out == "after\n"
+
+
+def test_groups_are_taken_in_order_until_the_bytes_are_spent() -> None:
+    groups = _kept([(1.0, 4), (1.0, 3), (1.0, 2), (1.0, 1)])
+    assert filled([1, 0, 3, 2], groups, most=6) == [0, 1, 1, 1]
+    assert filled([0, 1, 2, 3], groups, most=5) == [1, 0, 0, 1]
+    assert filled([2], groups, most=1) == [0, 0, 0, 0]

@@ -109,6 +109,26 @@ def test_what_is_wrong_on_the_hub_is_named(published: Hub, artifact: Path, tmp_p
     assert octavo(published, tmp_path, "verify", f"org/q@{first.sha}").returncode == 0, "the commit before is good"
 
 
+def test_a_graph_is_fetched_for_its_tensors_and_its_data_is_not(hub: Hub, make_llama: Any, tmp_path: Path) -> None:
+    recipe = RECIPE.replace("compressed-tensors", "onnx, runtimes: [onnxruntime]").format(model=make_llama())
+    folder = convert(parse_recipe(recipe, "r.yaml"), tmp_path / "out", check=False).artifacts[0].path
+    files: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    hub.add("org/graph", {**files, "octavo.report.json": a_report(folder)})
+    done = octavo(hub, tmp_path, "verify", "org/graph", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    outputs = {name for entry in read_manifest(folder).ledger for name, *_ in entry["outputs"]}
+    assert json.loads(done.stdout)["tensors"] == len(outputs) > 0
+    assert not hub.asked("onnx_data", method="GET"), "what is beside a graph stays there"
+    manifest = json.loads((folder / "octavo.json").read_text())
+    manifest["ledger"][0]["outputs"][0][0] = "renamed"
+    hub.repos["org/graph"].commit({"octavo.json": json.dumps(manifest).encode()})
+    assert "renamed: promised in the ledger and not there" in octavo(hub, tmp_path, "verify", "org/graph").stdout
+    data = next(file for file in manifest["files"] if file["name"].endswith("_data"))
+    data["size_bytes"] -= 1
+    hub.repos["org/graph"].commit({"octavo.json": json.dumps(manifest).encode()})
+    assert "it is truncated" in octavo(hub, tmp_path, "verify", "org/graph").stdout
+
+
 def test_a_header_that_breaks_the_promise_is_named(published: Hub, artifact: Path, tmp_path: Path) -> None:
     """The hash of a renamed tensor's file may be in a manifest that somebody rewrote; the ledger then tells."""
     path = artifact / "octavo.json"

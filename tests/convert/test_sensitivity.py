@@ -12,10 +12,11 @@ from families import save_family
 
 from convert.algorithms import rtn
 from convert.algorithms.smoothing import fake_quantize
+from convert.crew import Crew
 from convert.pipeline import plan
 from convert.plan import Plan
 from convert.progress import QUIET
-from convert.sensitivity import Trial, groups_of, kl_of, measure, round_trials
+from convert.sensitivity import Reference, Trial, groups_of, measure, round_trials
 from convert.text import load_tokenizer, take_tokens
 from formats.errors import InputError
 from formats.scheme import SCHEMES
@@ -148,7 +149,7 @@ def test_a_tiny_divergence_is_told() -> None:
         other = z + size * torch.randn(5, 1000, generator=generator) + 7
         p, q = torch.log_softmax(z.double(), -1), torch.log_softmax(other.double(), -1)
         expected = (p.exp() * (p - q)).sum(-1)
-        assert torch.allclose(kl_of(z, other).double(), expected, rtol=2e-2, atol=1e-9), size
+        assert torch.allclose(Reference(z).kl(other, Crew()).double(), expected, rtol=2e-2, atol=1e-9), size
 
 
 def test_a_model_without_logits_is_refused(recipe_for: Any, tmp_path: Path) -> None:

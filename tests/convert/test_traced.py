@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,15 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from conftest import KILLED
+from decoded import put_back
 
 from convert import pipeline
 from convert.recipe import parse_recipe
-from formats import FORMATS
-from formats.dtypes import numpy_dtype
 from formats.errors import InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
-from formats.safetensors import TensorSpec
-from formats.scheme import SCHEMES
 from formats.verify import verify
 
 RECIPE = """\
@@ -127,31 +128,6 @@ def seen(value: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:
     if "attention_mask" in inputs and value.ndim == 3:
         return value[inputs["attention_mask"].astype(bool)]
     return value
-
-
-def put_back(model: Any, folder: Path, form: str = "onnx") -> int:
-    """Gives the model the weights that its codes decode to; how many."""
-    found = read_folder(folder)
-    quantized = [entry for entry in read_manifest(folder).ledger if entry["decision"] == "quantize"]
-    modules = dict(model.named_modules())
-    for entry in quantized:
-        stored = entry["parts"][0][0]
-        weight = modules[entry["module"]].weight
-        spec = TensorSpec(f"{stored}.weight", entry["scale_dtype"], tuple(weight.shape))
-        tensors = {name: tensor(folder, found[name]) for name, _, _ in entry["outputs"]}
-        with torch.no_grad():
-            modules[entry["module"]].weight = torch.nn.Parameter(FORMATS[form].decode(spec, tensors, SCHEMES[entry["scheme"]]).dequantize())
-    return len(quantized)
-
-
-def tensor(folder: Path, item: Any) -> torch.Tensor:
-    """A tensor of a data file, read without the tool."""
-    raw = (folder / item.file).read_bytes()[item.start : item.stop]
-    dtype = numpy_dtype(item.spec.dtype)
-    array = np.frombuffer(raw, dtype).reshape(item.spec.shape).copy()
-    if "float8" in str(dtype):  # torch takes no such array from NumPy
-        return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    return torch.from_numpy(array)
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +289,34 @@ def test_nothing_of_this_machine_is_in_the_graph_and_its_bytes_are_always_the_sa
     assert read_manifest(first).files == read_manifest(second).files
     for word in (b"site-packages", b".py", b"stack_trace", b"pkg.torch", str(Path.home()).encode()):
         assert word not in raw
+
+
+def test_a_graph_in_half_precision_is_the_model(saved: Callable[..., Any], export: Callable[..., Path]) -> None:
+    folder, model = saved("distilbert")
+    out = export(folder, "[{match: linear, scheme: int8-weight-only}]", targets__0__options="{floats: float16}")
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    inputs = inputs_for("distilbert")
+    put_back(model, out)
+    expected, got = expect(model, inputs)["last_hidden_state"], run(out, inputs)["last_hidden_state"]
+    assert got.dtype == np.float16
+    difference = np.abs(seen(got.astype(np.float32), inputs) - seen(expected, inputs)).max()
+    assert 1e-6 < difference < 1e-2 * np.abs(expected).max()
+    dtypes = {name: item.spec.dtype for name, item in read_folder(out).items()}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith("weight_scale")} == {"I8", "F16"}
+
+
+def test_what_a_killed_export_left_is_taken_up(saved: Callable[..., Any], export: Callable[..., Path], tmp_path: Path) -> None:
+    folder, _ = saved("distilbert")
+    rules = "[{match: linear, scheme: int8-weight-only}]"
+    whole = export(folder, rules)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=folder, scheme=rules))
+    again = tmp_path / "again"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(again), "9"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (again / "q").exists()
+    assert any(again.iterdir()), "nothing was begun"
+    resumed = export(folder, rules, out="again")
+    assert read_manifest(resumed).files == read_manifest(whole).files
 
 
 def test_names_are_those_that_transformers_js_and_sentence_transformers_look_for(formed: dict[str, Path]) -> None:
