@@ -156,28 +156,29 @@ def lane_tokens(plan: Plan) -> int:
 
 
 def statistics_bytes(plan: Plan, workers: int) -> int:
-    """What the Hessians of one block take, three more for each that is factorised, and what the linears of a batch have read, for each of
-    the workers; in float32. Of the experts of a layer a batch is counted once."""
+    """What the Hessians of one block take, of its experts no more than ``expert_hessians`` allows, three more for each that is factorised,
+    and what the linears of a batch have read, for each of the workers; in float32. Of the experts of a layer a batch is counted once."""
     assert plan.architecture is not None
     leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
-    largest = 0
+    budget, largest = int(_settings(plan).expert_hessians), 0
     for target in plan.targets:
         for block in plan.architecture.blocks:
-            inputs = {
-                _input_of(entry, part, leaders): part.shape(entry.tensor)[1]
-                for entry in target.quantized
-                if entry.coder == "gptq" and _within(entry, block)
-                for part in entry.parts
-            }
+            solved = [entry for entry in target.quantized if entry.coder == "gptq" and _within(entry, block)]
+            inputs = {_input_of(entry, part, leaders): part.shape(entry.tensor)[1] for entry in solved for part in entry.parts}
             read = {
                 entry.experts or leaders.get(entry.module(part), entry.module(part)): part.shape(entry.tensor)[1]
-                for entry in target.quantized
-                if entry.coder == "gptq" and _within(entry, block)
+                for entry in solved
                 for part in entry.parts
             }
+            of_experts = {_input_of(entry, part, leaders) for entry in solved if entry.experts for part in entry.parts}
             squares = sorted((n * n for n in inputs.values()), reverse=True)
+            experts = [inputs[key] ** 2 for key in of_experts]
+            held = min(sum(experts), max(budget // 4, *experts, 0)) if experts else 0
+            # Between passes over experts the block is there as it was, beside what smoothing made of it.
+            before = sum(entry.tensor.elements for entry in target.quantized if _within(entry, block)) if held < sum(experts) else 0
             rows = workers * int(_settings(plan).length)
-            largest = max(largest, 4 * (sum(squares) + 3 * sum(squares[:workers]) + rows * sum(read.values())))
+            together = sum(squares) - sum(experts) + held
+            largest = max(largest, 4 * (together + 3 * sum(squares[:workers]) + rows * sum(read.values()) + before))
     return largest
 
 
@@ -354,7 +355,10 @@ def _walk(
             again = {name: entries for name, entries in todo.items() if left[name]}
             entries = [entry for entries in again.values() for entry in entries]
             smoothing = [entry for entry in entries if entry.asks(*TRANSFORMS)]
-            observer.want(_modules(entry for entry in entries if entry.coder == "gptq"), "hessian")
+            by_gptq = _modules(entry for entry in entries if entry.coder == "gptq")
+            passes = _passes(by_gptq, skeleton, observer, budget_bytes=_settings(plan).expert_hessians)[1:]
+            later = {leader for each in passes for leader in each}
+            observer.want([module for module in by_gptq if observer.leader.get(module, module) not in later], "hessian")
             observer.want(_modules(smoothing), "channels")
             observer.want(_modules(entry for entry in smoothing if _searches(entry)), "rows")
             observer.want(_modules(entry for entry in smoothing if entry.asks("awq")), "mean_magnitude")
@@ -372,11 +376,13 @@ def _walk(
                 of_static = [module for module in static if _lies_in(module, stand.name, skeleton)]
                 if again or of_static:
                     stand.run(keep=not quantized, observer=observer)
-                needed = [*_modules(entry for entry in entries if entry.coder == "gptq"), *of_static]
-                few += _judge_experts(plan, needed, stand, observer)
+                few += _judge_experts(plan, [*by_gptq, *_modules(smoothing), *of_static], stand, observer, by_gptq, skeleton)
                 wide = smoothing or any(entry.asks("recover") for entry in entries)
+                # What further passes over experts run, whatever becomes of the block in between.
+                of_block = stand.module.parameters() if passes else ()
+                as_seen = {p: p.data.clone() if wide and p.dtype == torch.float32 else p.data for p in of_block}
                 was_dtype = _widened(stand.module) if wide else {}
-                groups = find_groups(stand, groups) if smoothing else groups
+                groups = find_groups(stand, groups, skeleton.experts_in(stand.name)) if smoothing else groups
             for target in targets:
                 held = find_limits(target, plain[target.name], observer)
                 limits[target.name] |= {} if target.solved else held
@@ -405,6 +411,15 @@ def _walk(
                         looked[target.name],
                         changed=changed,
                         crew=hands,
+                        passes=passes,
+                        seen_in=partial(
+                            _in_another_pass,
+                            stand=stand,
+                            skeleton=skeleton,
+                            groups=plan.architecture.groups,
+                            observer=observer,
+                            was=as_seen,
+                        ),
                     )
                     if (recovery := recoveries.get(target.name)) is not None:
                         bounds = input_limits(observer, inputs, smoothed, held)
@@ -502,7 +517,51 @@ def _find_experts(skeleton: Skeleton, targets: Sequence[TargetPlan]) -> None:
         skeleton.model.set_experts_implementation("eager")
 
 
-def _judge_experts(plan: Plan, modules: Sequence[str], stand: Stand, observer: Observer) -> list[str]:
+def _passes(modules: Iterable[str], skeleton: Skeleton, observer: Observer, *, budget_bytes: int) -> list[tuple[str, ...]]:
+    """The leaders of experts among ``modules``, in passes whose Hessians take no more than the budget together, or one alone more."""
+    found: list[list[str]] = []
+    left = 0
+    for leader in dict.fromkeys(observer.leader.get(module, module) for module in modules if module in skeleton.experts):
+        size_bytes = 4 * skeleton.weight(leader).shape[1] ** 2
+        if not found or size_bytes > left:
+            found.append([])
+            left = budget_bytes
+        found[-1].append(leader)
+        left -= size_bytes
+    return [tuple(each) for each in found]
+
+
+@contextmanager
+def _in_another_pass(
+    leaders: Collection[str],
+    *,
+    stand: Stand,
+    skeleton: Skeleton,
+    groups: Sequence[Sequence[str]] | None,
+    observer: Observer,
+    was: Mapping[Any, torch.Tensor],
+) -> Iterator[None]:
+    """The Hessians of some experts, for as long as the context lasts: all batches run through the block as it ``was`` when all else was
+    seen, so that they are those of the first pass, to the bit."""
+    now = {parameter: parameter.data for parameter in was}
+    with Observer(skeleton, groups) as behind:
+        behind.want(list(leaders), "hessian")
+        for parameter, data in was.items():
+            parameter.data = data
+        try:
+            stand.run(keep=False, observer=behind)
+            if shown := [leader for leader in leaders if leader in observer.shown]:
+                behind.show_all(shown, lambda: stand.run(keep=False, observer=behind))
+        finally:
+            for parameter, data in now.items():
+                parameter.data = data
+    with observer.lent(behind, leaders, "hessian"):
+        yield
+
+
+def _judge_experts(
+    plan: Plan, modules: Sequence[str], stand: Stand, observer: Observer, by_gptq: Sequence[str], skeleton: Skeleton
+) -> list[str]:
     """Does what the recipe says of experts that too few tokens came to; returns, in words, those of which GPTQ knows too little.
 
     Raises :class:`NumericsError` where it says nothing, and :class:`SourceError` where no expert was seen at all.
@@ -531,9 +590,13 @@ def _judge_experts(plan: Plan, modules: Sequence[str], stand: Stand, observer: O
                 observer.show_all(missing, lambda: stand.run(keep=False, observer=observer))
             case "round":
                 observer.rounded |= missing.keys()
-    leaders = [module for module in modules if observer.leader.get(module) == module and observer.noted(module)]
-    few = {module: observer.get(module, "hessian") for module in leaders if observer.has(module, "hessian")}
-    return [f"{module} saw {h.tokens} tokens and has {h.features} inputs" for module, h in few.items() if h.tokens < h.features]
+    leaders = [module for module in by_gptq if observer.leader.get(module) == module and observer.noted(module)]
+    few = {
+        module: (int(observer.noted(module)["tokens"]), skeleton.weight(module).shape[1])
+        for module in leaders
+        if module not in observer.rounded
+    }
+    return [f"{module} saw {tokens} tokens and has {count} inputs" for module, (tokens, count) in few.items() if tokens < count]
 
 
 @dataclass(frozen=True)

@@ -531,6 +531,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     from convert.compatibility import loads_in, parts_of
     from convert.lanes import walk_sizes
     from convert.plan import summarize
+    from convert.rotate import TURNED_PER_SECOND, RotatedReader
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     at = f" at {job.checkpoint.commit[:12]}" if job.checkpoint.commit else ""
@@ -581,6 +582,11 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         console.print(
             f"calibrates {tokens:,} tokens through {count} blocks; the lane takes {_size(sizes.lane_bytes)}, "
             f"the largest block {_size(sizes.block_bytes)}"
+        )
+    if isinstance(reader := job.checkpoint.reader, RotatedReader):
+        console.print(
+            f"rotates    {reader.turned_elements / 1e9:.3g} billion weights whenever they are read, about "
+            f"{reader.turned_elements / TURNED_PER_SECOND:,.0f} s of one core each time, {_size(reader.held_bytes(1))} of the memory"
         )
     download = f" (of which {_size(job.checkpoint.download_bytes)} to fetch)" if job.checkpoint.download_bytes else ""
     console.print(f"disk       {_size(found.disk_bytes)} needed{download}, {_size(found.disk_free_bytes)} free")

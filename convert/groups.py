@@ -2,19 +2,23 @@
 
 No table of names: a norm feeds the linears that were handed the very tensor it returned; a linear feeds another if, when its rows are
 multiplied by factors, each channel of the other's input comes out multiplied by one of them, which also tells by which one (several query
-heads may share values). Every group is then proved: with random scales folded in, the block must return what it returned before.
+heads may share values). A router reads what its experts read, so its columns are multiplied with theirs. Every group is then proved: with
+random scales folded in, the block must return what it returned before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convert.experts import Products, around
+
 if TYPE_CHECKING:
     from convert.lanes import Stand
+    from convert.loading import Place
 
 #: How much a ratio may differ from one token to another, and a block's output from what it was, in float32 and otherwise.
 TOLERANCE = {torch.float32: 1e-3}
@@ -23,50 +27,74 @@ COARSE = 4e-2
 
 @dataclass(frozen=True)
 class Group:
-    """``consumers`` (linears) read what ``producer`` (a norm or a linear) makes; names are relative to the block.
+    """``consumers`` (linears and experts) read what ``producer`` (a norm, a linear or an expert) makes; names are relative to the block.
 
     ``channels`` (in,): the producer's channel behind each channel of their input, None where they are the same. ``offset``: what a norm
-    adds to its weight before it multiplies.
+    adds to its weight before it multiplies. ``routers``: modules that read it too and stay in 16 bit; scales of their group are powers of
+    two (:func:`exact`), so that a token goes where it went.
     """
 
     producer: str
     consumers: tuple[str, ...]
     channels: torch.Tensor | None = None
     offset: float = 0.0
+    routers: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether scales have to be powers of two."""
+        return bool(self.routers)
 
 
-def find_groups(stand: Stand, likely: tuple[Group, ...] = ()) -> tuple[Group, ...]:
+def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[str, Place] | None = None) -> tuple[Group, ...]:
     """The groups of a block, in the order in which their consumers are called. Runs its first batch a few times; leaves it as it was.
 
     ``likely``: those of a block before it, which are only proved anew, all at once, where they all hold here too. The block computes in the
-    dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does not.
+    dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does not. ``experts`` of the
+    block (:meth:`convert.loading.Skeleton.experts_in`) are consumers and producers like linears; it is proved on those that tokens go to.
     """
+    experts = experts or {}
     block = stand.module
     dtype = next(block.parameters()).dtype
     tolerance = TOLERANCE.get(dtype, COARSE)
     modules = {name: module for name, module in block.named_modules() if name}
     linears = {name: module for name, module in modules.items() if type(module) is torch.nn.Linear}
-    inputs, makers, together, expected = _observe(stand, modules, linears)
-    if likely and _same_names(likely, together) and _commutes(stand, likely, expected, tolerance):
+    seen = _observe(stand, modules, linears, experts)
+    expected, inputs = seen.output, seen.inputs
+    if likely and _same_names(likely, seen) and _commutes(stand, likely, expected, tolerance, experts):
         return likely
     found: list[Group] = []
-    for consumers in together:
+    for consumers in seen.together:
         candidates: list[Group] = []
-        maker = makers.get(consumers[0])
+        maker = seen.makers.get(consumers[0])
         weight = getattr(modules[maker], "weight", None) if maker else None
         if maker is not None and weight is not None and weight.dim() == 1:
-            candidates = [Group(maker, consumers, offset=offset) for offset in (0.0, 1.0)]
-        found += [next((group for group in candidates if _commutes(stand, [group], expected, tolerance)), None) or Group("", consumers)]
-    open_ = {group.consumers[0]: group for group in found if not group.producer}
+            routers = seen.routers.get(consumers[0], ())
+            candidates = [Group(maker, consumers, offset=offset, routers=routers) for offset in (0.0, 1.0)]
+        proved = next((group for group in candidates if _commutes(stand, [group], expected, tolerance, experts)), None)
+        found.append(proved or Group("", consumers))
+    for feeding in seen.pairs:
+        pairs = [Group(producer, (consumer,)) for producer, consumer in feeding.items()]
+        if _commutes(stand, pairs, expected, tolerance, experts):
+            found += pairs
+    open_ = {group.consumers[0]: group for group in found if not group.producer and group.consumers[0] in linears}
     for producer, module in linears.items():
         for consumer, channels in _traced(stand, module, {name: modules[name] for name in open_}, inputs, tolerance).items():
             group = Group(producer, open_[consumer].consumers, channels)
-            if producer not in group.consumers and _commutes(stand, [group], expected, tolerance):
+            if producer not in group.consumers and _commutes(stand, [group], expected, tolerance, experts):
                 found[found.index(open_.pop(consumer))] = group
     return tuple(group for group in found if group.producer)
 
 
-def fold(block: Any, group: Group, scales: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """The nearest power of two of each of ``scales``, float32; zeros, Inf and NaN become 1."""
+    usable = torch.isfinite(scales) & (scales > 0)
+    return torch.exp2(torch.where(usable, scales, torch.ones_like(scales)).float().log2().round())
+
+
+def fold(
+    block: Any, group: Group, scales: torch.Tensor, *, dtype: torch.dtype | None = None, experts: Mapping[str, Place] | None = None
+) -> torch.Tensor:
     """Divides what the producer makes by ``scales`` (in,), equal for all channels that share a producer's, and multiplies the consumers'
     columns by the same.
 
@@ -74,62 +102,131 @@ def fold(block: Any, group: Group, scales: torch.Tensor, *, dtype: torch.dtype |
     """
     from convert.algorithms import smoothing
 
-    producer = block.get_submodule(group.producer)
-    bias = getattr(producer, "bias", None)
-    if producer.weight.dim() == 1:
-        was = producer.weight.float() + group.offset
-        weight, bias = smoothing.fold_into_norm(producer.weight, bias, scales, offset=group.offset)
+    made = _matrix(block, group.producer, experts)
+    bias = getattr(block.get_submodule(group.producer), "bias", None) if group.producer not in (experts or {}) else None
+    own_bias: Any = bias
+    if made.dim() == 1:
+        was = made.float() + group.offset
+        weight, bias = smoothing.fold_into_norm(made, bias, scales, offset=group.offset)
         weight = weight.to(dtype or weight.dtype).to(weight.dtype)
         now = weight.float() + group.offset
         if bias is None:
             scales = torch.where((now == 0) | (was == 0), scales, was / now)
     else:
         of_rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
-        weight, bias = smoothing.fold_into_producer(producer.weight, bias, of_rows)
-    producer.weight.copy_(weight)
+        weight, bias = smoothing.fold_into_producer(made, bias, of_rows)
+    made.copy_(weight)
     if bias is not None:
-        producer.bias.copy_(bias)
-    for consumer in group.consumers:
-        module = block.get_submodule(consumer)
-        module.weight.copy_(smoothing.fold_into_consumer(module.weight, scales))
+        own_bias.copy_(bias)
+    for consumer in (*group.consumers, *group.routers):
+        matrix = _matrix(block, consumer, experts)
+        matrix.copy_(smoothing.fold_into_consumer(matrix, scales))
     return scales
 
 
-def _same_names(likely: tuple[Group, ...], together: list[tuple[str, ...]]) -> bool:
-    return {group.consumers for group in likely} <= set(together)
+def _matrix(block: Any, name: str, experts: Mapping[str, Place] | None) -> torch.Tensor:
+    """The weight of a module or of an expert, a view."""
+    place = (experts or {}).get(name)
+    weight: torch.Tensor = block.get_submodule(name).weight.detach() if place is None else place.of(block)
+    return weight
 
 
-def _observe(
-    stand: Stand, modules: dict[str, Any], linears: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, str], list[tuple[str, ...]], torch.Tensor]:
-    """Inputs of linears, which leaf module made them, which linears read the same, and what the block returns."""
-    inputs: dict[str, torch.Tensor] = {}
-    made: dict[int, str] = {}
-    held: list[torch.Tensor] = []
-    together: dict[int, list[str]] = {}
-    makers: dict[str, str] = {}
+def _same_names(likely: tuple[Group, ...], seen: _Seen) -> bool:
+    linears = {group.consumers for group in likely}
+    return linears <= {*seen.together, *((consumer,) for pairs in seen.pairs for consumer in pairs.values())}
+
+
+@dataclass
+class _Seen:
+    """Of a run of a block: ``inputs`` of linears; the leaf module that ``makers`` names for a consumer; consumers that read the same,
+    ``together``, and, by the first of them, ``routers`` that read it too; experts that may feed one another, ``pairs``, producer by
+    consumer for each of the places that a producer may have; and the block's ``output``."""
+
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    makers: dict[str, str] = field(default_factory=dict)
+    together: list[tuple[str, ...]] = field(default_factory=list)
+    routers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pairs: list[dict[str, str]] = field(default_factory=list)
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def _observe(stand: Stand, modules: dict[str, Any], linears: dict[str, Any], experts: Mapping[str, Place]) -> _Seen:
+    seen = _Seen()
+    made: dict[tuple[int, ...], str] = {}
+    held: list[torch.Tensor] = []  # so that no memory is reused
+    together: dict[tuple[int, ...], list[str]] = {}
+    routers: dict[tuple[int, ...], list[str]] = {}
+    owners: dict[str, list[str]] = {
+        place.parameter.rpartition(".")[0]: [] for place in experts.values()
+    }  # their parameters in the order of products
+    read: dict[str, tuple[int, ...]] = {}
+
+    def memory(x: torch.Tensor) -> tuple[int, ...]:
+        # The same numbers, whatever the shape of what precedes the last axis.
+        return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x.shape[-1])
 
     def enter(name: str, args: Any) -> None:
-        if name in linears and args:
-            inputs[name] = args[0]
-            together.setdefault(id(args[0]), []).append(name)
-            if id(args[0]) in made:
-                makers[name] = made[id(args[0])]
+        x = next((value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1), None)
+        if x is None:
+            return
+        held.append(x)
+        weight = getattr(modules[name], "weight", None)
+        if name in owners:
+            read[name] = memory(x)
+        elif name in linears:
+            seen.inputs[name] = x
+            together.setdefault(memory(x), []).append(name)
+            if memory(x) in made:
+                seen.makers[name] = made[memory(x)]
+        elif weight is not None and weight.dim() == 2 and weight.shape[1] == x.shape[-1]:
+            routers.setdefault(memory(x), []).append(name)
 
     def leave(name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             held.append(output)
-            made[id(output)] = name
+            made[memory(output)] = name
 
-    leaves = [name for name, module in modules.items() if not any(True for _ in module.children())]
+    def of_owner(name: str) -> Products:
+        inside = {place.parameter for place in experts.values() if place.parameter.rpartition(".")[0] == name}
+        return Products(
+            {parameter: stand.module.get_parameter(parameter) for parameter in inside},
+            lambda parameter, *_: owners[name].append(parameter) if parameter not in owners[name] else None,
+        )
+
+    leaves = [name for name, module in modules.items() if name in owners or not any(True for _ in module.children())]
     hooks = [modules[name].register_forward_pre_hook(lambda _, args, name=name: enter(name, args)) for name in leaves]
     hooks += [modules[name].register_forward_hook(lambda _m, _a, output, name=name: leave(name, output)) for name in leaves]
+    hooks += [hook for name in owners for hook in around(modules[name], lambda name=name: of_owner(name))]  # type: ignore[misc]
     try:
-        expected = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
+        seen.output = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs, makers, [tuple(names) for names in together.values()], expected
+    for name, parameters in owners.items():
+        reading = [expert for expert, place in experts.items() if place.parameter in parameters[:1]]
+        rows = sum(len(_matrix(stand.module, expert, experts)) for expert in reading)
+        if len(parameters) == 2 and rows == (whole := stand.module.get_parameter(parameters[0])).numel() // read[name][-1] and len(whole):
+            # What is multiplied first reads the owner's input, and makes the other's.
+            together.setdefault(read[name], []).extend(reading)
+            seen.makers |= dict.fromkeys(reading, made[read[name]]) if read[name] in made else {}
+            seen.pairs += _pairs(stand.module, experts, *parameters)
+        elif name in read:  # an expert that no token of this batch comes to would not be missed by any proof
+            together.pop(read[name], None)
+    seen.together = [tuple(names) for names in together.values()]
+    seen.routers = {names[0]: tuple(routers[key]) for key, names in together.items() if key in routers}
+    return seen
+
+
+def _pairs(block: Any, experts: Mapping[str, Place], first: str, second: str) -> list[dict[str, str]]:
+    """What an expert of the ``second`` parameter reads may be made by rows of the ``first``: for each run of rows there of that many, the
+    experts that may make it, each with the one that reads it."""
+    reads = {place.expert: name for name, place in experts.items() if place.parameter == second}
+    found: dict[int, dict[str, str]] = {}
+    for name, place in experts.items():
+        wide = _matrix(block, reads[place.expert], experts).shape[1] if place.parameter == first and place.expert in reads else -1
+        if place.stop - place.start == wide:
+            found.setdefault(place.start, {})[name] = reads[place.expert]
+    return list(found.values())
 
 
 def _traced(
@@ -207,18 +304,24 @@ class _scaled:  # noqa: N801  reads as a verb where it is used
             parameter.copy_(was)
 
 
-def _commutes(stand: Stand, groups: Sequence[Group], expected: torch.Tensor, tolerance: float) -> bool:
+def _commutes(
+    stand: Stand, groups: Sequence[Group], expected: torch.Tensor, tolerance: float, experts: Mapping[str, Place] | None = None
+) -> bool:
     """Whether the block returns what it returned, with random scales folded into all of ``groups``."""
     block = stand.module
-    names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers))
-    touched = [block.get_submodule(name) for name in names]
+    experts = experts or {}
+    names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers, *group.routers))
+    touched = [block.get_submodule(name) for name in names if name not in experts]
+    parameters = dict.fromkeys(experts[name].parameter for name in names if name in experts)
     was = [(p, p.clone()) for module in touched for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+    was += [(p, p.clone()) for p in map(block.get_parameter, parameters)]
     generator = torch.Generator().manual_seed(0)
     try:
         for group in groups:
-            weight = block.get_submodule(group.producer).weight
+            weight = _matrix(block, group.producer, experts)
             of_producer = torch.exp2(torch.rand(len(weight), generator=generator) * 4 - 2).to(weight.device)
-            fold(block, group, of_producer if group.channels is None else of_producer[group.channels])
+            of_producer = powers_of_two(of_producer) if group.exact else of_producer
+            fold(block, group, of_producer if group.channels is None else of_producer[group.channels], experts=experts)
         now = first_tensor(stand.output(0, weight.dtype))
     finally:
         for parameter, before in was:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from convert.architecture import build
@@ -36,6 +36,11 @@ class Place:
     stop: int
     turned: bool
 
+    def of(self, module: Any) -> torch.Tensor:
+        """The matrix (out, in), a view, in a module that the parameter's name begins at."""
+        matrix: torch.Tensor = module.get_parameter(self.parameter).detach()[self.expert]
+        return (matrix.T if self.turned else matrix)[self.start : self.stop]
+
 
 class Skeleton:
     """``model`` on the meta device, in ``dtype`` (a torch name; ``auto``: the source's own), and what fills its parameters.
@@ -47,6 +52,7 @@ class Skeleton:
         import torch
 
         self.checkpoint = checkpoint
+        self.trust_remote_code = trust_remote_code
         config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
         wanted = own_dtype(checkpoint) if dtype == "auto" else dtype
         model = build({**config, "dtype": wanted}, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -123,6 +129,16 @@ class Skeleton:
                     raise SourceError(f"{name}: {type(self.model).__name__} does not hold its rows as they are, so it cannot be calibrated")
                 self.experts[parts[name][0].module] = Place(target, expert, start, start + rows[name], numbers.shape[2] != 1)
 
+    def experts_in(self, block: str) -> dict[str, Place]:
+        """Those of a block, by their names and with their parameters' as the block calls them; none where the checkpoint has another name
+        for it."""
+        inside = f"{block}."
+        return {
+            name.removeprefix(inside): replace(place, parameter=place.parameter.removeprefix(inside))
+            for name, place in self.experts.items()
+            if name.startswith(inside) and place.parameter.startswith(inside)
+        }
+
     def weight(self, module: str) -> torch.Tensor:
         """The weight of a linear layer, or of an expert, as it is now: (out, in), a view to read and to write."""
         from transformers.pytorch_utils import Conv1D
@@ -132,8 +148,7 @@ class Skeleton:
             layer = self.model.get_submodule(module)
             weight: torch.Tensor = layer.weight.detach()
             return weight.T if isinstance(layer, Conv1D) else weight
-        matrix: torch.Tensor = self.model.get_parameter(place.parameter).detach()[place.expert]
-        return (matrix.T if place.turned else matrix)[place.start : place.stop]
+        return place.of(self.model)
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Makes a tensor the parameter or buffer of that name. Raises :class:`SourceError` when its shape is another."""

@@ -186,6 +186,18 @@ class Observer:
         if leader is not None and leader in self._seen:
             self._feed(leader, x)
 
+    @contextmanager
+    def lent(self, other: Observer, modules: Iterable[str], kind: str) -> Iterator[None]:
+        """What another observer kept of modules is there while the context lasts."""
+        leaders = dict.fromkeys(self.leader.get(module, module) for module in modules)
+        for leader in leaders:
+            self._seen.setdefault(leader, {})[kind] = other._seen.get(leader, {}).pop(kind, None)
+        try:
+            yield
+        finally:
+            for leader in leaders:
+                del self._seen[leader][kind]
+
     def forget(self, *names: str) -> None:
         for kinds in self._seen.values():
             for kind in names:

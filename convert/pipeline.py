@@ -30,7 +30,7 @@ from convert.ranges import observe
 from convert.recipe import Recipe, Target, parse_recipe
 from convert.recover import training_bytes
 from convert.report import Report, manifest_digest, plain_json, read_report, report_path
-from convert.rotate import rotate
+from convert.rotate import rotate, rotation_bytes
 from convert.ruined import Passes, spare
 from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
@@ -84,14 +84,15 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
 
     begun = {name: partial_bytes(out, name) + partial_bytes(out / f".{name}.ruined", name) for name in (t.name for t in plan.targets)}
     disk = plan.checkpoint.download_bytes + sum(max(0, target.weight_bytes - begun[target.name]) for target in plan.targets)
-    memory = BASE_BYTES + working_bytes(plan.targets, cores(), gpu=device != "cpu")
+    turning = rotation_bytes(plan.checkpoint, cores())
+    memory = BASE_BYTES + turning + working_bytes(plan.targets, cores(), gpu=device != "cpu")
     free = psutil.virtual_memory().available
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = lane_tokens(plan)
         sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
         # A block is smoothed in float32, whatever it is watched in.
-        walked = sizes.peak_bytes + 2 * sizes.block_bytes
+        walked = sizes.peak_bytes + 2 * sizes.block_bytes + turning
         memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
         memory = max(
             memory, *(BASE_BYTES + training_bytes(plan, target, walked, free_bytes=free, device=device) for target in plan.targets)

@@ -472,6 +472,9 @@ class Calibration(_Section):
     (a static scale is then that of the expert beside it with the largest inputs)."""
     expert_tokens: Positive = 1
     """How many tokens are enough for an expert."""
+    expert_hessians: Annotated[int, BeforeValidator(_parse_size), Field(gt=0)] = 8_000_000_000
+    """Memory for what `gptq` keeps of the experts of a block at once, for instance `4GB`; where they need more, the block is run again for
+    every further group of experts, to the same bytes."""
     dtype: Literal["source", "float32"] = "source"
     """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 

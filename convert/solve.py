@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from convert.algorithms.bias_correction import correct_bias
 from convert.algorithms.output_error import output_errors
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.folds import Fold
-from convert.groups import Group, fold
+from convert.groups import Group, fold, powers_of_two
 from convert.moved import moved
 from convert.observe import Limit, Observer, Stats
 from convert.quantize import Piece
@@ -64,55 +65,86 @@ def smooth_block(
     the parameter that each is. The block computes what it computed before.
     """
     asked = {entry.module(part): (entry, step) for entry in entries if (step := entry.asks(*TRANSFORMS)) for part in entry.parts}
+    coded = {entry.module(part) for entry in entries for part in entry.parts}
+    experts = skeleton.experts_in(stand.name)
     kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
     done: dict[str, Smoothed] = {}
     changed: dict[str, str] = {}
+    order = 0
     for group in groups:
-        consumers = [f"{stand.name}.{name}" for name in group.consumers]
+        producer, *consumers = (f"{stand.name}.{name}" for name in (group.producer, *group.consumers))
+        routers = [f"{stand.name}.{name}" for name in group.routers]
         told_by = next((name for name in consumers if name in asked), None)
-        parameters = [f"{module}.{last}" for module in (f"{stand.name}.{group.producer}", *consumers) for last in ("weight", "bias")]
+        touched = [name for name in (producer, *consumers, *routers) if name not in skeleton.experts]
+        parameters = [f"{module}.{last}" for module in touched for last in ("weight", "bias")]
         filled = [(name, skeleton.own_tensor(name)) for name in parameters if skeleton.has(name)]
-        if told_by is None or any(tensor is None for _, tensor in filled):
+        # What is not written here cannot be changed: an expert that is kept, or spelled anew.
+        unwritten = [name for name in (producer, *consumers) if name in skeleton.experts and name not in coded]
+        if told_by is None or unwritten or any(tensor is None for _, tensor in filled):
             continue
         entry, step = asked[told_by]
-        weights = [skeleton.model.get_submodule(name).weight.float() for name in consumers]
-        strength, scales = _strength(entry, step, consumers[0], weights, observer, group.channels)
-        stored = kept.get(str(skeleton.own_tensor(f"{stand.name}.{group.producer}.weight")))
+        reading = _by_leader(consumers, skeleton, observer)
+        if not any(observer.has(leader, "rows" if _searched(step) else "channels") for leader in reading):
+            continue  # an expert that no token came to
+        strength, scales = _strength(entry, step, reading, observer, group.channels)
+        scales = powers_of_two(scales) if group.exact else scales
+        stored = kept.get(str(skeleton.own_tensor(f"{producer}.weight"))) if producer not in skeleton.experts else None
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
-        scales = fold(stand.module, group, scales, dtype=dtype)
-        leader = observer.leader.get(consumers[0], consumers[0])
+        scales = fold(stand.module, group, scales, dtype=dtype, experts=experts)
         rows = scales if group.channels is None else smoothing.of_producer(scales, group.channels)
-        walked = skeleton.model.get_submodule(consumers[0]).weight.dtype
-        told = Fold(f"{stand.name}.{group.producer}", tuple(consumers), scales, rows, group.offset, len(done), walked)
-        done[leader] = Smoothed(step.name, strength, scales, told, told_by)
+        told = Fold(producer, (*consumers, *routers), scales, rows, group.offset, order, skeleton.weight(consumers[0]).dtype)
+        order += 1
+        done |= dict.fromkeys(reading, Smoothed(step.name, strength, scales, told, told_by))
         changed |= {str(tensor): name for name, tensor in filled if tensor in kept}
     return done, changed
 
 
+def _by_leader(consumers: Sequence[str], skeleton: Skeleton, observer: Observer) -> dict[str, list[torch.Tensor]]:
+    """The weights of a group, float32, by the module under which statistics of what they read are kept: experts see different tokens."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in consumers:
+        found.setdefault(observer.leader.get(name, name), []).append(skeleton.weight(name).float())
+    return found
+
+
+def _searched(step: Step) -> bool:
+    return "search" in ((step.awq and step.awq.ratio), (step.smoothquant and step.smoothquant.alpha))
+
+
 def _strength(
-    entry: Entry, step: Step, module: str, weights: Sequence[torch.Tensor], observer: Observer, channels: torch.Tensor | None
+    entry: Entry, step: Step, reading: Mapping[str, Sequence[torch.Tensor]], observer: Observer, channels: torch.Tensor | None
 ) -> tuple[float, torch.Tensor]:
-    """How strongly a group is scaled, and by what (in,), as the step of one of its layers says; ``weights`` are all that read the input."""
+    """How strongly a group is scaled, and by what (in,), as the step of one of its layers says; ``reading``: all that read the input, by
+    leader. Of experts the largest magnitude counts, and the mean of all tokens; a strength is tried on each with what came to it."""
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    weights = [weight for each in reading.values() for weight in each]
+    shown = {leader: each for leader, each in reading.items() if observer.has(leader, "rows")}
+    pairs = [(observer.get(leader, "rows").value, each) for leader, each in shown.items()] if _searched(step) else []
     if step.awq:
-        mean = observer.get(module, "mean_magnitude").value
+        means = [observer.get(leader, "mean_magnitude") for leader in reading if observer.has(leader, "mean_magnitude")]
+        mean = means[0].value if len(means) == 1 else (sum(m.total for m in means) / sum(m.tokens for m in means)).float()
         if step.awq.ratio != "search":
             ratio = float(step.awq.ratio)
             return ratio, awq.awq_scales(mean, ratio=ratio, channels=channels)
         found = awq.search_scales(
-            observer.get(module, "rows").value, weights, input_mean=mean, weight_quantization=entry.scheme.weight,
-            scale_dtype=scale_dtype, channels=channels,
-        )  # fmt: skip
+            *pairs[0],
+            input_mean=mean,
+            weight_quantization=entry.scheme.weight,
+            scale_dtype=scale_dtype,
+            channels=channels,
+            others=pairs[1:],
+        )
         return found.strength or 0.0, found.scales
     assert step.smoothquant is not None
-    absmax = observer.get(module, "channels").value
+    maxima = [observer.get(leader, "channels").value for leader in reading if observer.has(leader, "channels")]
+    absmax = torch.stack(maxima).amax(dim=0)
     if step.smoothquant.alpha != "search":
         alpha = float(step.smoothquant.alpha)
         return alpha, smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=channels)
     found = smoothing.search_alpha(
-        observer.get(module, "rows").value, weights, input_absmax=absmax, weight_quantization=entry.scheme.weight,
-        activation_quantization=entry.scheme.activation, scale_dtype=scale_dtype, channels=channels,
+        *pairs[0], input_absmax=absmax, weight_quantization=entry.scheme.weight, activation_quantization=entry.scheme.activation,
+        scale_dtype=scale_dtype, channels=channels, others=pairs[1:],
     )  # fmt: skip
     return found.strength or 0.0, found.scales
 
@@ -169,12 +201,15 @@ def solve_block(
     *,
     changed: Mapping[str, str],
     crew: Crew,
+    passes: Sequence[Collection[str]] = (),
+    seen_in: Callable[[Collection[str]], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
     """The entries of a block in order, each with its codes, by module; before them what is kept and was ``changed``, or is corrected now.
 
     ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``limits`` what
     static scales hold where something else chose them, ``looked`` what :func:`convert.health.look` saw before. Layers of one input, scheme
-    and algorithm are solved together, by one thread of the crew. Raises :class:`NumericsError`, naming the module, for a Hessian that
+    and algorithm are solved together, by one thread of the crew; those in ``passes``, named by their leaders, last, each pass while
+    ``seen_in(pass)`` lasts, when the ``observer`` has their Hessians. Raises :class:`NumericsError`, naming the module, for a Hessian that
     cannot be factorised and for NaN or Inf.
     """
     codes: dict[str, QTensor] = {}
@@ -183,8 +218,14 @@ def solve_block(
     solve = partial(
         _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
     )
-    for _ in crew.map(solve, _together(entries, observer)):
+    together = _together(entries, observer)
+    later = {leader for each in passes for leader in each}
+    for _ in crew.map(solve, [group for leader, group in together if leader not in later]):
         pass
+    for each in passes:
+        with seen_in(each):
+            for _ in crew.map(solve, [group for leader, group in together if leader in each]):
+                pass
     for module, found in limits.items():
         noted[module]["static"] = found.record()
     corrected = _correct(entries, skeleton, observer, smoothed, codes, noted)
@@ -208,21 +249,27 @@ def input_limits(
     observer: Observer, inputs: Mapping[str, float], smoothed: Mapping[str, Smoothed], limits: Mapping[str, Limit]
 ) -> dict[str, float]:
     """By module, the largest magnitude that the scale of a static input holds, behind smoothing; arguments as of :func:`solve_block`."""
+    seen = {leader: observer.get(leader, "channels").value for leader in smoothed if observer.has(leader, "channels")}
     divided = {
-        module: float((observer.get(leader, "channels").value / smoothed[leader].scales).max())
+        # Nothing is known of the input of an expert that no token came to: the largest of those beside it clips none of them.
+        module: max(
+            float((seen[other] / smoothed[other].scales).max())
+            for other in ([leader] if leader in seen else [name for name in seen if smoothed[name] is smoothed[leader]])
+        )
         for module, leader in observer.leader.items()
         if leader in smoothed
     }
     return {**inputs, **divided, **{module: found.limit for module, found in limits.items()}}
 
 
-def _together(entries: Sequence[Entry], observer: Observer) -> list[list[tuple[Entry, Part]]]:
+def _together(entries: Sequence[Entry], observer: Observer) -> list[tuple[str, list[tuple[Entry, Part]]]]:
+    """Layers that are solved together, with the leader that they have in common."""
     groups: dict[tuple[str, ...], list[tuple[Entry, Part]]] = {}
     for entry in entries:
         for part in entry.parts:
             key = (observer.leader.get(entry.module(part), entry.module(part)), repr(entry.scheme), repr(entry.steps), entry.scale_dtype)
             groups.setdefault(key, []).append((entry, part))
-    return list(groups.values())
+    return [(key[0], members) for key, members in groups.items()]
 
 
 def _solve(

@@ -14,30 +14,57 @@ Weights are (out, in); all arithmetic is float64, the result in the dtype of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import isqrt
 
 import torch
 
+#: Doublings of a Hadamard matrix are multiplied in factors of up to this size: on a core of a CPU 64 are as fast as 2, in fewer passes.
+_FACTOR = 64
+#: And up to this size the whole is multiplied at once: 64 columns at 140 million elements a second, in factors at 40.
+_DENSE = 128
+
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal ``matrix`` (n, n) float64; ``word``: ``hadamard``, or ``random`` where no Hadamard matrix is known here."""
+    """An orthogonal matrix (n, n) float64, as the Kronecker product of ``factors``, its rows multiplied by ``signs`` (n,); ``word``:
+    ``hadamard``, or ``random`` where no Hadamard matrix is known here."""
 
-    matrix: torch.Tensor
+    factors: tuple[torch.Tensor, ...]
+    signs: torch.Tensor
     word: str
+
+    @property
+    def size(self) -> int:
+        return len(self.signs)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The whole of it, (n, n) float64."""
+        return self.signs[:, None] * reduce(torch.kron, self.factors)
+
+    def turn(self, rows: torch.Tensor) -> torch.Tensor:
+        """``X R`` of float64 ``rows`` (any, k n), for each run of n columns: factor by factor (a fast Walsh-Hadamard transform where these
+        are of size 2), ``n sum(factors)`` products a row in place of n^2."""
+        turned = rows.reshape(-1, self.size) * self.signs
+        behind = self.size
+        for factor in self.factors:
+            behind //= len(factor)
+            turned = factor.T @ turned.view(-1, len(factor), behind) if behind > 1 else turned.view(-1, len(factor)) @ factor
+        return turned.reshape(rows.shape)
 
 
 def make_rotation(size: int, *, seed: int, device: torch.device | str = "cpu") -> Rotation:
     """A Hadamard matrix with random signs over the root of its size (QuaRot, section 4), or, where none is known, the Q of a random
     matrix. The same for a seed on every device: it is made on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    matrix = hadamard(size)
-    if matrix is None:
+    factors = hadamard_factors(size)
+    if factors is None:
         q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
         # With a positive diagonal of R, Q is uniform over all rotations and reflections.
-        return Rotation((q * r.diagonal().sign()).to(device), "random")
-    signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
-    return Rotation((matrix * signs / size**0.5).to(device), "hadamard")
+        return Rotation(((q * r.diagonal().sign()).to(device),), torch.ones(size, dtype=torch.float64, device=device), "random")
+    signs = torch.randint(0, 2, (size, 1), generator=generator).double()[:, 0] * 2 - 1
+    return Rotation(tuple(factor.to(device) for factor in factors), (signs / size**0.5).to(device), "hadamard")
 
 
 def hadamard(size: int) -> torch.Tensor | None:
@@ -46,19 +73,27 @@ def hadamard(size: int) -> torch.Tensor | None:
     ``size`` is a power of two times 1, q + 1 with a prime q = 3 mod 4, or 2 (q + 1) with a prime q = 1 mod 4 (Paley 1933): 12, 20, 28,
     36, 44, 60 and so on, but not 52, 92 or 172.
     """
-    doublings = 0
-    odd_part = size
-    while odd_part > 0:
-        core = _paley(odd_part)
-        if core is not None:
-            for _ in range(doublings):
-                core = torch.cat([torch.cat([core, core], dim=1), torch.cat([core, -core], dim=1)])
-            return core
-        if odd_part % 2:
-            return None
-        odd_part //= 2
-        doublings += 1
-    return None
+    factors = hadamard_factors(size)
+    return None if factors is None else reduce(torch.kron, factors)
+
+
+def hadamard_factors(size: int) -> list[torch.Tensor] | None:
+    """Hadamard matrices whose Kronecker product is :func:`hadamard`: Sylvester's, of up to 64, and one of Paley's at the end: the
+    largest of up to 128, or the smallest there is. Up to 128 the product itself is the one factor."""
+    powers = [1 << i for i in range(max(size, 1).bit_length()) if size > 0 and size % (1 << i) == 0]
+    sizes = [size // power for power in powers if _paley(size // power) is not None]
+    if not sizes:
+        return None
+    core = next((each for each in sizes if each <= _DENSE), sizes[-1])
+    doublings, factors = (size // core).bit_length() - 1, []
+    while doublings:
+        taken = min(doublings, _FACTOR.bit_length() - 1)
+        factors.append(reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()] * taken))
+        doublings -= taken
+    last = _paley(core)
+    assert last is not None
+    factors += [last] if core > 1 or not factors else []
+    return factors if size > _DENSE else [reduce(torch.kron, factors)]
 
 
 def fold_norm(norm: torch.Tensor, weight: torch.Tensor, *, offset: float = 0.0) -> torch.Tensor:

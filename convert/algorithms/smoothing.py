@@ -18,6 +18,10 @@ from formats.scheme import Quantization
 ALPHAS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+#: Rows (tokens, in), and the weights (out_i, in) that read them.
+Shown = tuple[torch.Tensor, Sequence[torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class Search:
     """The best strength, its ``scales`` (in,) float32, and the output error of each strength tried, as shares of the output's square.
@@ -60,36 +64,41 @@ def search_alpha(
     scale_dtype: torch.dtype,
     alphas: Sequence[float] = ALPHAS,
     channels: torch.Tensor | None = None,
+    others: Sequence[Shown] = (),
 ) -> Search:
     """The strength whose scales leave the smallest :func:`quantized_output_error` on ``inputs`` (tokens, in), a few hundred rows of X.
 
-    The first of equals, and no smoothing before any. Costs one product of ``inputs`` with all weights a strength.
+    The first of equals, and no smoothing before any. Costs one product of ``inputs`` with all weights a strength. ``others`` share the
+    scales and see other rows, as experts do.
     """
-    candidates = {alpha: smoothing_scales(input_absmax, weights, alpha=alpha, channels=channels) for alpha in alphas}
-    return search(candidates, inputs, weights, weight_quantization, activation_quantization, scale_dtype)
+    every = [*weights, *(weight for _, each in others for weight in each)]
+    candidates = {alpha: smoothing_scales(input_absmax, every, alpha=alpha, channels=channels) for alpha in alphas}
+    return search(candidates, [(inputs, weights), *others], weight_quantization, activation_quantization, scale_dtype)
 
 
 def search(
     candidates: dict[float, torch.Tensor],
-    inputs: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    shown: Sequence[Shown],
     weight_quantization: Quantization,
     activation_quantization: Quantization | None,
     scale_dtype: torch.dtype,
 ) -> Search:
-    """The best of some scales (in,), by strength."""
-    x = inputs.float()
-    expected = [x @ weight.float().T for weight in weights]
+    """The best of some scales (in,), by strength; the errors of all that is ``shown`` are added up."""
+    scales = torch.ones(shown[0][0].shape[1], device=shown[0][0].device)
+    tried = [(None, scales), *candidates.items()]
+    errors: dict[float | None, float] = dict.fromkeys((strength for strength, _ in tried), 0.0)
+    for inputs, weights in shown:
+        x = inputs.float()
+        expected = [x @ weight.float().T for weight in weights]
+        for strength, each in tried:
+            errors[strength] += quantized_output_error(
+                x, weights, expected, scales=each, weight_quantization=weight_quantization,
+                activation_quantization=activation_quantization, scale_dtype=scale_dtype,
+            )  # fmt: skip
     best: float | None = None
-    scales = torch.ones(x.shape[1], device=x.device)
-    errors: dict[float | None, float] = {}
-    for strength, tried in [(None, scales), *candidates.items()]:
-        errors[strength] = quantized_output_error(
-            x, weights, expected, scales=tried, weight_quantization=weight_quantization,
-            activation_quantization=activation_quantization, scale_dtype=scale_dtype,
-        )  # fmt: skip
+    for strength, each in tried:
         if errors[strength] < errors[best]:
-            best, scales = strength, tried
+            best, scales = strength, each
     return Search(best, scales, errors)
 
 

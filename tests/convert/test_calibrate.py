@@ -193,6 +193,43 @@ def test_a_killed_run_is_taken_up_to_the_same_bytes(
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("rotation", "rules"),
+    [
+        ("{{}}", "[{{match: linear, scheme: int8-dynamic, algorithm: [{{smoothquant: {{alpha: 0.6}}}}, gptq]}}]"),
+        (
+            "",
+            "[{{match: lm_head, scheme: int8-static, observer: percentile, percentile: 99.9}}, "
+            "{{match: '*.self_attn.*', scheme: int8-static, observer: mse, algorithm: gptq}}, "
+            "{{match: linear, scheme: int8-static, observer: percentile, algorithm: [{{smoothquant: {{alpha: 0.6}}}}, gptq]}}]",
+        ),
+    ],
+    ids=["rotation", "observers-and-head"],
+)
+def test_a_killed_run_is_taken_up_behind_rotations_observers_and_with_a_static_head(
+    rotation: str, rules: str, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    folder = make_llama()
+    text = _text("int8-dynamic").replace("[{{match: linear, scheme: int8-dynamic, algorithm: rtn}}]", rules)
+    text = text.replace("targets:", f"rotation: {rotation}\ntargets:") if rotation else text
+    assert rules in text
+    (tmp_path / "recipe.yaml").write_text(text.format(model=folder))
+    whole = convert(recipe_for(folder, text=text), tmp_path / "whole", check=False).artifacts[0]
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), "12"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    again = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
+    assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
+
+
+def test_a_head_that_no_block_holds_is_refused_to_gptq_with_its_line(make_llama: Any, recipe_for: Any) -> None:
+    rules = "[{{match: lm_head, scheme: int8-dynamic, algorithm: gptq}}]"
+    text = _text("int8-dynamic").replace("[{{match: linear, scheme: int8-dynamic, algorithm: rtn}}]", rules)
+    message = r"^test.yaml:6:13: lm_head.weight cannot be int8-dynamic: gptq works block by block, and it lies in none; use rtn"
+    with pytest.raises(RecipeError, match=message):
+        plan(recipe_for(make_llama(), text=text))
+
+
 @pytest.mark.parametrize(("propagate", "solved_again"), [("quantized", [1, 2]), ("float", [1])])
 def test_what_is_alike_is_taken_over_to_the_same_bytes(
     propagate: str, solved_again: list[int], make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,7 +24,9 @@ from convert import pipeline
 from convert.architecture import describe
 from convert.calibrate import statistics_bytes
 from convert.compatibility import parts_of_ledger
+from convert.folds import folded, read_fold, touching
 from convert.loading import Skeleton
+from convert.numbers import compare
 from convert.progress import Lines
 from convert.recipe import parse_recipe
 from convert.source import open_source
@@ -204,6 +206,41 @@ def test_experts_in_one_tensor_are_solved_as_separate_ones_are(tmp_path: Path) -
     assert all(torch.equal(separate[name].view(torch.uint8), joined[name].view(torch.uint8)) for name in separate)
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "[{smoothquant: {alpha: 0.5}}, gptq]"])
+@pytest.mark.parametrize("unseen", ["error", "all_tokens"])
+def test_hessians_of_experts_in_passes_give_the_bytes_of_one_pass(
+    algorithm: str, unseen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for three, for one, and for less than one; and the plan counts what is held."""
+    from convert import observe
+
+    source = starved(tmp_path) if unseen == "all_tokens" else saved("qwen3_moe", tmp_path)
+    held: list[int] = []
+    take = observe.Observer.take
+
+    def counted(self: Any, *args: Any) -> None:
+        take(self, *args)
+        kept = [kinds["hessian"] for leader, kinds in self._seen.items() if ".experts." in leader and kinds.get("hessian")]
+        held.append(sum(4 * hessian.features**2 for hessian in kept))
+
+    monkeypatch.setattr("convert.observe.Observer.take", counted)
+    made, most, needed = {}, {}, {}
+    for budget in (8_000_000_000, 3 * 64 * 64 * 4, 1):
+        more = f", unseen_experts: {unseen}, expert_hessians: {budget}"
+        job = recipe(source, "int8-weight-only", algorithm.replace("0.5}", "0.5, uncovered: leave}"), more=more)
+        needed[budget] = statistics_bytes(pipeline.plan(job), 1)
+        held.clear()
+        made[budget] = (converted(job, tmp_path / str(budget)).path / "model.safetensors").read_bytes()
+        most[budget] = max(held)
+    assert len(set(made.values())) == 1
+    whole, three, one = most.values()
+    assert whole > 4 * 64 * 64 * 4
+    assert three <= 3 * 64 * 64 * 4 < whole
+    assert one <= 64 * 64 * 4
+    if unseen == "error":  # all Hessians, or one and the block as it was beside it
+        assert needed[8_000_000_000] - needed[1] == 4 * (4 * (64**2 + 40**2) - 64**2 - (4 * 3 * 64 * 40 + 64 * 16 * (4 + 2 + 2 + 4)))
+
+
 def test_experts_may_be_rounded_beside_layers_that_are_solved(tmp_path: Path) -> None:
     """And the plan counts their Hessians where they have any: one for gate and up, one for down, of each expert; and what they read."""
     source = saved("qwen3_moe", tmp_path)
@@ -306,10 +343,11 @@ def test_an_expert_with_fewer_tokens_than_asked_for_is_unseen_and_one_with_fewer
         converted(recipe(source, "int8-weight-only", "gptq", more=f", expert_tokens: {least}"), tmp_path / "error")
 
 
-def test_experts_of_a_killed_run_are_taken_up_to_the_same_bytes(tmp_path: Path) -> None:
-    """Killed within the second block: what the first became is put back into the model's 3-D parameters."""
+@pytest.mark.parametrize("algorithm", ["gptq", "[{smoothquant: {alpha: 0.6}}, gptq]"])
+def test_experts_of_a_killed_run_are_taken_up_to_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
+    """Killed within the second block: what the first became is put back into the model's 3-D parameters, its router and its norms."""
     source = saved("qwen3_moe", tmp_path)
-    text = RECIPE.format(model=source, scheme="int8-weight-only", algorithm="gptq", runtime="transformers", hardware="", more="")
+    text = RECIPE.format(model=source, scheme="int8-weight-only", algorithm=algorithm, runtime="transformers", hardware="", more="")
     (tmp_path / "recipe.yaml").write_text(text)
     whole = converted(parse_recipe(text, "test.yaml", name="test"), tmp_path / "whole")
     out = tmp_path / "killed"
@@ -317,7 +355,7 @@ def test_experts_of_a_killed_run_are_taken_up_to_the_same_bytes(tmp_path: Path) 
     assert done.returncode == -signal.SIGKILL
     again = converted(parse_recipe(text, "test.yaml", name="test"), out)
     assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
-    other = converted(recipe(source, "int8-weight-only", "gptq", more=", propagate: float"), tmp_path / "float")
+    other = converted(recipe(source, "int8-weight-only", algorithm, more=", propagate: float"), tmp_path / "float")
     different = [name for name, tensor in load_file(other.path / "model.safetensors").items() if not _same(tensor, name, whole.path)]
     assert different
     assert all(name.startswith("model.layers.1.") for name in different)
@@ -325,6 +363,82 @@ def test_experts_of_a_killed_run_are_taken_up_to_the_same_bytes(tmp_path: Path) 
 
 def _same(tensor: torch.Tensor, name: str, folder: Path) -> bool:
     return torch.equal(tensor, load_file(folder / "model.safetensors")[name])
+
+
+def with_an_outlier(source: Path) -> Path:
+    """A channel that the norms before experts make 64 times as large, and that experts and routers read with as much smaller weights."""
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("post_attention_layernorm.weight"):
+            tensor[5] *= 64
+        elif tensor.dim() == 2 and tensor.shape[1] == 64 and (".experts." in name or name.endswith("gate.weight")):
+            tensor[:, 5] /= 64
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+@pytest.mark.parametrize(
+    ("family", "algorithm"),
+    [
+        ("mixtral", "[{smoothquant: {alpha: 0.5}}, gptq]"),
+        ("mixtral", "[{smoothquant: {alpha: search}}, rtn]"),
+        ("qwen3_moe", "[awq, rtn]"),
+        ("qwen3_moe", "[{smoothquant: {alpha: 0.5}}, gptq]"),
+    ],
+)
+def test_smoothing_reaches_experts_and_leaves_the_function_and_the_router_as_they_were(family: str, algorithm: str, tmp_path: Path) -> None:
+    """Of what the manifest says was folded in, transformers' own model makes the source's logits; and every token goes where it went."""
+    source = with_an_outlier(saved(family, tmp_path))
+    scheme = "int8-weight-only" if "awq" in algorithm else "int8-dynamic"
+    runtime, hardware = ("transformers", "") if "awq" in algorithm else ("vllm", "sm_90")
+    made = converted(recipe(source, scheme, algorithm, runtime=runtime, hardware=hardware), tmp_path / "out")
+    ledger = {entry["tensor"]: entry for entry in made.manifest.ledger}
+    assert not [name for name, entry in ledger.items() if "not smoothed" in entry.get("note", "")]
+    folds = [read_fold(record) for record in made.manifest.calibration["folds"]]
+    assert len(folds) == 2 * (3 + 4), "two norms, values, and up projections of four experts, in each block"
+    tensors, stored = load_file(source / "model.safetensors"), load_file(made.path / "model.safetensors")
+    turned = {}
+    for name, tensor in tensors.items():
+        entry = ledger[name]
+        module = name.removesuffix(".weight") if entry.get("experts") else entry["module"]
+        turned[name] = folded(tensor.float(), module, touching(folds, module), bias=name.endswith(".bias"))
+    gates = [name for name in tensors if name.endswith("gate.weight")]
+    assert len(gates) == 2
+    for name in gates:
+        assert "smoothed" in ledger[name]["note"]
+        assert torch.equal(stored[name].float(), turned[name]), "a router is exact in the dtype it is stored in"
+        assert torch.equal((stored[name].float() / tensors[name].float()).log2().round(), (stored[name] / tensors[name]).float().log2())
+    save_file(turned, tmp_path / "turned.safetensors", metadata={"format": "pt"})
+    folder = tmp_path / "float"
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    (tmp_path / "turned.safetensors").rename(folder / "model.safetensors")
+    models = [getattr(transformers, FAMILIES[family][0]).from_pretrained(each, dtype=torch.float64).eval() for each in (source, folder)]
+    for model in models:
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    with torch.inference_mode():
+        expected, found = (model(input_ids=torch.arange(3, 103)[None]).logits for model in models)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    numbers = compare(made.path, open_source(str(source)), threads=1)
+    assert {item.tensor for item in numbers} >= set(gates)
+    assert max(item.worst for item in numbers) <= 1
+    if "search" not in algorithm:
+        of_channel = {fold.producer: float(fold.scales[5] / fold.scales.median()) for fold in folds if "post_attention" in fold.producer}
+        assert all(factor > 3 for factor in of_channel.values()), of_channel
+
+
+def test_an_expert_without_tokens_is_smoothed_with_the_others_or_named(tmp_path: Path) -> None:
+    source = starved(tmp_path)
+    algorithm = "[{smoothquant: {alpha: 0.5, uncovered: leave}}, rtn]"
+    with pytest.raises(InputError, match=r"0 of the 192 tokens"):
+        converted(recipe(source, "int8-weight-only", algorithm), tmp_path / "error")
+    made = converted(recipe(source, "int8-weight-only", algorithm, more=", unseen_experts: round"), tmp_path / "out")
+    folds = [read_fold(record) for record in made.manifest.calibration["folds"]]
+    experts = [fold for fold in folds if fold.producer == "model.layers.1.post_attention_layernorm"]
+    assert len(experts) == 1
+    assert {f"model.layers.1.mlp.experts.{i}.{name}_proj" for i in range(4) for name in ("gate", "up")} <= set(experts[0].consumers)
+    assert {fold.producer for fold in folds if ".experts." in fold.producer} == {f"model.layers.1.mlp.experts.{i}.up_proj" for i in (0, 1)}
+    assert max(item.worst for item in compare(made.path, open_source(str(source)), threads=1)) <= 1
 
 
 VLLM = """

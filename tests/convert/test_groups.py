@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_family
+from families import join_experts, save_family
 
-from convert.groups import Group, find_groups, first_tensor, fold
+from convert.architecture import describe
+from convert.groups import Group, find_groups, first_tensor, fold, powers_of_two
 from convert.lanes import walk
 from convert.loading import Skeleton
 from convert.source import open_source
@@ -34,9 +35,88 @@ EXPECTED = {
     },
     # What the norm makes is also what the residual adds to.
     "bert": {("attention.self.value", "attention.output.dense")},
-    # Routers read what the norm makes.
+    # Routers read what the norm makes, and nobody says where the experts are.
     "mixtral": ATTENTION,
 }
+
+
+def _names(prefix: str, *last: str) -> list[str]:
+    return [f"{prefix}.{i}.{name}" for i in range(4) for name in last]
+
+
+#: With experts: what reads the norm beside attention, its routers, and whether up feeds down within each expert.
+EXPERTS: dict[str, tuple[set[str], tuple[str, ...], str]] = {
+    "mixtral": ({*_names("block_sparse_moe.experts", "w1", "w3")}, ("mlp.gate",), "block_sparse_moe.experts.{}.w3 w2"),
+    "qwen3_moe": ({*_names("mlp.experts", "gate_proj", "up_proj")}, ("mlp.gate",), "mlp.experts.{}.up_proj down_proj"),
+    "qwen2_moe": (
+        {
+            *_names("mlp.experts", "gate_proj", "up_proj"),
+            "mlp.shared_expert.gate_proj",
+            "mlp.shared_expert.up_proj",
+            "mlp.shared_expert_gate",
+        },
+        ("mlp.gate",),
+        "mlp.experts.{}.up_proj down_proj",
+    ),
+    # What goes into its experts is multiplied by how much they are asked, so the norm feeds them not alone.
+    "llama4": (set(), (), "feed_forward.experts.{}.up_proj down_proj"),
+}
+
+
+def _with_experts(folder: Path) -> Any:
+    checkpoint = open_source(str(folder))
+    architecture = describe(checkpoint.config, checkpoint.tensors)
+    assert architecture is not None
+    skeleton = Skeleton(checkpoint, dtype="float32")
+    skeleton.find_experts({name: parameter.parts for name, parameter in architecture.parameters.items() if parameter.kind == "expert"})
+    skeleton.model.set_experts_implementation("eager")
+    batch = {"input_ids": torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(2)), "use_cache": False}
+    return skeleton, walk(skeleton, [batch])
+
+
+@pytest.mark.parametrize("family", [*sorted(EXPERTS), "joined"])
+def test_experts_scale_together_with_their_router_and_one_by_one(family: str, tmp_path: Path) -> None:
+    """And folding random scales into all of them leaves the block's function as it was, to 1e-5."""
+    named = "qwen3_moe" if family == "joined" else family
+    folder = save_family(named, tmp_path)
+    if family == "joined":
+        join_experts(folder, turned=False)
+    reading, routers, pair = EXPERTS[named]
+    skeleton, stands = _with_experts(folder)
+    likely: tuple[Group, ...] = ()
+    for stand in stands:
+        experts = skeleton.experts_in(stand.name)
+        before = first_tensor(stand.output(0)).clone()
+        likely = find_groups(stand, likely, experts)
+        found = {(group.producer, frozenset(group.consumers), group.routers) for group in likely}
+        if reading:
+            assert ("post_attention_layernorm", frozenset(reading), routers) in found
+        producer, consumer = pair.split()
+        for i in range(4):
+            up = producer.format(i)
+            assert (up, frozenset({f"{up.rpartition('.')[0]}.{consumer}"}), ()) in found
+        assert not any("gate" in group.producer or "w1" in group.producer for group in likely), "an activation does not commute"
+        assert torch.equal(first_tensor(stand.output(0)), before)
+        generator = torch.Generator().manual_seed(1)
+        for group in likely:
+            matrix = skeleton.weight(f"{stand.name}.{group.consumers[0]}")
+            scales = torch.exp(torch.randn(matrix.shape[1], generator=generator))
+            scales = scales if group.channels is None else scales[: int(group.channels.max()) + 1][group.channels]
+            fold(stand.module, group, powers_of_two(scales) if group.exact else scales, experts=experts)
+        torch.testing.assert_close(first_tensor(stand.output(0)), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_of_which_an_expert_is_not_known_has_no_group(tmp_path: Path) -> None:
+    """No token of the batch need come to it, so that no proof would miss it."""
+    skeleton, stands = _with_experts(save_family("mixtral", tmp_path))
+    stand = next(stands)
+    experts = skeleton.experts_in(stand.name)
+    some = {name: place for name, place in experts.items() if not name.endswith("3.w1")}
+    assert len(some) == len(experts) - 1
+    stand.module.mlp.gate.weight[3] = -stand.module.mlp.gate.weight[:3].abs().sum(dim=0)
+    producers = [{group.producer for group in find_groups(stand, (), known)} for known in (experts, some)]
+    assert "post_attention_layernorm" in producers[0]
+    assert "post_attention_layernorm" not in producers[1]
 
 
 def _stands(folder: Path) -> Any:

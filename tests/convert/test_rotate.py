@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import save_family
+from conftest import save_tokenizer
+from families import FAMILIES, join_experts, save_family
 
 from convert import pipeline
+from convert.export import cores
 from convert.pipeline import convert, plan
 from convert.recipe import parse_recipe
 from convert.rotate import RotatedReader, prove
@@ -97,6 +100,82 @@ def test_rotation_leaves_the_function_as_it_was(config: dict[str, Any], rotation
         assert moved & inside == {name for name in inside if "v_proj" in name or "o_proj" in name}
 
 
+@pytest.mark.parametrize("family", ["gemma", "mixtral", "qwen3_moe", "qwen2_moe", "joined"])
+def test_gemma_and_mixtures_turn_too(family: str, tmp_path: Path) -> None:
+    """Norms that add one to their weight; routers and experts, each in a tensor of its own or all in one; loaded by transformers."""
+    import transformers
+    from safetensors.torch import save_file
+
+    named = "qwen3_moe" if family == "joined" else family
+    folder = save_family(named, tmp_path)
+    if family == "joined":
+        join_experts(folder, turned=False)
+    _norms_of_their_own(folder)
+    after = plan(_recipe(folder, scheme="int8-weight-only")).checkpoint
+    prove(after)
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    tensors = {name: after.reader.read(name, 0, spec.matrix_shape[0]).reshape(spec.shape) for name, spec in after.tensors.items()}
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in tensors.items()}, turned / "model.safetensors", metadata={"format": "pt"}
+    )
+    (turned / "config.json").write_text(json.dumps(dict(after.config)))
+    load = getattr(transformers, FAMILIES[named][0]).from_pretrained
+    models = [load(each, dtype=torch.float64).eval() for each in (folder, turned)]
+    for model in models if family != "gemma" else ():
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    with torch.no_grad():
+        logits = [model(input_ids=torch.arange(60)[None], use_cache=False).logits for model in models]
+    assert float((logits[1] - logits[0]).norm() / logits[0].norm()) < 1e-5
+    norms = [tensor for name, tensor in tensors.items() if name.endswith(("layernorm.weight", "model.norm.weight"))]
+    assert len(norms) == 5
+    assert all(bool((norm == (0.0 if family == "gemma" else 1.0)).all()) for norm in norms)
+    before = pipeline.open_source(str(folder)).reader
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1 and name != "lm_head.weight":
+            assert not torch.allclose(
+                tensor.flatten(), before.read(name, 0, tensor.numel() // tensor.shape[-1]).float().flatten(), atol=1e-3
+            )
+
+
+def test_a_rotated_mixture_is_quantized_and_passes(tmp_path: Path) -> None:
+    folder = save_family("qwen3_moe", tmp_path)
+    save_tokenizer(folder, 300)
+    _norms_of_their_own(folder)
+    outcome = convert(_recipe(folder, scheme="int8-weight-only", algorithm="[{smoothquant: {alpha: 0.5}}, gptq]"), tmp_path / "out")
+    assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
+    assert outcome.reports[0].runtimes[0].divergence.kl_nats < 0.02
+
+
+def test_a_rotated_source_becomes_a_graph(make_llama: Any, tmp_path: Path) -> None:
+    """Its head is untied, and the graph has the one and the other."""
+    folder = make_llama(tie_word_embeddings=True)
+    _norms_of_their_own(folder)
+    text = PLAIN.replace("compressed-tensors", "onnx").replace("    limits", "    runtimes: [onnxruntime]\n    limits")
+    text = text.format(model=folder, rotation="{}", scheme="int8-weight-only-g32", algorithm="rtn")
+    outcome = convert(parse_recipe(text, "r.yaml", name="r"), tmp_path)
+    assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
+    assert all(run.divergence.kl_nats < 0.02 for run in outcome.reports[0].runtimes)
+
+
+def test_the_plan_counts_what_turning_takes(make_llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from convert.command import _show_plan
+
+    folder = make_llama()
+    jobs = [plan(_recipe(folder, rotation)) for rotation in ("{values: false}", "{}")]
+    plain = parse_recipe(
+        PLAIN.replace("rotation: {rotation}\n", "").format(model=folder, scheme="int8-dynamic", algorithm="rtn"), "r.yaml", name="r"
+    )
+    bare, turned = (pipeline.needs(job, tmp_path, check=False) for job in (plan(plain), jobs[1]))
+    reader = jobs[1].checkpoint.reader
+    assert isinstance(reader, RotatedReader)
+    assert turned.memory_bytes - bare.memory_bytes == reader.held_bytes(cores()) > 3 * 4 * 96 * 64
+    linear = 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 96)
+    assert reader.turned_elements == linear + 2 * 300 * 64
+    _show_plan(jobs[1], turned, ledger=False)
+    assert "rotates    " in capsys.readouterr().out
+
+
 def test_rows_are_the_same_however_they_are_read(make_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_llama(dtype="float32")
     after = plan(_recipe(folder)).checkpoint
@@ -150,7 +229,8 @@ def test_a_wrong_turn_is_found_before_anything_is_written(make_llama: Any, tmp_p
     ("family", "message"),
     [
         ("gpt2", r"r.yaml:2:1: transformer.ln_f takes the mean"),
-        ("mixtral", r"r.yaml:2:1: model.layers.0.mlp.gate.weight may read or write the residual stream"),
+        ("llama4", r"r.yaml:2:1: model.layers.0.feed_forward.experts.gate_up_proj may read or write the residual stream"),
+        ("gemma2", r"r.yaml:2:1: model.layers.0.post_attention_layernorm scales what is written to the residual stream"),
         ("bert", r"r.yaml:2:1: BertModel predicts no tokens"),
     ],
 )

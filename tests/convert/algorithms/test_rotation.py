@@ -31,6 +31,17 @@ def test_a_rotation_is_orthogonal_and_the_same_for_a_seed(size: int, word: str) 
     assert not torch.equal(made.matrix, rotation.make_rotation(size, seed=4).matrix)
 
 
+@pytest.mark.parametrize("size", [1, 2, 12, 36, 52, 64, 96, 128, 576, 1152, 1536])
+def test_turning_factor_by_factor_is_the_product_with_the_matrix(size: int) -> None:
+    made = rotation.make_rotation(size, seed=2)
+    assert made.size == size == len(made.matrix)
+    assert all(len(factor) <= 128 for factor in made.factors)
+    rows = torch.randn(5, 3 * size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([part @ made.matrix for part in rows.split(size, dim=1)], dim=1)
+    torch.testing.assert_close(made.turn(rows), expected, rtol=0, atol=1e-13)
+    assert made.turn(rows[:0]).shape == (0, 3 * size)
+
+
 @pytest.mark.parametrize(("hidden", "heads", "kv_heads"), [(48, 4, 2), (52, 2, 2), (64, 4, 1)])
 def test_a_rotated_llama_computes_what_it_did(hidden: int, heads: int, kv_heads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
