@@ -67,19 +67,14 @@ def make_rotation(size: int, *, seed: int, device: torch.device | str = "cpu") -
     return Rotation(tuple(factor.to(device) for factor in factors), (signs / size**0.5).to(device), "hadamard")
 
 
-def hadamard(size: int) -> torch.Tensor | None:
-    """A matrix (n, n) float64 of 1 and -1 with ``H H^T = n I``; None where Sylvester's and Paley's constructions (over primes) have none.
+def hadamard_factors(size: int) -> list[torch.Tensor] | None:
+    """Matrices of 1 and -1, float64, whose Kronecker product H (n, n) has ``H H^T = n I``; None where Sylvester's and Paley's constructions
+    (over primes) have none.
 
     ``size`` is a power of two times 1, q + 1 with a prime q = 3 mod 4, or 2 (q + 1) with a prime q = 1 mod 4 (Paley 1933): 12, 20, 28,
-    36, 44, 60 and so on, but not 52, 92 or 172.
+    36, 44, 60 and so on, but not 52, 92 or 172. Sylvester's are of up to 64, and one of Paley's is at the end: the largest of up to 128, or
+    the smallest there is. Up to 128 the product itself is the one factor.
     """
-    factors = hadamard_factors(size)
-    return None if factors is None else reduce(torch.kron, factors)
-
-
-def hadamard_factors(size: int) -> list[torch.Tensor] | None:
-    """Hadamard matrices whose Kronecker product is :func:`hadamard`: Sylvester's, of up to 64, and one of Paley's at the end: the
-    largest of up to 128, or the smallest there is. Up to 128 the product itself is the one factor."""
     powers = [1 << i for i in range(max(size, 1).bit_length()) if size > 0 and size % (1 << i) == 0]
     sizes = [size // power for power in powers if _paley(size // power) is not None]
     if not sizes:

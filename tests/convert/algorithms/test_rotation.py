@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 import torch
 
@@ -11,15 +13,16 @@ KNOWN = [1, 2, 4, 12, 20, 28, 36, 44, 60, 64, 76, 80, 96, 100 * 2, 128, 576, 896
 
 @pytest.mark.parametrize("size", KNOWN)
 def test_a_hadamard_matrix_is_one(size: int) -> None:
-    matrix = rotation.hadamard(size)
-    assert matrix is not None
+    factors = rotation.hadamard_factors(size)
+    assert factors is not None
+    matrix = reduce(torch.kron, factors)
     assert (matrix.abs() == 1).all()
     assert torch.equal(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [0, 3, 6, 13, 52, 92, 172, 577])
 def test_where_none_is_known_none_is_made(size: int) -> None:
-    assert rotation.hadamard(size) is None
+    assert rotation.hadamard_factors(size) is None
 
 
 @pytest.mark.parametrize(("size", "word"), [(64, "hadamard"), (36, "hadamard"), (52, "random"), (7, "random")])
