@@ -116,12 +116,13 @@ class _Server:
                 pid = int(server.stdout.readline())
                 code = int(server.stdout.readline())
             except (OSError, ValueError):
-                # It is gone: what keeps it from starting keeps a process of its own from it too, and there it is said.
+                # It is gone: what keeps it from starting keeps a process of its own from it too, and there it is said. A program that it
+                # left behind would write to the same files.
+                self._kill(pid)
                 self.end()
                 return _alone([sys.executable, "-m", program, *arguments], variables)
             except BaseException:
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
+                self._kill(pid)
                 self.end()
                 raise
         return code, output.read_text(errors="replace") if output.exists() else ""
@@ -136,6 +137,13 @@ class _Server:
             )
             self._began = (os.getpid(), dict(variables))
         return self._process
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        """Ends a program, if one was begun and has not ended by itself."""
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Ends it, if it runs and is ours."""

@@ -97,6 +97,20 @@ def test_without_its_server_a_program_is_run_all_the_same(told: Told) -> None:
     assert alone["parent"] == os.getpid()
 
 
+def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: Told, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    orphan = "time.sleep(1), os.kill(os.getppid(), signal.SIGKILL), time.sleep(600)"
+    note = f"b = Path('{begun}'); first = not b.exists(); f = b.open('a'); f.write(f'{{os.getpid()}}\\n'); f.close()"
+    answer, said = told(f"{note}; first and ({orphan}); Path(answer).write_text('{{}}')")
+    assert answer == {}, said
+    first, second = map(int, begun.read_text().split())
+    assert first != second
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{first}").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_gpu_is_not_carried_through_a_fork(told: Told) -> None:
     found, said = told(ANSWER, device="cuda")
     assert found is not None, said
