@@ -152,11 +152,11 @@ def test_a_hessian_of_each_expert_is_that_of_the_plain_model(family: str, tmp_pa
     seen: dict[str, torch.Tensor] = {}
     solving = solve._solve
 
-    def spy(members: Any, *, observer: Any, **rest: Any) -> None:
+    def spy(members: Any, *, known: Any) -> Any:
         for entry, part in members:
             if entry.experts:
-                seen[part.module] = observer.get(part.module, "hessian").value.clone()
-        solving(members, observer=observer, **rest)
+                seen[part.module] = known.observer.get(part.module, "hessian").value.clone()
+        return solving(members, known=known)
 
     monkeypatch.setattr(solve, "_solve", spy)
     made = converted(recipe(source, "int8-weight-only", "gptq", more=", propagate: float"), tmp_path / "out")
