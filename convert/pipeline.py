@@ -210,9 +210,9 @@ def _export_all(
     artifacts = export(together, out, progress, digests=digests, device=device) if together else []
     found = {artifact.manifest.target: (together or job, artifact) for artifact in artifacts}
 
-    def make(again: Plan, folder: Path) -> Artifact:
+    def make(again: Plan, folder: Path, like: Like | None) -> Artifact:
         require(needs(again, folder, check=False, device=device), folder)
-        return export(again, folder, progress, digests=digests, device=device)[0]
+        return export(again, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
 
     for target in job.recipe.targets:
         if target.ruined is not None:
