@@ -396,6 +396,7 @@ def test_smoothing_reaches_experts_and_leaves_the_function_and_the_router_as_the
     assert not [name for name, entry in ledger.items() if "not smoothed" in entry.get("note", "")]
     folds = [read_fold(record) for record in made.manifest.calibration["folds"]]
     assert len(folds) == 2 * (3 + 4), "two norms, values, and up projections of four experts, in each block"
+    assert all(torch.equal(fold.scales.log2().round().exp2(), fold.scales) for fold in folds if ".experts." in fold.producer)
     tensors, stored = load_file(source / "model.safetensors"), load_file(made.path / "model.safetensors")
     turned = {}
     for name, tensor in tensors.items():
