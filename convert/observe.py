@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from threading import local
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from convert.crew import Crew
@@ -257,8 +258,10 @@ class Observer:
         seen: list[Shown] = []
         self._thread.seen, self._thread.enough = seen, enough
         try:
-            with suppress(_Enough):
-                yield seen
+            yield seen
+        except _Enough as stop:
+            # What the model had computed by then hangs on its frames, on a GPU gigabytes until the garbage collector finds the cycle.
+            clear_frames(stop.__traceback__)
         finally:
             self._thread.seen = None
 
