@@ -59,6 +59,48 @@ NO_STATS = Stats()
 
 
 @dataclass(frozen=True)
+class CacheRanges:
+    """The largest magnitude of each head's keys and values, (heads,), by layer."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(each: Sequence[CacheRanges]) -> CacheRanges:
+        """The largest of all batches."""
+        import torch
+
+        joined = CacheRanges()
+        for ranges in each:
+            for into, seen in ((joined.keys, ranges.keys), (joined.values, ranges.values)):
+                for layer, absmax in seen.items():
+                    into[layer] = torch.maximum(into[layer], absmax) if layer in into else absmax
+        return joined
+
+
+def watch_cache(batches: list[dict[str, Any]]) -> list[CacheRanges]:
+    """Gives every batch a cache that keeps nothing but how large keys and values become."""
+    import torch
+    from transformers import DynamicCache
+
+    class Watcher(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ranges = CacheRanges()
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            for seen, states in ((self.ranges.keys, key_states), (self.ranges.values, value_states)):
+                absmax = states.detach().abs().amax(dim=(0, 2, 3)).float()
+                seen[layer_idx] = torch.maximum(seen[layer_idx], absmax) if layer_idx in seen else absmax
+            return key_states, value_states
+
+    watchers = [Watcher() for _ in batches]
+    for batch, watcher in zip(batches, watchers, strict=True):
+        batch |= {"past_key_values": watcher, "use_cache": True}
+    return [watcher.ranges for watcher in watchers]
+
+
+@dataclass(frozen=True)
 class Shown:
     """An input (..., in) as a module was handed it, and how often it had been written to by then."""
 
