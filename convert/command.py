@@ -558,7 +558,6 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from convert.calibrate import lane_tokens
     from convert.compatibility import loads_in, parts_of
     from convert.lanes import walk_sizes
     from convert.plan import summarize
@@ -608,7 +607,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
         f"{_size(found.memory_free_bytes)} free"
     )
     if job.architecture is not None and any(target.calibrated for target in job.targets):
-        tokens, count = lane_tokens(job), len(job.architecture.blocks)
+        tokens, count = job.calibration.tokens, len(job.architecture.blocks)
         sizes = walk_sizes(job.checkpoint, job.architecture, tokens=tokens, wide=job.recipe.validation.reference == "float32")
         console.print(
             f"calibrates {tokens:,} tokens through {count} blocks; the lane takes {_size(sizes.lane_bytes)}, "

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert import __version__, quantize
-from convert.calibrate import NOTHING_FEEDS_IT, calibrate
+from convert.calibrate import calibrate
 from convert.crew import in_order
 from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
 from convert.rotate import prove
 from convert.source import Checkpoint, SafetensorsReader, SourceDigests
+from convert.walk import NOTHING_FEEDS_IT
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
 from formats.provenance import PROVENANCE, statement

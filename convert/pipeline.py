@@ -11,7 +11,7 @@ from pathlib import Path
 
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import lane_tokens, source_sidecars, statistics_bytes, walk_dtype
+from convert.calibrate import source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
@@ -89,7 +89,7 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     free = psutil.virtual_memory().available
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
-        tokens = lane_tokens(plan)
+        tokens = plan.calibration.tokens
         sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
         # A block is smoothed in float32, whatever it is watched in.
         walked = sizes.peak_bytes + 2 * sizes.block_bytes + turning
@@ -215,9 +215,9 @@ def _export_all(
     artifacts = export(together, out, progress, digests=digests, device=device) if together else []
     found = {artifact.manifest.target: (together or job, artifact) for artifact in artifacts}
 
-    def make(again: Plan, folder: Path) -> Artifact:
+    def make(again: Plan, folder: Path, like: Like | None) -> Artifact:
         require(needs(again, folder, check=False, device=device), folder)
-        return export(again, folder, progress, digests=digests, device=device)[0]
+        return export(again, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
 
     for target in job.recipe.targets:
         if target.ruined is not None:

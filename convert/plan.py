@@ -22,7 +22,7 @@ from convert.compatibility import judge, parts_of
 from convert.onnx.artifact import Files, inline_template, plan_decoder, plan_traced
 from convert.onnx.nodes import Stored
 from convert.onnx.traced import ENCODER, Placed, Traced, trace
-from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
+from convert.recipe import HEAD_WHY, Calibration, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
@@ -130,6 +130,10 @@ class Entry:
             QuantizedLayer(self.module(part), scheme, part.shape(self.tensor), head, stored=part.module, experts=self.experts)
             for part in self.parts
         ]
+
+    def within(self, block: str) -> bool:
+        """Whether one of its modules lies in a block."""
+        return any(module.startswith(f"{block}.") for module in self.modules)
 
     def module(self, part: Part) -> str:
         """What the model calls a layer; an expert is no module of transformers', so it has the name it has on disk."""
@@ -242,6 +246,11 @@ class Plan:
     def digest(self) -> str:
         facts = [__version__, self.resolved(), self.checkpoint.fingerprint()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the recipe says of it, with its defaults."""
+        return self.recipe.calibration or Calibration()
 
     @property
     def predicts(self) -> bool:
@@ -609,6 +618,12 @@ def takes_input_scale(coded: Coded, entry: Entry) -> bool:
         wanted.symmetric,
         False,
     ) and not wanted.dynamic
+
+
+def lacks_cache(checkpoint: Checkpoint, target: TargetPlan) -> bool:
+    """Whether a target wants scales of keys and values that the source does not have."""
+    contents = target.contents
+    return contents.cache is not None and not cache_sources(checkpoint, contents.attentions, contents.cache)
 
 
 def cache_sources(checkpoint: Checkpoint, attentions: Iterable[Attention], cache: str | None) -> dict[str, tuple[str, str]]:

@@ -491,6 +491,11 @@ class Calibration(_Section):
     dtype: Literal["source", "float32"] = "source"
     """The arithmetic of the model while it is watched; a CPU without bfloat16 instructions takes float32. Codes are chosen in float32."""
 
+    @property
+    def tokens(self) -> int:
+        """How many walk through the model together, at most."""
+        return self.sequences * self.length
+
 
 class Task(_Section):
     """A task of lm-evaluation-harness, or of your own in its YAML, run on source and artifact in transformers."""
