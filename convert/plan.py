@@ -844,6 +844,12 @@ def _require_loadable(
                 f"{where(hidden)}: {hidden.tensor.name} cannot be {_fate(hidden)}: in {name} its layer is a Linear with arithmetic of "
                 "its own, which does not find packed codes; use a scheme with 8-bit activations, or FP8"
             )
+        reached = next((entry for entry in quantized if _is_packed(entry) and entry.modules[0] in _begun_outside(architecture)), None)
+        if reached is not None:
+            raise RecipeError(
+                f"{where(reached)}: {reached.tensor.name} cannot be {_fate(reached)}: while {name} loads this model it asks the layer for "
+                "a weight, and one of packed codes has none (AttributeError); use a scheme with 8-bit activations, or FP8"
+            )
         integers = next((entry for entry in quantized if entry.scheme and entry.scheme.weight.grid.kind == "int"), None)
         kept = next((module for module in merged if not fates[module].scheme and len(fates[module].parts) == 1), None)
         if runtime.merges and integers is not None and kept is not None:
@@ -896,7 +902,16 @@ def _is_hidden(entry: Entry, architecture: Architecture | None) -> bool:
     """Whether a module that is not torch's own Linear would look for its weight under a name that the artifact does not have."""
     if architecture is None or entry.kind != "linear" or entry.modules[0] in architecture.replaceable:
         return False
+    return _is_packed(entry)
+
+
+def _is_packed(entry: Entry) -> bool:
+    """Whether its codes lie under another name than the weight."""
     return not any(output.name.endswith(".weight") for output in entry.outputs)
+
+
+def _begun_outside(architecture: Architecture | None) -> frozenset[str]:
+    return architecture.begun_outside if architecture else frozenset()
 
 
 def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Part]) -> bool:
