@@ -370,6 +370,7 @@ def _plan_target(
         entries = tuple(_copied(entry) if entry.tensor.name in shared else entry for entry in entries)
     _require_loadable(recipe, index, target, entries, claims, architecture)
     _require_biases(recipe, index, target, claims, checkpoint)
+    _require_halvable(recipe, index, target, entries, claims)
     _require_predictions(recipe, index, target, predicts=predicts)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
@@ -446,11 +447,13 @@ def _plan_files(
             "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
         }
         blocks, limit = target.format == "onnx-matmulnbits", target.max_shard_size
+        halves = target.options.inputs == "int8x2"
         if traced:
             files = plan_traced(
                 traced,
                 lambda one: _placed([entry for entry in entries if entry.tensor.name in one.tensors], one, blocks=blocks),
                 lambda one: _read_by(one, entries),
+                halves=halves,
                 max_file_bytes=limit,
                 provenance=provenance,
             )
@@ -461,6 +464,7 @@ def _plan_files(
                 specs,
                 dtype=contents.dtype,
                 attention=target.options.attention or "standard",
+                halves=halves,
                 max_file_bytes=limit,
                 provenance=provenance,
             )
@@ -555,6 +559,10 @@ def _cautions(
         if judgement.refusal:
             raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {judgement.refusal}")
         found += judgement.warnings
+    if target.options.inputs == "int8x2" and "openvino" in target.runtimes:
+        found.append(
+            "openvino computes products of two codes as floats: the same numbers, and neither memory nor speed is won (seen: 2026.4.1)"
+        )
     return tuple(found)
 
 
@@ -857,6 +865,27 @@ def _require_loadable(
                 f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
                 f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
             )
+
+
+def _require_halvable(recipe: Recipe, index: int, target: Target, entries: Iterable[Entry], claims: Mapping[str, tuple[Rule, str]]) -> None:
+    """Raises :class:`RecipeError` where inputs of products of weights alone shall be two codes, and there is no such product, or one whose
+    sums have more scales than one a channel, or a runtime that has none for such codes."""
+    if target.options.inputs != "int8x2":
+        return
+    where = recipe.where("targets", index, "options", "inputs")
+    alone = [entry for entry in entries if entry.scheme and entry.scheme.activation is None and not entry.scheme.lookup]
+    odd = next((entry for entry in alone if entry.scheme and not entry.scheme.halvable), None)
+    if odd is not None:
+        raise RecipeError(
+            f"{_position(recipe, index, *claims[odd.tensor.name])}: {odd.tensor.name} is {_fate(odd)}, and inputs: int8x2 is for products "
+            "with one scale a channel; use int8-weight-only, or leave inputs out"
+        )
+    if not alone:
+        raise RecipeError(f"{where}: no layer has INT8 weights alone, so there are no inputs to be two codes; leave it out")
+    if "onnxruntime-gpu" in target.runtimes:
+        raise RecipeError(
+            f"{where}: int8x2 is for a CPU; onnxruntime-gpu has no MatMulInteger for unsigned codes on CUDA, and would multiply on the host"
+        )
 
 
 def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[str, tuple[Rule, str]], checkpoint: Checkpoint) -> None:
