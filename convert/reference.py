@@ -1,4 +1,4 @@
-"""How far logits are from the source's, token by token, told from what the source makes likely and a sample of the rest of the vocabulary."""
+"""How far logits are from the source's, token by token, told from what the source makes likely and a sample of the rest."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PLACES = 8192
 class Reference:
     """Logits of the source (tokens, vocabulary), in memory with what they make likely, for others to be compared with.
 
-    ``places`` (tokens, k), int64: what is compared of a vocabulary larger than ``most``; None for all of it. Places that a token does not need
-    have no weight.
+    ``places`` (tokens, k), int64: what is compared of a vocabulary larger than ``most``; None for all of it. Those that a token does not
+    need have no weight.
     """
 
     def __init__(self, logits: torch.Tensor, *, most: int = PLACES) -> None:
@@ -69,12 +69,12 @@ class Reference:
 
 
 def drawn(p: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of probabilities (tokens, vocabulary) some places (tokens, k), int64, and weights of them that stand for the row; their sum
-    is one.
+    """Of each row of probabilities (tokens, vocabulary) some places (tokens, k), int64, and weights of them, of sum one, that stand
+    for the row.
 
-    A place of probability ``q`` is taken in ``min(1, most q)`` of all cases and then weighs ``q / min(1, most q)``, before all weights are divided by
-    their sum: what is likelier than one in ``most`` is there as it is, and of the rest a systematic sample (Madow, "On the theory of
-    systematic sampling, II", 1949), the same every time. At most ``most`` are taken.
+    A place of probability ``q`` is taken in ``min(1, most q)`` of all cases and then weighs ``q / min(1, most q)``, before all weights are
+    divided by their sum: what is likelier than one in ``most`` is there as it is, and of the rest a systematic sample (Madow, "On the
+    theory of systematic sampling, II", 1949), the same every time. At most ``most`` are taken.
     """
     import torch
 

@@ -498,7 +498,7 @@ class _Pass:
         if lane < self.SOURCES:
             if not self._reference.is_like(logits):
                 self._in_places = False
-                self._reference = Reference(self._source, most=logits.shape[-1])
+                self._reference = Reference(self._source, most=self._source.shape[-1])
             del self._source
             return
         self._kl.setdefault(lane - self.SOURCES, []).append(self._reference.kl(logits, self._hands).cpu())

@@ -161,7 +161,9 @@ def test_few_places_of_a_vocabulary_tell_the_loss(family: str, make_llama: Any, 
     monkeypatch.setattr("convert.sensitivity.PLACES", 150)
     some, _ = measure(job, trials, QUIET, tokens=64, length=16)
     ratios = torch.tensor([few.kl_nats / all_.kl_nats for few, all_ in zip(some, whole, strict=True)])
-    assert (ratios != 1).all() and (ratios - 1).abs().max() < 0.1 and abs(float(ratios.mean()) - 1) < 0.03
+    assert (ratios != 1).all()
+    assert (ratios - 1).abs().max() < 0.1
+    assert abs(float(ratios.mean()) - 1) < 0.03
 
 
 def test_a_model_that_mixes_its_logits_has_all_of_them_computed(make_llama: Any, recipe_for: Any, monkeypatch: Any) -> None:
@@ -170,7 +172,6 @@ def test_a_model_that_mixes_its_logits_has_all_of_them_computed(make_llama: Any,
     folder = make_llama()
     job = plan(recipe_for(folder))
     trials = round_trials(job, ["int8-dynamic"])
-    expected, _ = measure(job, trials, QUIET, tokens=32, length=16)
     forward = LlamaForCausalLM.forward
 
     def centred(*args: Any, **kwargs: Any) -> Any:
@@ -179,9 +180,9 @@ def test_a_model_that_mixes_its_logits_has_all_of_them_computed(make_llama: Any,
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", centred)
+    expected, _ = measure(job, trials, QUIET, tokens=32, length=16)
     monkeypatch.setattr("convert.sensitivity.PLACES", 100)
-    found, _ = measure(job, trials, QUIET, tokens=32, length=16)
-    assert [loss.kl_nats for loss in found] == pytest.approx([loss.kl_nats for loss in expected], rel=1e-4)
+    assert measure(job, trials, QUIET, tokens=32, length=16)[0] == expected
 
 
 def test_lanes_that_do_not_fit_take_another_pass(make_llama: Any, recipe_for: Any, monkeypatch: Any) -> None:
