@@ -19,8 +19,8 @@ PLACES = 8192
 class Reference:
     """Logits of the source (tokens, vocabulary), in memory with what they make likely, for others to be compared with.
 
-    ``places`` (tokens, k), int64: what is compared of a vocabulary larger than ``most``; None for all of it. Those that a token does not
-    need have no weight.
+    ``places`` (tokens, k), int64: what is compared of a vocabulary larger than ``most``; None for all of it. A token has its own
+    ``counts`` of them, and behind these its first again, of no weight.
     """
 
     def __init__(self, logits: torch.Tensor, *, most: int = PLACES) -> None:
@@ -29,8 +29,10 @@ class Reference:
         self._logits = logits.float()
         self._p = torch.softmax(self._logits, -1)
         self.places: torch.Tensor | None = None
+        self.counts: list[int] = []
         if logits.shape[-1] > most:
             self.places, self._p = drawn(self._p, most)
+            self.counts = torch.count_nonzero(self._p, -1).tolist()
             self._logits = self._logits.gather(-1, self.places)
         # It is one within rounding, which many small differences would show.
         self._whole = torch.cat([self._p[i : i + CHUNK].double().sum(-1, keepdim=True).float() for i in range(0, len(logits), CHUNK)])
@@ -86,7 +88,7 @@ def drawn(p: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = taken.nonzero(as_tuple=True)
     counts = taken.sum(-1)
     at = torch.arange(len(rows), device=p.device) - (counts.cumsum(0) - counts)[rows]
-    places = torch.zeros(len(p), int(counts.max()), dtype=torch.int64, device=p.device)
+    places = taken.byte().argmax(-1, keepdim=True).repeat(1, int(counts.max()))
     weights = torch.zeros(places.shape, device=p.device)
     places[rows, at] = columns
     found = p[rows, columns]

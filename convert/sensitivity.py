@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 TOKENS, LENGTH = 1024, 256
 #: What is tried unless told otherwise.
 SCHEMES_TRIED = ("int8-dynamic", "fp8-dynamic")
+#: Lanes of which logits are computed at a time.
+LANES = 64
 #: Memory on a CPU for the lanes of one pass; what more trials cost is the source's way through the model, once a pass.
 LANES_BYTES = 2 << 30
 
@@ -483,10 +485,9 @@ class _Pass:
             others = range(first + self.SOURCES, first + lanes)
             yield (source := head.whole(first))
             assert self._reference is not None
-            places = self._reference.places
-            yield source if places is None else next(head.at(places, [first]))
-            places = self._reference.places
-            yield from map(head.whole, others) if places is None else head.at(places, others)
+            yield source if self._reference.places is None else next(head.at(self._reference, [first]))
+            # The witness may have changed it.
+            yield from map(head.whole, others) if self._reference.places is None else head.at(self._reference, others)
 
     def _finish(self, lanes: int, i: int, output: Any) -> None:
         logits, lane = output.logits[0], i % lanes
@@ -536,26 +537,34 @@ class _Head:
         finally:
             torch.set_num_threads(1)
 
-    def at(self, places: torch.Tensor, lanes: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Logits (1, tokens, k) of each lane at ``places`` (tokens, k)."""
+    def at(self, reference: Reference, lanes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits (1, tokens, k) of each lane at the places of ``reference``."""
         import torch
 
-        plain = [self._inputs[lane] for lane in lanes if lane not in self._forms]
-        found = iter(self._products(torch.cat(plain), self._stand.module.weight, places)[:, None] if plain else ())
-        for lane in lanes:
-            if lane in self._forms:
-                yield self._products(_seen(self._inputs[lane], self._forms[lane]), self._weights[lane], places)
-            else:
-                yield next(found)
+        for start in range(0, len(lanes), LANES):
+            some = lanes[start : start + LANES]
+            plain = [self._inputs[lane] for lane in some if lane not in self._forms]
+            found = iter(self._products(torch.cat(plain), self._stand.module.weight, reference) if plain else ())
+            for lane in some:
+                if lane in self._forms:
+                    (logits,) = self._products(_seen(self._inputs[lane], self._forms[lane]), self._weights[lane], reference)
+                else:
+                    logits = next(found)
+                yield logits[None]
 
-    def _products(self, x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _products(self, x: torch.Tensor, weight: torch.Tensor, reference: Reference) -> torch.Tensor:
         """Of x (lanes, tokens, in) with rows of a weight (vocabulary, in) that each token has its own of: (lanes, tokens, k)."""
         import torch
 
+        places = reference.places
+        assert places is not None
         logits = torch.empty(*x.shape[:2], places.shape[1], device=x.device)
 
         def of_token(i: int) -> None:
-            logits[:, i] = x[:, i] @ weight[places[i]].to(x.dtype).T
+            count = reference.counts[i]
+            own = logits[:, i]
+            own[:, :count] = x[:, i] @ weight[places[i, :count]].to(x.dtype).T
+            own[:, count:] = own[:, :1]
 
         list(self._hands.map(of_token, range(len(places))))
         return logits if self._bias is None else logits.add_(self._bias[places])
