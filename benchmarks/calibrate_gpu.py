@@ -1,11 +1,14 @@
 """How long SmoothQuant and GPTQ take for one block of a large model on a GPU, and in how much of its memory, beside the floor.
 
     python benchmarks/calibrate_gpu.py
+    python benchmarks/calibrate_gpu.py --no-phases --peer-python .peers/llmcompressor/bin/python
     python benchmarks/calibrate_gpu.py --device cpu --layers 2 --hidden 256 --ffn 512 --heads 8 --kv-heads 4 --sequences 8 --length 64
 
 Converts a random Llama, by default six layers of Llama-8B's shape, on 128 x 2,048 tokens, twice: as it is, timed from one block to the
 next, and with the device waited for around each phase, which takes away what overlaps. The floor is measured first: the block's forward
 pass twice, the products X^T X of its four inputs, one Cholesky factorisation and one inverse of a triangle for each, and the column loops.
+With ``--peer-python`` llm-compressor does the same to the same tokens, and to a model of two layers, so that what it takes beside its
+blocks can be left out.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, machine, versions
-from workload import add_shape_options, make_workload
+from measure import ROOT, machine, run_measured, versions
+from workload import OFFLINE, add_shape_options, make_workload
 
 from convert.hardware import let_segments_grow
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=ROOT / "build/benchmarks")
     parser.add_argument("--no-floor", action="store_true")
     parser.add_argument("--no-phases", action="store_true")
+    parser.add_argument("--peer-python", type=Path, help="of llm-compressor's environment; without it no peer is run")
     args = parser.parse_args()
     let_segments_grow()
     workdir = args.workdir.resolve()
@@ -70,6 +74,9 @@ def main() -> None:
         print("floor, s a block:", {name: round(seconds, 3) for name, seconds in result["floor"].items()}, flush=True)
     result["run"] = run(model, text, workdir / "out", args)
     print("as it is:", json.dumps(result["run"]), flush=True)
+    if args.peer_python:
+        result["peer"] = peer(text, workdir, args)
+        print("llm-compressor:", json.dumps(result["peer"]), flush=True)
     if not args.no_phases:
         phases: dict[str, Phase] = {}
         with watched(phases, args.device):
@@ -83,6 +90,25 @@ def main() -> None:
         for name, (seconds, peak) in result["phases"].items():
             print(f"  {name:24} {seconds:8.3f} {peak:8.2f}")
     print(json.dumps(result, default=str))
+
+
+def peer(text: Path, workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """llm-compressor on the same tokens, with its README's strength of smoothing: its seconds without imports, for ``args.layers`` and for
+    two layers, and a block's share of the difference."""
+    from convert.text import load_tokenizer, take_tokens
+
+    seconds: dict[int, float] = {}
+    for layers in (2, args.layers):
+        model = make_workload(workdir, args, layers).model
+        wanted = {"sequences": args.sequences, "length": args.length, "purpose": "calibration", "seed": 0}
+        drawn, _ = take_tokens(str(text), load_tokenizer(model, trust_remote_code=False), **wanted)
+        (tokens := workdir / "tokens.json").write_text(json.dumps(drawn.tolist()))
+        program = Path(__file__).with_name("peers") / "llmcompressor_oneshot.py"
+        command = [args.peer_python, program, model, workdir / "peer", "SMOOTHQUANT_GPTQ", "--tokens", tokens]
+        seconds[layers] = run_measured(list(map(str, command)), env=OFFLINE).answer()["seconds"]
+        shutil.rmtree(workdir / "peer")
+    per_block = (seconds[args.layers] - seconds[2]) / (args.layers - 2)
+    return {"seconds": {str(layers): round(taken, 2) for layers, taken in seconds.items()}, "block_seconds": round(per_block, 2)}
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Fold:
     dtype: torch.dtype
 
     def record(self) -> dict[str, Any]:
-        """As plain data: float32, little-endian, in base64."""
+        """As plain data: the exponents, where all scales are powers of two, else float32, little-endian; in base64."""
         tied = {} if self.rows is self.scales else {"rows": _to_text(self.rows)}
         return {
             "producer": self.producer,
@@ -79,9 +80,20 @@ def folded(
     return value.float()
 
 
+#: What stands before the exponents of powers of two, int8 and deflated; a sign that is none of base64's.
+_POWERS = "2**"
+
+
 def _to_text(values: torch.Tensor) -> str:
-    return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
+    values = values.float().cpu()
+    mantissas, exponents = torch.frexp(values)  # 2**e is 0.5 * 2**(e + 1)
+    if bool((mantissas == 0.5).all()):
+        return _POWERS + base64.b64encode(zlib.compress((exponents - 1).to(torch.int8).numpy().tobytes(), 9)).decode()
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def _from_text(text: str) -> torch.Tensor:
+    if text.startswith(_POWERS):
+        exponents = np.frombuffer(zlib.decompress(base64.b64decode(text.removeprefix(_POWERS))), np.int8)
+        return torch.from_numpy(np.ldexp(np.float32(1), exponents.astype(np.int32)))
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32))

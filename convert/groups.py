@@ -9,7 +9,7 @@ random scales folded in, the block must return what it returned before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +30,8 @@ class Group:
     """``consumers`` (linears and experts) read what ``producer`` (a norm, a linear or an expert) makes; names are relative to the block.
 
     ``channels`` (in,): the producer's channel behind each channel of their input, None where they are the same. ``offset``: what a norm
-    adds to its weight before it multiplies. ``routers``: modules that read it too and stay in 16 bit; scales of their group are powers of
-    two (:func:`exact`), so that a token goes where it went.
+    adds to its weight before it multiplies. ``routers``: modules that read it too and stay in 16 bit. ``of_expert``: one expert's matrices
+    feed each other.
     """
 
     producer: str
@@ -39,11 +39,13 @@ class Group:
     channels: torch.Tensor | None = None
     offset: float = 0.0
     routers: tuple[str, ...] = ()
+    of_expert: bool = False
 
     @property
     def exact(self) -> bool:
-        """Whether scales have to be powers of two."""
-        return bool(self.routers)
+        """Whether scales are powers of two: exact in 16 bit, so that a router sends every token where it went, and a byte each in the
+        manifest, which a model with thousands of experts is full of."""
+        return bool(self.routers) or self.of_expert
 
 
 def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[str, Place] | None = None) -> tuple[Group, ...]:
@@ -74,7 +76,7 @@ def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[s
         proved = next((group for group in candidates if _commutes(stand, [group], expected, tolerance, experts)), None)
         found.append(proved or Group("", consumers))
     for feeding in seen.pairs:
-        pairs = [Group(producer, (consumer,)) for producer, consumer in feeding.items()]
+        pairs = [Group(producer, (consumer,), of_expert=True) for producer, consumer in feeding.items()]
         if _commutes(stand, pairs, expected, tolerance, experts):
             found += pairs
     open_ = {group.consumers[0]: group for group in found if not group.producer and group.consumers[0] in linears}
@@ -136,85 +138,120 @@ def _same_names(likely: tuple[Group, ...], seen: _Seen) -> bool:
     return linears <= {*seen.together, *((consumer,) for pairs in seen.pairs for consumer in pairs.values())}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Seen:
     """Of a run of a block: ``inputs`` of linears; the leaf module that ``makers`` names for a consumer; consumers that read the same,
     ``together``, and, by the first of them, ``routers`` that read it too; experts that may feed one another, ``pairs``, producer by
     consumer for each of the places that a producer may have; and the block's ``output``."""
 
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    makers: dict[str, str] = field(default_factory=dict)
-    together: list[tuple[str, ...]] = field(default_factory=list)
-    routers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    pairs: list[dict[str, str]] = field(default_factory=list)
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    inputs: Mapping[str, torch.Tensor]
+    makers: Mapping[str, str]
+    together: Sequence[tuple[str, ...]]
+    routers: Mapping[str, tuple[str, ...]]
+    pairs: Sequence[Mapping[str, str]]
+    output: torch.Tensor
 
 
 def _observe(stand: Stand, modules: dict[str, Any], linears: dict[str, Any], experts: Mapping[str, Place]) -> _Seen:
-    seen = _Seen()
-    made: dict[tuple[int, ...], str] = {}
-    held: list[torch.Tensor] = []  # so that no memory is reused
-    together: dict[tuple[int, ...], list[str]] = {}
-    routers: dict[tuple[int, ...], list[str]] = {}
-    owners: dict[str, list[str]] = {
-        place.parameter.rpartition(".")[0]: [] for place in experts.values()
-    }  # their parameters in the order of products
-    read: dict[str, tuple[int, ...]] = {}
+    """Runs the first batch through the block once and sees what goes where."""
+    eye = _Eye(stand.module, modules, linears, experts)
+    with eye:
+        output = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
+    return eye.seen(output)
 
-    def memory(x: torch.Tensor) -> tuple[int, ...]:
-        # The same numbers, whatever the shape of what precedes the last axis.
-        return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x.shape[-1])
 
-    def enter(name: str, args: Any) -> None:
+#: Where a tensor lies, whatever the shape of what precedes its last axis: the same memory holds the same numbers.
+_Memory = tuple[int, ...]
+
+
+class _Eye:
+    """Hooks on a block while it runs: which modules read, and which one made, what lies in a piece of memory."""
+
+    def __init__(self, block: Any, modules: dict[str, Any], linears: dict[str, Any], experts: Mapping[str, Place]) -> None:
+        self._block, self._modules, self._linears, self._experts = block, modules, linears, experts
+        self._held: list[torch.Tensor] = []  # so that no memory is reused
+        self._made: dict[_Memory, str] = {}
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._makers: dict[str, str] = {}
+        self._readers: dict[_Memory, list[str]] = {}
+        self._routers: dict[_Memory, list[str]] = {}
+        # By owner of experts' parameters: these in the order of their products, and what it reads.
+        self._products: dict[str, list[str]] = {place.parameter.rpartition(".")[0]: [] for place in experts.values()}
+        self._read: dict[str, _Memory] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Eye:
+        for name, module in self._modules.items():
+            if name in self._products or not any(True for _ in module.children()):
+                self._hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
+                self._hooks.append(module.register_forward_hook(lambda _m, _a, output, name=name: self._leave(name, output)))
+        for name in self._products:
+            self._hooks += around(self._modules[name], lambda name=name: self._watch(name))  # type: ignore[misc]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, name: str, args: Any) -> None:
         x = next((value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1), None)
         if x is None:
             return
-        held.append(x)
-        weight = getattr(modules[name], "weight", None)
-        if name in owners:
-            read[name] = memory(x)
-        elif name in linears:
-            seen.inputs[name] = x
-            together.setdefault(memory(x), []).append(name)
-            if memory(x) in made:
-                seen.makers[name] = made[memory(x)]
+        self._held.append(x)
+        weight = getattr(self._modules[name], "weight", None)
+        if name in self._products:
+            self._read[name] = _memory(x)
+        elif name in self._linears:
+            self._inputs[name] = x
+            self._readers.setdefault(_memory(x), []).append(name)
+            if _memory(x) in self._made:
+                self._makers[name] = self._made[_memory(x)]
         elif weight is not None and weight.dim() == 2 and weight.shape[1] == x.shape[-1]:
-            routers.setdefault(memory(x), []).append(name)
+            self._routers.setdefault(_memory(x), []).append(name)
 
-    def leave(name: str, output: Any) -> None:
+    def _leave(self, name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            held.append(output)
-            made[memory(output)] = name
+            self._held.append(output)
+            self._made[_memory(output)] = name
 
-    def of_owner(name: str) -> Products:
-        inside = {place.parameter for place in experts.values() if place.parameter.rpartition(".")[0] == name}
+    def _watch(self, owner: str) -> Products:
+        """Notes the order in which an owner's parameters are multiplied."""
+        inside = {place.parameter for place in self._experts.values() if place.parameter.rpartition(".")[0] == owner}
+        order = self._products[owner]
         return Products(
-            {parameter: stand.module.get_parameter(parameter) for parameter in inside},
-            lambda parameter, *_: owners[name].append(parameter) if parameter not in owners[name] else None,
+            {parameter: self._block.get_parameter(parameter) for parameter in inside},
+            lambda parameter, *_: order.append(parameter) if parameter not in order else None,
         )
 
-    leaves = [name for name, module in modules.items() if name in owners or not any(True for _ in module.children())]
-    hooks = [modules[name].register_forward_pre_hook(lambda _, args, name=name: enter(name, args)) for name in leaves]
-    hooks += [modules[name].register_forward_hook(lambda _m, _a, output, name=name: leave(name, output)) for name in leaves]
-    hooks += [hook for name in owners for hook in around(modules[name], lambda name=name: of_owner(name))]  # type: ignore[misc]
-    try:
-        seen.output = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, parameters in owners.items():
-        reading = [expert for expert, place in experts.items() if place.parameter in parameters[:1]]
-        rows = sum(len(_matrix(stand.module, expert, experts)) for expert in reading)
-        if len(parameters) == 2 and rows == (whole := stand.module.get_parameter(parameters[0])).numel() // read[name][-1] and len(whole):
-            # What is multiplied first reads the owner's input, and makes the other's.
-            together.setdefault(read[name], []).extend(reading)
-            seen.makers |= dict.fromkeys(reading, made[read[name]]) if read[name] in made else {}
-            seen.pairs += _pairs(stand.module, experts, *parameters)
-        elif name in read:  # an expert that no token of this batch comes to would not be missed by any proof
-            together.pop(read[name], None)
-    seen.together = [tuple(names) for names in together.values()]
-    seen.routers = {names[0]: tuple(routers[key]) for key, names in together.items() if key in routers}
-    return seen
+    def seen(self, output: torch.Tensor) -> _Seen:
+        """All of it, when the block has run."""
+        readers, makers, pairs = dict(self._readers), dict(self._makers), []
+        for name, parameters in self._products.items():
+            reading = [expert for expert, place in self._experts.items() if place.parameter in parameters[:1]]
+            if len(parameters) == 2 and self._covers(reading, parameters[0], self._read[name][-1]):
+                # What is multiplied first reads the owner's input, and makes the other's.
+                readers[self._read[name]] = [*readers.get(self._read[name], ()), *reading]
+                makers |= dict.fromkeys(reading, self._made[self._read[name]]) if self._read[name] in self._made else {}
+                pairs += _pairs(self._block, self._experts, *parameters)
+            elif name in self._read:  # an expert that no token of this batch comes to would not be missed by any proof
+                readers.pop(self._read[name], None)
+        return _Seen(
+            inputs=self._inputs,
+            makers=makers,
+            together=[tuple(names) for names in readers.values()],
+            routers={names[0]: tuple(self._routers[memory]) for memory, names in readers.items() if memory in self._routers},
+            pairs=pairs,
+            output=output,
+        )
+
+    def _covers(self, reading: Sequence[str], parameter: str, features: int) -> bool:
+        """Whether experts that read ``features`` are all there is in a parameter."""
+        whole = self._block.get_parameter(parameter)
+        return len(whole) > 0 and sum(len(_matrix(self._block, expert, self._experts)) for expert in reading) == whole.numel() // features
+
+
+def _memory(x: torch.Tensor) -> _Memory:
+    return (x.untyped_storage().data_ptr(), int(x.storage_offset()), x.numel(), x.shape[-1])
 
 
 def _pairs(block: Any, experts: Mapping[str, Place], first: str, second: str) -> list[dict[str, str]]:
@@ -230,7 +267,7 @@ def _pairs(block: Any, experts: Mapping[str, Place], first: str, second: str) ->
 
 
 def _traced(
-    stand: Stand, producer: Any, consumers: dict[str, Any], inputs: dict[str, torch.Tensor], tolerance: float
+    stand: Stand, producer: Any, consumers: dict[str, Any], inputs: Mapping[str, torch.Tensor], tolerance: float
 ) -> dict[str, torch.Tensor]:
     """By consumer of which each channel of the input follows one row of ``producer``: that row, (in,).
 
@@ -254,7 +291,7 @@ def _digit(
     of_rows: torch.Tensor,
     factors: torch.Tensor,
     consumers: dict[str, Any],
-    inputs: dict[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
     tolerance: float,
 ) -> dict[str, torch.Tensor]:
     """By consumer: which of ``factors`` each channel of its input was multiplied by, where each was by one."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from threading import local
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from convert.crew import Crew
@@ -55,6 +56,48 @@ class Stats:
 
 
 NO_STATS = Stats()
+
+
+@dataclass(frozen=True)
+class CacheRanges:
+    """The largest magnitude of each head's keys and values, (heads,), by layer."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(each: Sequence[CacheRanges]) -> CacheRanges:
+        """The largest of all batches."""
+        import torch
+
+        joined = CacheRanges()
+        for ranges in each:
+            for into, seen in ((joined.keys, ranges.keys), (joined.values, ranges.values)):
+                for layer, absmax in seen.items():
+                    into[layer] = torch.maximum(into[layer], absmax) if layer in into else absmax
+        return joined
+
+
+def watch_cache(batches: list[dict[str, Any]]) -> list[CacheRanges]:
+    """Gives every batch a cache that keeps nothing but how large keys and values become."""
+    import torch
+    from transformers import DynamicCache
+
+    class Watcher(DynamicCache):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ranges = CacheRanges()
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            for seen, states in ((self.ranges.keys, key_states), (self.ranges.values, value_states)):
+                absmax = states.detach().abs().amax(dim=(0, 2, 3)).float()
+                seen[layer_idx] = torch.maximum(seen[layer_idx], absmax) if layer_idx in seen else absmax
+            return key_states, value_states
+
+    watchers = [Watcher() for _ in batches]
+    for batch, watcher in zip(batches, watchers, strict=True):
+        batch |= {"past_key_values": watcher, "use_cache": True}
+    return [watcher.ranges for watcher in watchers]
 
 
 @dataclass(frozen=True)
@@ -215,8 +258,10 @@ class Observer:
         seen: list[Shown] = []
         self._thread.seen, self._thread.enough = seen, enough
         try:
-            with suppress(_Enough):
-                yield seen
+            yield seen
+        except _Enough as stop:
+            # What the model had computed by then hangs on its frames, on a GPU gigabytes until the garbage collector finds the cycle.
+            clear_frames(stop.__traceback__)
         finally:
             self._thread.seen = None
 

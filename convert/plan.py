@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
@@ -22,7 +22,7 @@ from convert.compatibility import judge, parts_of
 from convert.onnx.artifact import Files, inline_template, plan_decoder, plan_traced
 from convert.onnx.nodes import Stored
 from convert.onnx.traced import ENCODER, Placed, Traced, trace
-from convert.recipe import HEAD_WHY, Recipe, Rule, Step, Target, applicable, calibrated
+from convert.recipe import HEAD_WHY, Calibration, Recipe, Rule, Step, Target, applicable, calibrated
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats import FORMATS
@@ -130,6 +130,10 @@ class Entry:
             QuantizedLayer(self.module(part), scheme, part.shape(self.tensor), head, stored=part.module, experts=self.experts)
             for part in self.parts
         ]
+
+    def within(self, block: str) -> bool:
+        """Whether one of its modules lies in a block."""
+        return any(module.startswith(f"{block}.") for module in self.modules)
 
     def module(self, part: Part) -> str:
         """What the model calls a layer; an expert is no module of transformers', so it has the name it has on disk."""
@@ -244,6 +248,11 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
+    def calibration(self) -> Calibration:
+        """What the recipe says of it, with its defaults."""
+        return self.recipe.calibration or Calibration()
+
+    @property
     def predicts(self) -> bool:
         """Whether the model predicts tokens; of one that transformers does not know it is taken for granted."""
         return self.architecture is None or self.architecture.predicts
@@ -266,6 +275,12 @@ class Plan:
             found.append(
                 f"{len(set(again))} tensors are quantized a second time, first {again[0].name} ({was}): errors add up; "
                 "convert the model it was made from, if there is one"
+            )
+        unused = [entry.tensor for entry in self.targets[0].entries if entry.kind == "unused"]
+        if unused and self.architecture is not None:
+            found.append(
+                f"{unused[0].name}{_and_more(unused)}, {sum(spec.size_bytes for spec in unused) / 1e6:,.1f} MB, is no parameter of "
+                f"{self.architecture.name} as config.json describes it: nothing reads it in transformers, and it is not quantized"
             )
         for target, asked in zip(self.targets, self.recipe.targets, strict=True):
             if asked.ruined is not None:
@@ -316,14 +331,22 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture
     ``machine``: the hardware here (:func:`convert.hardware.this_machine`), of which the plan warns where a target names none.
     """
     if architecture is not None and architecture.missing:
-        first, more = architecture.missing[0], len(architecture.missing) - 1
+        first, more = architecture.missing[0], _and_more(architecture.missing)
+        raise SourceError(f"{checkpoint.origin}: {first} of {architecture.name}{more} is in no weight file; the checkpoint is not whole")
+    if architecture is not None and architecture.misshapen:
+        name, shape = next(iter(architecture.misshapen.items()))
         raise SourceError(
-            f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
+            f"{checkpoint.origin}: {name}{_and_more(architecture.misshapen)} has the shape {list(checkpoint.tensors[name].shape)}, and the "
+            f"model that config.json describes wants {list(shape)}; weights and config.json are not of one model"
         )
     # Of targets that differ in their codes alone one graph is traced.
     graph = cache(partial(trace, checkpoint, trust_remote_code=recipe.trust_remote_code))
     targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine, graph) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
+
+
+def _and_more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _plan_target(
@@ -360,7 +383,7 @@ def _plan_target(
             name: parameter if name in read or parameter.kind == "unused" else Parameter(parameter.modules, "unread")
             for name, parameter in parameters.items()
         }
-    claims = _claim(recipe, index, target, checkpoint, parameters)
+    claims = _claim(recipe, index, target, checkpoint, parameters, architecture)
     entries = tuple(
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
@@ -566,6 +589,9 @@ def _stored_names(entries: Iterable[Entry]) -> Iterator[str]:
             yield entry.tensor.name.removesuffix(".weight")
         elif entry.kind in ("linear", "head") and len(entry.modules) == 1:
             yield from (part.module for part in entry.parts)
+        elif entry.kind == "unused" and len(entry.tensor.shape) == 2 and entry.tensor.name.endswith(".weight") and entry.outputs:
+            # Layers that predict more than one token ahead: transformers does not build them, and vLLM does.
+            yield entry.tensor.name.removesuffix(".weight")
 
 
 def _dropped(checkpoint: Checkpoint, entries: Iterable[Entry], contents: Contents) -> tuple[str, ...]:
@@ -592,6 +618,12 @@ def takes_input_scale(coded: Coded, entry: Entry) -> bool:
         wanted.symmetric,
         False,
     ) and not wanted.dynamic
+
+
+def lacks_cache(checkpoint: Checkpoint, target: TargetPlan) -> bool:
+    """Whether a target wants scales of keys and values that the source does not have."""
+    contents = target.contents
+    return contents.cache is not None and not cache_sources(checkpoint, contents.attentions, contents.cache)
 
 
 def cache_sources(checkpoint: Checkpoint, attentions: Iterable[Attention], cache: str | None) -> dict[str, tuple[str, str]]:
@@ -665,7 +697,12 @@ def _cache_entries(
 
 
 def _claim(
-    recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]
+    recipe: Recipe,
+    index: int,
+    target: Target,
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Parameter],
+    architecture: Architecture | None,
 ) -> dict[str, tuple[Rule, str]]:
     """Which rule decides which tensor; an error for a rule that decides none."""
     claims: dict[str, tuple[Rule, str]] = {}
@@ -674,7 +711,8 @@ def _claim(
         matched = [name for name, parameter in parameters.items() if _matches(rule.match, name, parameter, where)]
         fresh = [name for name in matched if name not in claims]
         if not matched:
-            raise RecipeError(f"{where}: {rule.match!r} matches nothing in {checkpoint.origin}{_suggest(rule.match, parameters)}")
+            near = _suggest(rule.match, parameters, known=architecture is not None)
+            raise RecipeError(f"{where}: {rule.match!r} matches nothing in {checkpoint.origin}{near}")
         if not fresh:
             first = claims[matched[0]][1]
             raise RecipeError(
@@ -1012,7 +1050,10 @@ def _names(pattern: str, module: str, where: str) -> bool:
     return module == pattern or module.endswith(f".{pattern}")
 
 
-def _suggest(pattern: str, parameters: Mapping[str, Parameter]) -> str:
+def _suggest(pattern: str, parameters: Mapping[str, Parameter], *, known: bool) -> str:
+    """``known``: transformers knows the architecture."""
+    if pattern == "linear" and known:
+        return "; none of its tensors is the weight of a linear layer of the model that config.json describes"
     if pattern == "linear":
         return "; transformers does not know this architecture, so rules must name tensors, for instance *.mlp.*"
     modules = {module for parameter in parameters.values() for module in parameter.modules}

@@ -25,7 +25,6 @@ from convert.groups import first_tensor
 from convert.loading import Skeleton
 from convert.moved import moved
 from convert.observe import Stats
-from convert.recipe import Calibration
 from convert.solve import Solved
 from formats.dtypes import DTYPES
 from formats.errors import MachineError, NumericsError
@@ -543,7 +542,7 @@ def needed_bytes(plan: Plan, target: TargetPlan, device: str) -> int:
     moments; the largest step's activations and logits."""
     trained = sum(entry.tensor.elements for entry in target.quantized if entry.asks("recover"))
     source = sum(spec.elements for spec in plan.checkpoint.tensors.values())
-    length = (plan.recipe.calibration or Calibration()).length
+    length = plan.calibration.length
     tokens = length if device == "cpu" else max(length, GPU_TOKENS)
     features = sum(3 * part.shape(entry.tensor)[1] + part.shape(entry.tensor)[0] for entry in target.quantized for part in entry.parts)
     heads = int(plan.checkpoint.config.get("num_attention_heads") or 0)

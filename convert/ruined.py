@@ -2,7 +2,8 @@
 
 Whether a scale told in advance ruins a layer is seen with the model at work (:mod:`convert.health`), when the artifact is laid out
 already. So the target is made again, by a recipe with a rule and its reason for each of these layers, until none is ruined; that recipe
-is what the manifest records, and the artifact can be made again from it in one pass.
+is what the manifest records, and the artifact can be made again from it in one pass. A pass takes over the codes of blocks that
+it does not change from the one before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from convert import health
-from convert.export import Artifact, already_made
+from convert.calibrate import alike
+from convert.export import Artifact, Like, already_made
 from convert.ladder import pattern, settle
 from convert.plan import Entry, Plan, fused
 from convert.progress import Progress
@@ -37,10 +39,11 @@ class Spared:
 
 @dataclass(frozen=True)
 class Passes:
-    """What the pipeline does for a pass: ``draft`` plans a recipe of one target, ``make`` makes its artifact in a folder."""
+    """What the pipeline does for a pass: ``draft`` plans a recipe of one target, ``make`` makes its artifact in a folder, taking over what
+    the pass before has like it."""
 
     draft: Callable[[Recipe], Plan]
-    make: Callable[[Plan, Path], Artifact]
+    make: Callable[[Plan, Path, Like | None], Artifact]
 
 
 def spare(recipe: Recipe, target: Target, out: Path, passes: Passes, progress: Progress) -> tuple[Plan, Artifact]:
@@ -58,9 +61,12 @@ def spare(recipe: Recipe, target: Target, out: Path, passes: Passes, progress: P
     final, scratch, note = out / target.name, out / f".{target.name}.ruined", out / f"{target.name}.ruined"
     asked = hashlib.sha256(f"{passes.draft(_recipe(recipe, target, ())).digest} {target.ruined.instead}".encode()).hexdigest()
     spared = _read(note, asked)
+    job, like = passes.draft(_recipe(recipe, target, spared)), None
     while True:
-        job = passes.draft(_recipe(recipe, target, spared))
-        artifact = already_made(final, job.digest) or passes.make(job, scratch)
+        folder = scratch / str(_count(spared))
+        artifact = already_made(final, job.digest) or passes.make(job, folder, like)
+        if like is not None:
+            shutil.rmtree(like.folder.parent)
         layers = (artifact.manifest.calibration or {}).get("health", {})
         found = _found(job, layers, target.ruined.instead)
         if not found:
@@ -76,10 +82,23 @@ def spare(recipe: Recipe, target: Target, out: Path, passes: Passes, progress: P
         _require_others(recipe, index, job, [*spared, *taken])
         spared = [*spared, *taken]
         _write(note, asked, spared)
-        shutil.rmtree(scratch, ignore_errors=True)
+        before, job = job, passes.draft(_recipe(recipe, target, spared))
+        like = _left_there(artifact, before, job, folder)
         fate = "kept in 16 bit" if target.ruined.instead == "keep" else f"made {target.ruined.instead}"
         progress.say(f"{target.name}: made again with {_count(taken)} more layers {fate}: {'; '.join(one.ruined for one in taken)}")
     return job, artifact if artifact.path == final else settle(artifact, final, scratch)
+
+
+def _left_there(artifact: Artifact, before: Plan, job: Plan, folder: Path) -> Like | None:
+    """What the pass of ``job`` can take over of the ``artifact`` that the one ``before`` made in a ``folder``; where there is nothing, or
+    the disk does not hold both, the folder goes. Taking over is the first thing that a pass does, so one that is taken up needs none."""
+    tensors = alike(job, before)
+    if artifact.path.parent != folder:
+        return None  # an earlier result, of which there are no notes
+    if tensors and shutil.disk_usage(folder).free > 1.1 * artifact.size_bytes:
+        return Like(artifact.path, before.targets[0], tensors)
+    shutil.rmtree(folder)
+    return None
 
 
 def _recipe(recipe: Recipe, target: Target, spared: Sequence[Spared]) -> Recipe:

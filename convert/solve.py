@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.plan import Entry, TargetPlan
-    from convert.recipe import Step
+    from convert.recipe import Gptq, Step
     from formats.qtensor import QTensor
 
 
@@ -54,6 +54,28 @@ class Smoothed:
     scales: torch.Tensor
     fold: Fold
     told_by: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the layers of a block when their codes are chosen, by module. ``smoothed``: what became of inputs, by leader;
+    ``limits``: what chose static scales, where that is not the largest magnitude; ``inputs``: the largest magnitude that a static scale
+    holds, behind smoothing (:func:`input_limits`); ``looked``: what :func:`convert.health.look` saw before."""
+
+    skeleton: Skeleton
+    observer: Observer
+    smoothed: Mapping[str, Smoothed]
+    limits: Mapping[str, Limit]
+    inputs: Mapping[str, float]
+    looked: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The ``codes`` of a module, and what there is to say of them (``noted``), as plain data."""
+
+    codes: QTensor
+    noted: dict[str, Any]
 
 
 def smooth_block(
@@ -117,7 +139,7 @@ def _strength(
     """How strongly a group is scaled, and by what (in,), as the step of one of its layers says; ``reading``: all that read the input, by
     leader. Of experts the largest magnitude counts, and the mean of all tokens; a strength is tried on each with what came to it."""
     assert entry.scheme is not None
-    scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    scale_dtype = _scale_dtype(entry)
     weights = [weight for each in reading.values() for weight in each]
     shown = {leader: each for leader, each in reading.items() if observer.has(leader, "rows")}
     pairs = [(observer.get(leader, "rows").value, each) for leader, each in shown.items()] if _searched(step) else []
@@ -149,17 +171,11 @@ def _strength(
     return found.strength or 0.0, found.scales
 
 
-def _correct(
-    entries: Sequence[Entry],
-    skeleton: Skeleton,
-    observer: Observer,
-    smoothed: Mapping[str, Smoothed],
-    codes: Mapping[str, QTensor],
-    health: dict[str, dict[str, Any]],
-) -> dict[str, str]:
-    """Takes the mean error of codes out of biases; returns their tensors, with the parameter that each is. Raises :class:`InputError` for a
-    bias that is no tensor of its own."""
+def _correct(entries: Sequence[Entry], known: Known, chosen: Mapping[str, Chosen]) -> dict[str, str]:
+    """Takes the mean error of codes out of biases, and notes how far these moved; returns their tensors, with the parameter that each is.
+    Raises :class:`InputError` for a bias that is no tensor of its own."""
     found: dict[str, str] = {}
+    skeleton, observer = known.skeleton, known.observer
     for entry in entries:
         for name in (entry.module(part) for part in entry.parts if entry.asks("bias_correction")):
             bias = skeleton.model.get_submodule(name).bias
@@ -169,10 +185,10 @@ def _correct(
             if tensor is None:
                 raise InputError(f"{name}.bias is no tensor of its own in the source, so it cannot be corrected; leave bias_correction out")
             leader = observer.leader.get(name, name)
-            mean = observer.get(name, "mean").value / (smoothed[leader].scales if leader in smoothed else 1)
-            corrected = correct_bias(bias, skeleton.weight(name).float(), codes[name].dequantize(), input_mean=mean)
+            mean = observer.get(name, "mean").value / (known.smoothed[leader].scales if leader in known.smoothed else 1)
+            corrected = correct_bias(bias, skeleton.weight(name).float(), chosen[name].codes.dequantize(), input_mean=mean)
             share = (corrected - bias).float().norm() / bias.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
-            health[name]["bias_moved"] = float(f"{share.item():.4g}")
+            chosen[name].noted["bias_moved"] = _short(share)
             bias.copy_(corrected)
             found[tensor] = f"{name}.bias"
     return found
@@ -192,12 +208,7 @@ def _as_changed(target: TargetPlan, entry: Entry, parameter: str, skeleton: Skel
 def solve_block(
     target: TargetPlan,
     entries: Sequence[Entry],
-    skeleton: Skeleton,
-    observer: Observer,
-    inputs: Mapping[str, float],
-    smoothed: Mapping[str, Smoothed],
-    limits: Mapping[str, Limit],
-    looked: Mapping[str, Mapping[str, Any]],
+    known: Known,
     *,
     changed: Mapping[str, str],
     crew: Crew,
@@ -206,49 +217,43 @@ def solve_block(
 ) -> Iterator[tuple[Solved, dict[str, QTensor]]]:
     """The entries of a block in order, each with its codes, by module; before them what is kept and was ``changed``, or is corrected now.
 
-    ``inputs``: the largest input of modules, for static scales, before smoothing; ``smoothed`` says what that did, ``limits`` what
-    static scales hold where something else chose them, ``looked`` what :func:`convert.health.look` saw before. Layers of one input, scheme
-    and algorithm are solved together, by one thread of the crew; those in ``passes``, named by their leaders, last, each pass while
-    ``seen_in(pass)`` lasts, when the ``observer`` has their Hessians. Raises :class:`NumericsError`, naming the module, for a Hessian that
-    cannot be factorised and for NaN or Inf.
+    Layers of one input, scheme and algorithm are solved together, by one thread of the crew; those in ``passes``, named by their leaders,
+    last, each pass while ``seen_in(pass)`` lasts, when the observer has their Hessians. Raises :class:`NumericsError`, naming the module,
+    for a Hessian that cannot be factorised and for NaN or Inf.
     """
-    codes: dict[str, QTensor] = {}
-    noted: dict[str, dict[str, Any]] = {}
-    stats = Stats(inputs=input_limits(observer, inputs, smoothed, limits))
-    solve = partial(
-        _solve, skeleton=skeleton, observer=observer, smoothed=smoothed, codes=codes, noted=noted, limits=stats.inputs, looked=looked
-    )
-    together = _together(entries, observer)
+    together = _together(entries, known.observer)
     later = {leader for each in passes for leader in each}
-    for _ in crew.map(solve, [group for leader, group in together if leader not in later]):
-        pass
+    chosen: dict[str, Chosen] = {}
+    for found in crew.map(partial(_solve, known=known), [group for leader, group in together if leader not in later]):
+        chosen |= found
     for each in passes:
         with seen_in(each):
-            for _ in crew.map(solve, [group for leader, group in together if leader in each]):
-                pass
-    for module, found in limits.items():
-        noted[module]["static"] = found.record()
-    corrected = _correct(entries, skeleton, observer, smoothed, codes, noted)
+            for found in crew.map(partial(_solve, known=known), [group for leader, group in together if leader in each]):
+                chosen |= found
+    for module, limit in known.limits.items():
+        chosen[module].noted["static"] = limit.record()
+    corrected = _correct(entries, known, chosen)
     kept = {entry.tensor.name: entry for entry in target.entries if entry.scheme is None}
     # What is kept but changed comes first: a block is finished when its codes are.
     for tensor, parameter in {**changed, **corrected}.items():
         why = [word for word, those in (("smoothed", changed), ("corrected", corrected)) if tensor in those]
-        yield _as_changed(target, kept[tensor], parameter, skeleton, why), {}
+        yield _as_changed(target, kept[tensor], parameter, known.skeleton, why), {}
+    stats = Stats(inputs=known.inputs)
     for entry in entries:
         pieces: list[Piece] = []
-        for part in entry.parts:
+        modules = [entry.module(part) for part in entry.parts]
+        for part, module in zip(entry.parts, modules, strict=True):
             work = quantize.Work(entry.tensor, part.start, part.stop, {}, last=True)
-            pieces += quantize.encode(target, entry, part, codes[entry.module(part)], work, stats)
-        solved = Solved(
-            target.name, entry.tensor.name, tuple(pieces), {entry.module(part): noted[entry.module(part)] for part in entry.parts}
-        )
-        yield solved, {entry.module(part): codes[entry.module(part)] for part in entry.parts}
+            pieces += quantize.encode(target, entry, part, chosen[module].codes, work, stats)
+        solved = Solved(target.name, entry.tensor.name, tuple(pieces), {module: chosen[module].noted for module in modules})
+        yield solved, {module: chosen[module].codes for module in modules}
 
 
 def input_limits(
     observer: Observer, inputs: Mapping[str, float], smoothed: Mapping[str, Smoothed], limits: Mapping[str, Limit]
 ) -> dict[str, float]:
-    """By module, the largest magnitude that the scale of a static input holds, behind smoothing; arguments as of :func:`solve_block`."""
+    """By module, the largest magnitude that the scale of a static input holds, behind smoothing. ``inputs``: before it; ``limits``: where
+    something else chose them."""
     seen = {leader: observer.get(leader, "channels").value for leader in smoothed if observer.has(leader, "channels")}
     divided = {
         # Nothing is known of the input of an expert that no token came to: the largest of those beside it clips none of them.
@@ -272,49 +277,51 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[tuple[str, l
     return [(key[0], members) for key, members in groups.items()]
 
 
-def _solve(
-    members: Sequence[tuple[Entry, Part]],
-    *,
-    skeleton: Skeleton,
-    observer: Observer,
-    smoothed: Mapping[str, Smoothed],
-    codes: dict[str, QTensor],
-    noted: dict[str, dict[str, Any]],
-    limits: Mapping[str, float],
-    looked: Mapping[str, Mapping[str, Any]],
-) -> None:
+def _solve(members: Sequence[tuple[Entry, Part]], *, known: Known) -> dict[str, Chosen]:
+    """The codes of layers that are solved together, by module."""
     entry, _ = members[0]
-    assert entry.scheme is not None
-    scale_dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
     names = [each.module(part) for each, part in members]
-    weights = [skeleton.weight(name).float() for name in names]
-    step = entry.coding
-    assert step is not None
-    leader = observer.leader.get(names[0], names[0])
-    asked = entry.asks(*TRANSFORMS)
-    word = "alpha" if asked and asked.smoothquant else "ratio"
-    reached = {} if not asked else {word: smoothed[leader].strength} if leader in smoothed else {"uncovered": 1.0}
+    weights = [known.skeleton.weight(name).float() for name in names]
     for (each, _), name, weight in zip(members, names, weights, strict=True):
         if not quantize.is_finite(weight):
             raise NumericsError(f"{each.tensor.name}: NaN or Inf in {name}; the checkpoint is damaged, fetch or train it again")
-    for name in names:
-        noted[name] = {
-            **observer.noted(leader),
-            **reached,
-            **({"fold": smoothed[leader].fold.record()} if leader in smoothed and smoothed[leader].told_by == name else {}),
-        }
-    if step.gptq is None or leader in observer.rounded:
-        clip_search = CLIP_RATIOS if step.rtn and step.rtn.clip else ()
-        for name, weight in zip(names, weights, strict=True):
-            codes[name] = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
-            noted[name] |= _seen_again(
-                entry, name, weight, codes[name], codes[name], observer, smoothed.get(leader), limits, looked.get(name)
-            )
-        return
-    hessian = observer.get(names[0], "hessian").value
-    if leader in smoothed:
-        hessian = smoothing.smoothed_hessian(hessian, smoothed[leader].scales)
-    options = step.gptq
+    step = entry.coding
+    assert step is not None
+    by_gptq = step.gptq is not None and known.observer.leader.get(names[0], names[0]) not in known.observer.rounded
+    chosen = _by_gptq(entry, step.gptq, names, weights, known) if by_gptq and step.gptq else _by_rounding(entry, names, weights, known)
+    return {name: Chosen(each.codes, {**_told(entry, name, known), **each.noted}) for name, each in zip(names, chosen, strict=True)}
+
+
+def _told(entry: Entry, name: str, known: Known) -> dict[str, Any]:
+    """What became of a layer's input: how many tokens an expert saw, how strongly it was smoothed, and, once in a group, by what."""
+    leader = known.observer.leader.get(name, name)
+    told: dict[str, Any] = dict(known.observer.noted(leader))
+    asked, smoothed = entry.asks(*TRANSFORMS), known.smoothed.get(leader)
+    if asked:
+        told |= {"alpha" if asked.smoothquant else "ratio": smoothed.strength} if smoothed else {"uncovered": 1.0}
+    if smoothed and smoothed.told_by == name:
+        told["fold"] = smoothed.fold.record()
+    return told
+
+
+def _by_rounding(entry: Entry, names: Sequence[str], weights: Sequence[torch.Tensor], known: Known) -> list[Chosen]:
+    step = entry.coding
+    assert entry.scheme is not None
+    clip_search = CLIP_RATIOS if step and step.rtn and step.rtn.clip else ()
+    chosen = []
+    for name, weight in zip(names, weights, strict=True):
+        codes = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry), clip_search=clip_search)
+        chosen.append(Chosen(codes, _seen_again(entry, name, weight, codes, codes, known)))
+    return chosen
+
+
+def _by_gptq(entry: Entry, options: Gptq, names: Sequence[str], weights: Sequence[torch.Tensor], known: Known) -> list[Chosen]:
+    """Of the layers that read one input, whose Hessian is factorised once. Raises :class:`NumericsError` where it cannot be."""
+    assert entry.scheme is not None
+    hessian = known.observer.get(names[0], "hessian").value
+    leader = known.observer.leader.get(names[0], names[0])
+    if leader in known.smoothed:
+        hessian = smoothing.smoothed_hessian(hessian, known.smoothed[leader].scales)
     try:
         factor = gptq.factorise(hessian, damping=options.damping, activation_order=options.activation_order)
     except gptq.FactorisationError as error:
@@ -322,49 +329,42 @@ def _solve(
     results = gptq.quantize_together(
         weights,
         entry.scheme.weight,
-        scale_dtype=scale_dtype,
+        scale_dtype=_scale_dtype(entry),
         factor=factor,
         block_size=options.block_size,
         static_groups=options.static_groups,
         clip_search=CLIP_RATIOS if options.clip else (),
     )
+    chosen = []
     for name, weight, result in zip(names, weights, results, strict=True):
-        codes[name] = result.qtensor
-        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=scale_dtype)
-        lost = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
-        errors = [_share(error) for error in lost]
-        noted[name] |= _seen_again(entry, name, weight, rounded, result.qtensor, observer, smoothed.get(leader), limits, looked.get(name))
-        noted[name] |= {
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry))
+        before, after = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
+        noted = {
+            **_seen_again(entry, name, weight, rounded, result.qtensor, known),
             "damping": result.damping,
             "dead": float(result.dead),
-            "output_error_rounded": errors[0],
-            "output_error": errors[1],
+            "output_error_rounded": _short(before.sqrt()),
+            "output_error": _short(after.sqrt()),
             "moved": asdict(moved(weight, result.qtensor)),
         }
+        chosen.append(Chosen(result.qtensor, noted))
+    return chosen
 
 
-def _seen_again(
-    entry: Entry,
-    name: str,
-    weight: torch.Tensor,
-    rounded: QTensor,
-    chosen: QTensor,
-    observer: Observer,
-    smoothed: Smoothed | None,
-    limits: Mapping[str, float],
-    looked: Mapping[str, Any] | None,
-) -> dict[str, Any]:
+def _seen_again(entry: Entry, name: str, weight: torch.Tensor, rounded: QTensor, chosen: QTensor, known: Known) -> dict[str, Any]:
     """A layer's health with what smoothing made of its inputs, and what is lost after it and after the codes were chosen. ``rounded``: the
     ``weight`` as it is now, rounded to nearest where something else ``chosen`` its codes."""
+    looked = known.looked.get(name)
     if not looked:
         return {}
     assert entry.scheme is not None
-    rows, limit = observer.get(name, "rows").value, limits.get(name) if entry.scheme.static else None
+    smoothed = known.smoothed.get(known.observer.leader.get(name, name))
+    rows, limit = known.observer.get(name, "rows").value, known.inputs.get(name) if entry.scheme.static else None
     more: dict[str, Any] = {}
     errors = list(looked["errors"])
     if smoothed is not None:
         rows = rows.float() / smoothed.scales
-        more = {"smoothed": health.describe(observer.get(name, "channels").value / smoothed.scales, rows, limit)}
+        more = {"smoothed": health.describe(known.observer.get(name, "channels").value / smoothed.scales, rows, limit)}
         errors.append(health.lost(smoothed.name, weight, rounded, health.few(rows), entry.scheme.activation, limit))
     last = entry.coding
     assert last is not None
@@ -374,6 +374,11 @@ def _seen_again(
     return {"health": {**looked, **more, "errors": errors}}
 
 
-def _share(error: torch.Tensor) -> float:
-    """The error at the layer's output as a share of the output, from that of their squares; to four digits, for it is for people."""
-    return float(f"{error.sqrt().item():.4g}")
+def _scale_dtype(entry: Entry) -> torch.dtype:
+    found: torch.dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    return found
+
+
+def _short(value: torch.Tensor) -> float:
+    """To four digits, for it is for people."""
+    return float(f"{value.item():.4g}")

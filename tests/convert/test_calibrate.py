@@ -16,7 +16,7 @@ from conftest import KILLED, save_tokenizer
 from families import save_family
 
 from convert import solve
-from convert.calibrate import _batches, alike
+from convert.calibrate import alike
 from convert.crew import Crew, crew
 from convert.export import Like, export
 from convert.hardware import instructions
@@ -28,6 +28,7 @@ from convert.progress import QUIET, Lines
 from convert.source import open_source
 from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
+from convert.walk import batched
 from formats.errors import InputError, MachineError, RecipeError
 from formats.manifest import read_manifest
 from formats.scheme import SCHEMES, Grid
@@ -327,9 +328,9 @@ def test_a_gpu_solves_like_a_cpu_and_twice_the_same(make_llama: Any, recipe_for:
 
 def test_sequences_of_one_length_go_together() -> None:
     tokens = [torch.arange(length) for length in (4, 4, 4, 4, 5, 4, 9)]
-    assert [tuple(batch.shape) for batch in _batches(tokens, 8)] == [(1, 4), (2, 4), (1, 4), (1, 5), (1, 4), (1, 9)]
-    assert [tuple(batch.shape) for batch in _batches(tokens, 1)] == [(1, len(item)) for item in tokens]
-    assert torch.equal(torch.cat([row for batch in _batches(tokens, 8) for row in batch]), torch.cat(tokens))
+    assert [tuple(batch.shape) for batch in batched(tokens, 8)] == [(1, 4), (2, 4), (1, 4), (1, 5), (1, 4), (1, 9)]
+    assert [tuple(batch.shape) for batch in batched(tokens, 1)] == [(1, len(item)) for item in tokens]
+    assert torch.equal(torch.cat([row for batch in batched(tokens, 8) for row in batch]), torch.cat(tokens))
 
 
 class _Overwriting(torch.nn.Linear):

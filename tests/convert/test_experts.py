@@ -152,11 +152,11 @@ def test_a_hessian_of_each_expert_is_that_of_the_plain_model(family: str, tmp_pa
     seen: dict[str, torch.Tensor] = {}
     solving = solve._solve
 
-    def spy(members: Any, *, observer: Any, **rest: Any) -> None:
+    def spy(members: Any, *, known: Any) -> Any:
         for entry, part in members:
             if entry.experts:
-                seen[part.module] = observer.get(part.module, "hessian").value.clone()
-        solving(members, observer=observer, **rest)
+                seen[part.module] = known.observer.get(part.module, "hessian").value.clone()
+        return solving(members, known=known)
 
     monkeypatch.setattr(solve, "_solve", spy)
     made = converted(recipe(source, "int8-weight-only", "gptq", more=", propagate: float"), tmp_path / "out")
@@ -396,6 +396,7 @@ def test_smoothing_reaches_experts_and_leaves_the_function_and_the_router_as_the
     assert not [name for name, entry in ledger.items() if "not smoothed" in entry.get("note", "")]
     folds = [read_fold(record) for record in made.manifest.calibration["folds"]]
     assert len(folds) == 2 * (3 + 4), "two norms, values, and up projections of four experts, in each block"
+    assert all(torch.equal(fold.scales.log2().round().exp2(), fold.scales) for fold in folds if ".experts." in fold.producer)
     tensors, stored = load_file(source / "model.safetensors"), load_file(made.path / "model.safetensors")
     turned = {}
     for name, tensor in tensors.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from convert.architecture import blocks_of
 from convert.crew import crew
 from convert.lanes import place_for, walk
 from convert.loading import Skeleton
+from convert.observe import Observer
 from convert.source import open_source
 
 
@@ -140,6 +143,35 @@ def test_what_a_block_is_changed_to_is_what_its_successors_see(family_folder: An
         if stand.name.endswith(".0"):
             stand.module.mlp.down_proj.weight.mul_(1.5)
     assert torch.equal(outputs[0], expected)
+
+
+def test_what_a_stopped_pass_computed_is_gone_without_the_garbage_collector(family_folder: Any) -> None:
+    skeleton = Skeleton(open_source(str(family_folder("llama"))), dtype="float32")
+    computed: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        computed.append(weakref.ref(hidden))
+        try:
+            return mlp.down_proj(hidden)
+        except BaseException as stop:  # noqa: BLE001
+            kept = stop  # a cycle: this frame, the exception, its traceback
+            raise kept  # noqa: B904
+
+    gc.disable()
+    try:
+        with Observer(skeleton, None) as observer:
+            stands = walk(skeleton, [{"input_ids": torch.arange(5)[None], "use_cache": False}] * 3)
+            stand = next(stands)
+            mlp = stand.module.mlp
+            mlp.forward = forward
+            observer.want([f"{stand.name}.mlp.down_proj"], "absmax")
+            stand.run(keep=False, observer=observer)
+        assert [made() for made in computed] == [None, None, None]
+        del mlp.forward
+        stands.close()
+    finally:
+        gc.enable()
 
 
 def test_a_lane_lies_where_it_fits() -> None:

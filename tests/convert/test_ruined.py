@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from conftest import KILLED
 from safetensors.torch import load_file, save_file
 
-from convert import pipeline
+from convert import pipeline, solve
 from convert.pipeline import convert, plan
 from convert.progress import Lines
 from convert.recipe import parse_recipe
@@ -123,9 +124,51 @@ def test_a_killed_pass_is_taken_up_to_the_same_bytes(make_llama: Any, recipe_for
         done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), str(count)], check=False)
         assert done.returncode == -signal.SIGKILL
         assert (out / "q.ruined").exists() == (count > tensors)
-        assert (out / ".q.ruined" / ".q.partial" / "journal").exists()
+        assert (out / ".q.ruined" / ("1" if count > tensors else "0") / ".q.partial" / "journal").exists()
         (again,) = convert(recipe_for(folder, text=text), out, check=False).artifacts
         assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
+
+
+@pytest.mark.parametrize(("propagate", "solved_again"), [("quantized", [1, 2]), ("float", [1])])
+def test_a_pass_takes_over_the_blocks_that_it_does_not_change(
+    propagate: str, solved_again: list[int], make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes, manifest and notes of health included, as the recipe that it ended in makes in one pass."""
+    folder = _plant(make_llama(num_hidden_layers=3))
+    rules = "{{match: linear, scheme: int8-static, algorithm: gptq}}"
+    text = _text("at_most: 1", rules).replace("dtype: float32", f"dtype: float32, propagate: {propagate}")
+    solved: list[int] = []
+    solve_block = solve.solve_block
+
+    def spy(target: Any, entries: Any, *args: Any, **more: Any) -> Any:
+        solved.append(int(entries[0].modules[0].split(".")[2]))
+        return solve_block(target, entries, *args, **more)
+
+    monkeypatch.setattr(solve, "solve_block", spy)
+    (made,) = convert(recipe_for(folder, text=text), tmp_path / "out", check=False).artifacts
+    assert solved == [0, 1, 2, *solved_again]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"q", "q.ruined"}
+    recorded = json.dumps({**made.manifest.recipe, "model": str(folder)})
+    (alone,) = convert(parse_recipe(recorded, "recorded.yaml", name="recorded"), tmp_path / "alone", check=False).artifacts
+    assert solved[3 + len(solved_again) :] == [0, 1, 2]
+    for name in ("model.safetensors", "config.json"):
+        assert (made.path / name).read_bytes() == (alone.path / name).read_bytes()
+    assert made.manifest.calibration == alone.manifest.calibration
+
+
+def test_where_the_disk_holds_one_artifact_nothing_is_taken_over(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, text = _plant(make_llama()), _text("at_most: 1")
+    (whole,) = convert(recipe_for(folder, text=text), tmp_path / "whole", check=False).artifacts
+    full = shutil.disk_usage(tmp_path)._replace(free=len((whole.path / "model.safetensors").read_bytes()))
+    monkeypatch.setattr("convert.ruined.shutil.disk_usage", lambda _: full)
+    likes: list[Any] = []
+    export = pipeline.export
+    monkeypatch.setattr("convert.pipeline.export", lambda *args, **more: (likes.append(more["like"]), export(*args, **more))[1])
+    (made,) = convert(recipe_for(folder, text=text), tmp_path / "out", check=False).artifacts
+    assert likes == [None, None]
+    assert (made.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
 
 
 def test_a_target_beside_it_is_made_as_it_would_be_alone(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
