@@ -185,7 +185,7 @@ def test_a_rival_that_keeps_every_group_is_none_and_the_others_are_still_compare
     from convert.mixed import Option
     from convert.sensitivity import Loss, Trial
 
-    job = recipe_for(make_llama(), text=_text(0.01, "rtn, mixed"))
+    job = recipe_for(make_llama(), text=_text(0.01, "[rtn, mixed]"))
     names = ("a", "b", "c")
     losses = {name: Loss((name,), "int8-dynamic", 1, 0.1, 0.01, 0.1) for name in names}
     # To keep b takes no more bytes than to quantize it, so that all are kept in the bytes in which the choice keeps two.
