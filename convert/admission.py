@@ -53,7 +53,7 @@ class Admitted:
 
     @property
     def target(self) -> Target:
-        return next(item for item in self.recipe.targets if item.name == self.manifest.target)
+        return self.recipe.target(self.manifest.target)
 
 
 def seal(content: bytes) -> Sealed:
@@ -91,7 +91,7 @@ def admit(path: Path, progress: Progress) -> Admitted:
         report = read_report(report_path(path))
     except FormatError as error:
         raise RefusedError(_refusal(path, [*wrong, f"it was not proven ({error})"])) from None
-    wrong += _objections(path, manifest, report, next(item for item in recipe.targets if item.name == manifest.target))
+    wrong += _objections(path, manifest, report, recipe.target(manifest.target))
     if wrong:
         raise RefusedError(_refusal(path, wrong))
     return Admitted(path, manifest, report, recipe, {**files, MANIFEST: seal(manifest.to_bytes())})

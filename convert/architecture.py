@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Architecture:
-    """``parameters`` by checkpoint tensor name. ``missing``: parameters of the model that no tensor of the checkpoint fills.
+    """``parameters`` by checkpoint tensor name. ``missing``: parameters of the model that no tensor of the checkpoint fills; ``misshapen``:
+    tensors that do not fit their parameter, and its shape.
 
     ``groups``: modules that were seen to read the same input (q, k, v; gate, up), None where the model could not be run on
     the meta device. ``linears``: every linear module, whether or not the checkpoint has a tensor of its own for it.
@@ -89,6 +90,7 @@ class Architecture:
     encoder_decoder: bool = False
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
+    misshapen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def describe(
@@ -105,7 +107,8 @@ def describe(
     if model is None:
         return None
     rename = _renamer(model)
-    names = {name: (renamed,) if (renamed := rename(name)) else () for name in tensors}
+    found = {name: rename(name) for name in tensors}
+    names = {name: (renamed[0],) if renamed else () for name, renamed in found.items()}
     owners: dict[int, list[str]] = {}
     by_name = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in by_name.items():
@@ -126,6 +129,7 @@ def describe(
         )
         if parameters[tensor].kind == "expert":
             parameters[tensor] = _split_experts(tensors[tensor], parameters[tensor], model.get_submodule(modules[0]), rename)
+    shapes = {name: tuple(by_name[renamed[0]].shape) for name, renamed in found.items() if renamed and renamed[0] in by_name}
     filled = {alias for targets in names.values() for target in targets if target in by_name for alias in owners[id(by_name[target])]}
     text_config = model.config.get_text_config()
     groups, attentions = _observe(model)
@@ -148,6 +152,9 @@ def describe(
         predicts=bool(model.can_generate()),
         reads=str(model.main_input_name),
         encoder_decoder=bool(model.config.is_encoder_decoder and model.can_generate()),
+        misshapen={
+            name: shape for name, shape in shapes.items() if shape != tensors[name].shape and (renamed := found[name]) and not renamed[1]
+        },
     )
 
 
@@ -164,9 +171,12 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
             raise SourceError(
                 f"the model needs code of its own ({config['auto_map']}); set trust_remote_code: true in the recipe if you trust it"
             )
-        parsed = AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=True)  # type: ignore[no-untyped-call]
+        try:
+            parsed = AutoConfig.from_pretrained(str(folder), trust_remote_code=True)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(parsed, trust_remote_code=True)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001  the model's own code may do anything
+            raise SourceError(f"{folder}: its own code does not build the model ({type(error).__name__}: {_one_line(error)})") from None
     if model_type not in CONFIG_MAPPING:
         return None
     named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
@@ -178,7 +188,14 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
             causal = type(parsed) in AutoModelForCausalLM._model_mapping
             return (AutoModelForCausalLM if causal else AutoModel).from_config(parsed)  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001  a config may be wrong in any way its class can trip over
-        raise SourceError(f"config.json: transformers cannot build a {model_type} from it ({type(error).__name__}: {error})") from None
+        where = folder / "config.json" if folder else "config.json"
+        raise SourceError(
+            f"{where}: transformers cannot build a {model_type} from it ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def blocks_of(model: Any) -> tuple[str, ...]:
@@ -192,8 +209,9 @@ def blocks_of(model: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _renamer(model: Any) -> Callable[[str], str | None]:
-    """Name of a checkpoint's tensor -> the model's parameter, as ``from_pretrained`` matches them; None for what the model does not use."""
+def _renamer(model: Any) -> Callable[[str], tuple[str, bool] | None]:
+    """Name of a checkpoint's tensor -> the model's parameter, as ``from_pretrained`` matches them, and whether it is split, joined or
+    turned on the way, so that its shape need not be the parameter's; None for what the model does not use."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -202,11 +220,11 @@ def _renamer(model: Any) -> Callable[[str], str | None]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
-    def rename(name: str) -> str | None:
+    def rename(name: str) -> tuple[str, bool] | None:
         for how in ((renamings, converters), ([], [])):
-            renamed, _ = rename_source_key(name, *how, model.base_model_prefix, state)
+            renamed, converter = rename_source_key(name, *how, model.base_model_prefix, state)
             if renamed in state:
-                return renamed
+                return renamed, converter is not None
         return None
 
     return rename
@@ -301,7 +319,7 @@ def _classify(
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def _split_experts(spec: TensorSpec, parameter: Parameter, module: Any, rename: Callable[[str], str | None]) -> Parameter:
+def _split_experts(spec: TensorSpec, parameter: Parameter, module: Any, rename: Callable[[str], object]) -> Parameter:
     """The layers in a tensor of experts. transformers 5 keeps all experts of a layer in 3-D parameters of ``module``; the checkpoint has
     those, or a matrix for each expert and projection, called ``<experts>.<number>.<projection>.weight``.
 

@@ -162,7 +162,7 @@ def check(
             answer["tasks"] = scored
         reports = []
         for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
-            target = next(item for item in own.targets if item.name == manifest.target)
+            target = own.target(manifest.target)
             if look and answer["predicts"]:
                 seen = _look(path, own, target, asked, text, of_source, answer, scratch, progress, share=look)
                 if seen is not None:

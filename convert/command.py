@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,15 +127,18 @@ def sensitivity(
     from formats.safetensors import json_bytes
 
     job = pipeline.plan(_recipe(recipe, model, overrides))
-    losses, record = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
     folder = out or Path("artifacts") / job.recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = json_file or folder / "sensitivity.json"
+    numbers, drawing = json_file or folder / "sensitivity.json", folder / "sensitivity.svg"
+    for file in (numbers, drawing):  # minutes before they are written
+        _require_writable(file)
+    losses, record = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
+    for file in (numbers, drawing):
+        file.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_bytes(json_bytes({"model": job.checkpoint.pinned, "text": record, "groups": records(losses)}))
-    (folder / "sensitivity.svg").write_text(draw_losses(losses), encoding="utf-8")
+    drawing.write_text(draw_losses(losses), encoding="utf-8")
     if not quiet:
         _show_losses(losses)
-        print(f"numbers {numbers}, drawing {folder / 'sensitivity.svg'}")
+        print(f"numbers {numbers}, drawing {drawing}")
 
 
 @app.command()
@@ -391,7 +396,7 @@ def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
 
 def main() -> None:
     """Runs the command; every error a user can cause becomes one message and an exit code, never a traceback."""
-    from formats.errors import OctavoError
+    from formats.errors import MachineError, OctavoError
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # transformers imports torchao wherever it is installed, which warns of kernels for other machines.
@@ -403,7 +408,7 @@ def main() -> None:
     # typer carries click inside itself or depends on it, by version; either way this is its UsageError.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="octavo", standalone_mode=False) or 0
         # typer answers Ctrl-C itself, with this code and no word.
         sys.exit(_interrupted() if code == 130 else code)
     except usage_error as error:
@@ -418,6 +423,29 @@ def main() -> None:
         # Whoever read the output has gone; flushing at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        print(f"error: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
+        sys.exit(MachineError.exit_code)
+
+
+#: What a file system, and no defect of ours, answers with.
+_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def _require_writable(file: Path) -> None:
+    """Raises an error, before any work, where ``file`` could not be written at its end."""
+    from formats.errors import InputError, MachineError
+
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir() or file.is_dir():
+        raise InputError(f"{file if file.is_dir() else folder} is in the way of {file}; name another place")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MachineError(f"{file}: cannot be written ({error.strerror}); name another place") from None
 
 
 def _interrupted() -> int:
@@ -445,7 +473,10 @@ def _where(recipe: str | None, given: dict[str, Any]) -> Push:
     try:
         return Push.model_validate({**(said.model_dump(exclude_unset=True) if said else {}), **given})
     except ValidationError as error:
-        raise typer.BadParameter(str(error.errors()[0]["msg"]).removeprefix("Value error, "), param_hint="--repo") from None
+        wrong = error.errors()[0]
+        option = "--" + str(wrong["loc"][0]).replace("_", "-") if wrong["loc"] else "--repo"
+        what = "write organisation/name" if option == "--repo" else wrong["msg"].removeprefix("Value error, ")
+        raise typer.BadParameter(f"{wrong['input']!r}: {what}" if wrong["loc"] else what, param_hint=option) from None
 
 
 def _publish(artifacts: list[Path], where: Push, *, quiet: bool, dry_run: bool = False) -> None:

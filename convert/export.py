@@ -34,7 +34,7 @@ from convert.observe import Stats
 from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
 from convert.rotate import prove
-from convert.source import SafetensorsReader, SourceDigests
+from convert.source import Checkpoint, SafetensorsReader, SourceDigests
 from convert.walk import NOTHING_FEEDS_IT
 from formats.errors import BusyError, FormatError, InputError, MachineError, OctavoError
 from formats.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, ledger_digest, read_manifest
@@ -103,14 +103,17 @@ def export(
     began them already. ``like``: an artifact that was solved from the same source with the same text, of which tensors are taken over as
     if an earlier run of this plan had made them; it was made with ``keep_notes``, which leaves beside it what was seen of each tensor.
 
-    Raises :class:`BusyError` when another run holds one of them, :class:`MachineError` when the disk is full, and
-    whatever calibrating, reading and quantizing raise; what was finished stays for the next run.
+    Raises :class:`BusyError` when another run holds one of them, :class:`InputError` where something that octavo did not make has its
+    name, :class:`MachineError` when the disk is full, and whatever calibrating, reading and quantizing raise; what was finished stays
+    for the next run.
     """
+    for target in plan.targets:
+        require_free(out / target.name, plan.checkpoint)
     made = {target.name: already_made(out / target.name, plan.digest) for target in plan.targets}
     pending = [target for target in plan.targets if made[target.name] is None]
     if pending:
         sidecars = plan.checkpoint.sidecars()
-        with _disk_errors(out), ExitStack() as stack:
+        with writing(out), ExitStack() as stack:
             prove(plan.checkpoint, trust_remote_code=plan.recipe.trust_remote_code)
             digests = digests or stack.enter_context(SourceDigests(plan.checkpoint))
             stack.enter_context(_cleared_on_input_error(out))
@@ -553,6 +556,15 @@ def already_made(folder: Path, digest: str) -> Artifact | None:
     return Artifact(folder, manifest, reused=True) if same else None
 
 
+def require_free(folder: Path, source: Checkpoint) -> None:
+    """Raises :class:`InputError` where an artifact called ``folder`` would replace what octavo did not make, or the source itself."""
+    if source.commit is None and Path(source.origin).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder}: the model that is to be converted lies there; choose another --out")
+    if not os.path.lexists(folder) or (folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise InputError(f"{folder} is there, and not an artifact of octavo's that a new one could replace; move it, or choose another --out")
+
+
 def _keep_freed_memory() -> None:
     """Asks glibc not to return freed slabs to the system only to fault them in again: a third of the system time otherwise.
 
@@ -609,14 +621,20 @@ def _cleared_on_input_error(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
+    """Says why something could not be written in ``out``, and what to do."""
     try:
         yield
     except OSError as error:
+        named = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, str | bytes) else out.absolute()
+        if not named.is_relative_to(out.absolute()) and not out.absolute().is_relative_to(named):
+            raise  # something that was read
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{out}: the disk is full; make room and run the same command again, finished tensors are kept") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise MachineError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{named}: cannot be written ({error.strerror}); choose another --out") from None
         raise
 
 

@@ -16,7 +16,7 @@ from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
 from convert.datasets import pin
-from convert.export import Artifact, Like, cores, export, partial_bytes
+from convert.export import Artifact, Like, cores, export, partial_bytes, require_free, writing
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
@@ -175,10 +175,9 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     for recipe in recipes:
         if names.count(recipe.name) > 1:
             raise InputError(f"{names.count(recipe.name)} recipes are called {recipe.name}; rename all but one")
-        for what in ("model", "validation", "trust_remote_code"):
-            if getattr(recipe, what) != getattr(recipes[0], what):
-                where = recipe.where(what)
-                raise InputError(f"{where}: {recipe.name} has another {what} than {names[0]}; --model and --set hold for all recipes")
+        if what := _difference(recipe, recipes[0]):
+            where = recipe.where(what)
+            raise InputError(f"{where}: {recipe.name} has another {what} than {names[0]}; --model and --set hold for all recipes")
     for recipe in recipes:  # what cannot be carried to its end stops all, before any work
         job = plan(recipe)
         _require_all(job, out / recipe.name, QUIET, check=True, device=device)
@@ -195,9 +194,15 @@ def compare(recipes: Sequence[Recipe], out: Path | None = None, *, device: str =
     if found.pair:
         schemes = {layer.tensor: layer.schemes for layer in found.layers}
         found = replace(found, ranges=observe(made[0].plan, schemes, progress, device=device))
-    (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
-    (out / "compare.json").write_bytes(plain_json(found.record()))
+    with writing(out):
+        (out / "compare.html").write_text(render_comparison(found), encoding="utf-8")
+        (out / "compare.json").write_bytes(plain_json(found.record()))
     return found
+
+
+def _difference(one: Recipe, other: Recipe) -> str:
+    """The first of what two recipes must share if one run of the source serves both, and do not; empty if there is none."""
+    return next((what for what in ("model", "validation", "trust_remote_code") if getattr(one, what) != getattr(other, what)), "")
 
 
 def _export_all(
@@ -298,16 +303,27 @@ def prove(
     reference: Path | None = None,
     look: float = 0.0,
 ) -> list[Report]:
-    """Checks artifacts of one recipe (default: the one in the first one's manifest), or of one each, and writes reports and model cards.
+    """Checks artifacts of one recipe, or of one each (default: those in their manifests), and writes reports and model cards.
 
     ``reference``: a folder on the artifacts' file system in which what the source computed is kept for the next check. ``look``: as of
-    :func:`convert.check.check`; of an artifact with a brief report nothing else is written.
+    :func:`convert.check.check`; of an artifact with a brief report nothing else is written. Raises :class:`InputError` where artifacts are
+    of other models or were proven on other text, and what the check raises.
     """
+    if recipe is None:
+        recipe = [recipe_of(path) for path in artifacts]
+        for path, own in zip(artifacts, recipe, strict=True):
+            if what := _difference(own, recipe[0]):
+                raise InputError(f"{path} was made with another {what} than {artifacts[0]}; check them one by one")
+        require_tasks(recipe[0])
+    with writing(artifacts[0].absolute().parent):
+        return _prove(artifacts, recipe, progress=progress, device=device, reference=reference, look=look)
+
+
+def _prove(
+    artifacts: Sequence[Path], recipe: Recipe | Sequence[Recipe], *, progress: Progress, device: str, reference: Path | None, look: float
+) -> list[Report]:
     from convert.check import check
 
-    if recipe is None:
-        recipe = recipe_of(artifacts[0])
-        require_tasks(recipe)
     reports = []
     for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference, look=look), strict=True):
         if report.brief:
@@ -327,9 +343,11 @@ def prove(
 
 
 def recipe_of(artifact: Path) -> Recipe:
-    """The recipe that an artifact's manifest records. Raises :class:`~formats.errors.FormatError` or ``RecipeError``."""
+    """The recipe that an artifact's manifest records, with the commit its source had. Raises :class:`~formats.errors.FormatError` or
+    ``RecipeError``."""
     manifest = read_manifest(artifact)
-    return parse_recipe(json_bytes(manifest.recipe).decode(), f"{artifact}/octavo.json", name=artifact.absolute().parent.name)
+    text = json_bytes({**manifest.recipe, "model": manifest.pinned}).decode()
+    return parse_recipe(text, f"{artifact}/octavo.json", name=artifact.absolute().parent.name)
 
 
 def plain_bytes(target: TargetPlan) -> int:
@@ -360,6 +378,8 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
     """Says the plan's warnings, and stops where the job could not be carried to its end."""
     from convert.check import require_runtimes
 
+    for target in job.recipe.targets:
+        require_free(out / target.name, job.checkpoint)
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
     if check:
@@ -380,7 +400,7 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
             if reads == "pixel_values":
                 take_pictures(job.recipe.validation, load_processor(folder, trust_remote_code=trust))
             else:
-                tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+                tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
                 take_held_out(job.recipe.validation, tokenizer)
         if job.recipe.validation.prompts is not None:
             if not job.predicts:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
@@ -279,6 +279,12 @@ class Plan:
                 f"{len(set(again))} tensors are quantized a second time, first {again[0].name} ({was}): errors add up; "
                 "convert the model it was made from, if there is one"
             )
+        unused = [entry.tensor for entry in self.targets[0].entries if entry.kind == "unused"]
+        if unused and self.architecture is not None:
+            found.append(
+                f"{unused[0].name}{_and_more(unused)}, {sum(spec.size_bytes for spec in unused) / 1e6:,.1f} MB, is no parameter of "
+                f"{self.architecture.name} as config.json describes it: nothing reads it in transformers, and it is not quantized"
+            )
         for target, asked in zip(self.targets, self.recipe.targets, strict=True):
             if asked.ruined is not None:
                 fate = "kept in 16 bit" if asked.ruined.instead == "keep" else f"made {asked.ruined.instead}"
@@ -328,14 +334,22 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture
     ``machine``: the hardware here (:func:`convert.hardware.this_machine`), of which the plan warns where a target names none.
     """
     if architecture is not None and architecture.missing:
-        first, more = architecture.missing[0], len(architecture.missing) - 1
+        first, more = architecture.missing[0], _and_more(architecture.missing)
+        raise SourceError(f"{checkpoint.origin}: {first} of {architecture.name}{more} is in no weight file; the checkpoint is not whole")
+    if architecture is not None and architecture.misshapen:
+        name, shape = next(iter(architecture.misshapen.items()))
         raise SourceError(
-            f"{checkpoint.origin}: {first} of {architecture.name} (and {more} more) is in no weight file; the checkpoint is not whole"
+            f"{checkpoint.origin}: {name}{_and_more(architecture.misshapen)} has the shape {list(checkpoint.tensors[name].shape)}, and the "
+            f"model that config.json describes wants {list(shape)}; weights and config.json are not of one model"
         )
     # Of targets that differ in their codes alone one graph is traced.
     graph = cache(partial(trace, checkpoint, trust_remote_code=recipe.trust_remote_code))
     targets = tuple(_plan_target(recipe, i, target, checkpoint, architecture, machine, graph) for i, target in enumerate(recipe.targets))
     return Plan(recipe, checkpoint, architecture, targets)
+
+
+def _and_more(found: Sized) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _plan_target(
@@ -372,7 +386,7 @@ def _plan_target(
             name: parameter if name in read or parameter.kind == "unused" else Parameter(parameter.modules, "unread")
             for name, parameter in parameters.items()
         }
-    claims = _claim(recipe, index, target, checkpoint, parameters)
+    claims = _claim(recipe, index, target, checkpoint, parameters, architecture)
     entries = tuple(
         _enter(recipe, index, target, spec, parameters[name], claims.get(name), recipe.dtype, checkpoint, dtype, architecture)
         for name, spec in checkpoint.tensors.items()
@@ -579,6 +593,9 @@ def _stored_names(entries: Iterable[Entry]) -> Iterator[str]:
             yield entry.tensor.name.removesuffix(".weight")
         elif entry.kind in ("linear", "head") and len(entry.modules) == 1:
             yield from (part.module for part in entry.parts)
+        elif entry.kind == "unused" and len(entry.tensor.shape) == 2 and entry.tensor.name.endswith(".weight") and entry.outputs:
+            # Layers that predict more than one token ahead: transformers does not build them, and vLLM does.
+            yield entry.tensor.name.removesuffix(".weight")
 
 
 def _dropped(checkpoint: Checkpoint, entries: Iterable[Entry], contents: Contents) -> tuple[str, ...]:
@@ -684,7 +701,12 @@ def _cache_entries(
 
 
 def _claim(
-    recipe: Recipe, index: int, target: Target, checkpoint: Checkpoint, parameters: Mapping[str, Parameter]
+    recipe: Recipe,
+    index: int,
+    target: Target,
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, Parameter],
+    architecture: Architecture | None,
 ) -> dict[str, tuple[Rule, str]]:
     """Which rule decides which tensor; an error for a rule that decides none."""
     claims: dict[str, tuple[Rule, str]] = {}
@@ -693,7 +715,8 @@ def _claim(
         matched = [name for name, parameter in parameters.items() if _matches(rule.match, name, parameter, where)]
         fresh = [name for name in matched if name not in claims]
         if not matched:
-            raise RecipeError(f"{where}: {rule.match!r} matches nothing in {checkpoint.origin}{_suggest(rule.match, parameters)}")
+            near = _suggest(rule.match, parameters, known=architecture is not None)
+            raise RecipeError(f"{where}: {rule.match!r} matches nothing in {checkpoint.origin}{near}")
         if not fresh:
             first = claims[matched[0]][1]
             raise RecipeError(
@@ -1056,7 +1079,10 @@ def _names(pattern: str, module: str, where: str) -> bool:
     return module == pattern or module.endswith(f".{pattern}")
 
 
-def _suggest(pattern: str, parameters: Mapping[str, Parameter]) -> str:
+def _suggest(pattern: str, parameters: Mapping[str, Parameter], *, known: bool) -> str:
+    """``known``: transformers knows the architecture."""
+    if pattern == "linear" and known:
+        return "; none of its tensors is the weight of a linear layer of the model that config.json describes"
     if pattern == "linear":
         return "; transformers does not know this architecture, so rules must name tensors, for instance *.mlp.*"
     modules = {module for parameter in parameters.values() for module in parameter.modules}

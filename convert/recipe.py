@@ -7,6 +7,7 @@ can name the line that caused it.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,13 @@ def _one_of(known: Mapping[str, object], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"{name} is there twice")
+    return names
+
+
 def _parse_size(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -70,7 +78,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Rounding(_Section):
@@ -178,7 +186,12 @@ def _parse_steps(value: object) -> object:
     for item in items:
         if isinstance(item, str) and item not in known:
             raise ValueError(f"no algorithm is called {item!r}{_nearest(item, known)}; known are {', '.join(known)}")
-    return tuple({item: {}} if isinstance(item, str) else item for item in items)
+    # A name with nothing behind its colon means what the name alone does.
+    return tuple({item: {}} if isinstance(item, str) else _without_nulls(item) for item in items)
+
+
+def _without_nulls(step: object) -> object:
+    return {name: {} if options is None else options for name, options in step.items()} if isinstance(step, dict) else step
 
 
 def _plain_step(step: Step) -> dict[str, Any]:
@@ -339,9 +352,7 @@ def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
             if name not in known:
                 near = _nearest(name, (*known, "mixed", "recover"))
                 raise ValueError(f"no rung is called {rung!r}{near}; write algorithms with + between them, or mixed or recover")
-        if rung in rungs[:i]:
-            raise ValueError(f"{rung} is there twice")
-    return rungs
+    return _once(rungs)
 
 
 def rung_steps(rung: str) -> tuple[Step, ...]:
@@ -366,7 +377,9 @@ class Target(_Section):
     """What becomes of which tensor; the first match wins. The output head is kept unless a rule names it."""
     kv_cache: Annotated[str, _one_of(CACHES, "kv_cache")] | None = None
     """Scales for keys and values in eight bits, found by calibration: `fp8` (one a layer) or `fp8-per-head`."""
-    runtimes: Annotated[tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1)] = ("transformers",)
+    runtimes: Annotated[
+        tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1), AfterValidator(_once)
+    ] = ("transformers",)
     """The programs that must load the artifact; it is proven in each."""
     hardware: Annotated[tuple[Annotated[str, _one_of(dict.fromkeys(HARDWARE), "hardware")], ...], Field(strict=False)] = ()
     """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
@@ -446,7 +459,7 @@ class Target(_Section):
 class Calibration(_Section):
     """The text on which calibrated algorithms, static activations and scales of keys and values see the model at work."""
 
-    text: str = "sample"
+    text: Annotated[str, Field(min_length=1)] = "sample"
     """`sample` (a public-domain dictionary that comes with the tool), a .txt, .jsonl or .parquet file, or a dataset on the Hub
     (`org/name` or `org/name@revision`)."""
     config: str | None = None
@@ -505,7 +518,7 @@ class Task(_Section):
 class Validation(_Section):
     """The held-out text on which artifact and source are compared."""
 
-    text: str = "sample"
+    text: Annotated[str, Field(min_length=1)] = "sample"
     """`sample` (public-domain prose that comes with the tool), a .txt, .jsonl or .parquet file, or a dataset on the Hub
     (`org/name` or `org/name@revision`)."""
     config: str | None = None
@@ -624,6 +637,13 @@ class Recipe(_Section):
         """``file:line:column`` of a value, or of the nearest one around it that the file spells out."""
         return _position(self._where, path)
 
+    def target(self, name: str) -> Target:
+        """The target of that name. Raises :class:`RecipeError` where a manifest names one that its recipe does not have."""
+        found = next((target for target in self.targets if target.name == name), None)
+        if found is None:
+            raise RecipeError(f"{self.where('targets')}: no target is called {name!r}; there is {', '.join(t.name for t in self.targets)}")
+        return found
+
     def only(self, targets: Sequence[Target]) -> Recipe:
         """The recipe of some of its targets, without calibration text that none of them would read."""
         places = [self.targets.index(target) for target in targets]
@@ -674,12 +694,12 @@ def find_recipe(name: str) -> Path:
     Raises :class:`RecipeError` naming the nearest recipe there is.
     """
     direct = Path(name)
-    if direct.is_file():
+    if os.path.isfile(direct):  # which a name too long for a file does not raise in
         return direct
     package = Path(__file__).parent
     folders = [Path("recipes"), package / "recipes", package.parent / "recipes"]
     for folder in folders:
-        if (path := folder / f"{name}.yaml").is_file():
+        if os.path.isfile(path := folder / f"{name}.yaml"):
             return path
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise RecipeError(f"no recipe {name!r}: neither a file nor one of {', '.join(known) or 'none'}{_nearest(name, known)}")
@@ -693,6 +713,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), model: str | None = N
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if model == "":
+        raise RecipeError("--model is empty; name a model, or leave it out for the recipe's")
     extra = [*overrides, *([f"model={model}"] if model else [])]
     return parse_recipe(text, str(path), name=path.stem, overrides=extra)
 
@@ -873,7 +895,7 @@ def _override(data: Any, override: str, where: dict[Path_, str]) -> None:
     origin = f"--set {override}"
     if not equals or not key:
         raise RecipeError(f"{origin}: write it as key.path=value, for instance targets.0.limits.kl_nats=0.05")
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    path: Path_ = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
     value = text if key == "model" else _load_value(text, origin)
     here = data
     for depth, part in enumerate(path[:-1]):
@@ -922,6 +944,12 @@ def _explain(item: Any, where: Mapping[Path_, str]) -> str:
             return f"{position}: {dotted} is missing; add it"
         case "value_error":
             return f"{position}: {item['msg'].removeprefix('Value error, ')}"
+        case "tuple_type" | "list_type":
+            return f"{position}: {dotted} must be a list, got {item['input']!r}; write [...]"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"{position}: {dotted} must be a mapping of keys, got {item['input']!r}"
+        case "too_short":
+            return f"{position}: {dotted} must not be empty"
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             return f"{position}: {dotted}: {message}, got {item['input']!r}"
@@ -961,7 +989,7 @@ def _position(where: Mapping[Path_, str], path: Sequence[str | int]) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1) or [name for name in known if name.startswith(word)]
+    close = difflib.get_close_matches(word, list(known), n=1) or [name for name in known if word and name.startswith(word)]
     return f" (did you mean {close[0]}?)" if close else ""
 
 

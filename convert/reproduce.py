@@ -48,6 +48,7 @@ def reproduce(artifact: str, *, progress: Progress = QUIET, device: str = "cpu")
         recipe = parse_recipe(
             json_bytes({**manifest.recipe, "model": manifest.pinned}).decode(), f"{artifact}/{MANIFEST}", name="reproduce"
         )
+        recipe.target(manifest.target)
         out = Path(scratch) / "out"
         outcome = convert(recipe, out, device=device, check=False, progress=progress)
         made = next(item.manifest for item in outcome.artifacts if item.manifest.target == manifest.target)

@@ -196,9 +196,9 @@ def open_source(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
     if model.startswith("sample:"):
         return _open_sample(model)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which a name too long for a file does not raise in
         return _open_folder(path, origin=model, code=trust_remote_code)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".gguf":
             return _open_gguf(path, origin=model)
         raise SourceError(f"{model}: a file that is no .gguf; give the folder around it")
@@ -565,13 +565,15 @@ def _gguf_sidecars(gguf: GgufFile) -> dict[str, bytes]:
 
 
 def _licence(card: Path) -> str | None:
+    """What a model card says, None where there is none that can be read: push then asks for it."""
     if not card.exists():
         return None
     from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]  # ModelCard lets it through
 
     try:
         licence = getattr(ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data, "license", None)
-    except ValueError:
+    except (OSError, ValueError, YAMLError):
         return None
     return str(licence) if licence else None
 

@@ -26,14 +26,17 @@ SAMPLES = {
 }
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder. Raises :class:`InputError` when there is none that loads."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool, of: str = "") -> Any:
+    """The tokenizer of a model folder; ``of``: what the user calls the model. Raises :class:`InputError` when there is none that loads."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001  tokenizers fail in as many ways as there are tokenizers
-        raise InputError(f"{folder}: its tokenizer cannot be loaded, so there is no text to run ({error})") from None
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"{of or folder}: its tokenizer cannot be loaded, so there is no text to run; put its files beside the weights ({why})"
+        ) from None
 
 
 #: The split of a dataset that is read for each purpose, unless the recipe names one.

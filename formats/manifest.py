@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +75,9 @@ def ledger_digest(ledger: list[dict[str, Any]]) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises :class:`FormatError` when there is none, or it is not whole."""
+    if not os.path.lexists(folder / MANIFEST):
+        what = f"no {MANIFEST} in it, so octavo did not make it" if folder.is_dir() else "no such folder"
+        raise FormatError(f"{folder}: {what}; give a folder that octavo convert made")
     raw = read_json(folder / MANIFEST)
     if not isinstance(raw, dict) or raw.get("manifest_version") != VERSION:
         raise FormatError(f"{folder / MANIFEST}: not a manifest of version {VERSION}; it was made by another version of octavo")

@@ -79,7 +79,7 @@ def verify(folder: Path, *, quick: bool = False) -> Verdict:
 
 def _verify_foreign(folder: Path, *, quick: bool) -> Verdict:
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder")
+        raise FormatError(f"{folder}: {'a file; give the folder around it' if folder.exists() else 'no such folder'}")
     if not has_graph(folder) and not any((folder / name).exists() for name in ("config.json", SINGLE_FILE, INDEX_FILE)):
         raise FormatError(f"{folder}: no config.json, {SINGLE_FILE} or {MANIFEST} is there; give the folder of a checkpoint")
     if has_graph(folder):

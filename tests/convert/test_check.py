@@ -214,6 +214,13 @@ def test_a_runtime_that_cannot_load_it_is_a_failed_check_and_no_crash(make_llama
     assert {"promises", "numbers: largest error / bound", "transformers: loads and runs"} <= failed(report)
 
 
+def test_artifacts_of_two_models_are_not_checked_against_one_of_them(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    made = [pipeline.convert(recipe_for(make_llama(seed=i)), tmp_path / f"{i}", check=False).artifacts[0].path for i in (0, 1)]
+    with pytest.raises(InputError, match=r"1/q was made with another model than .*0/q; check them one by one"):
+        pipeline.prove(made)
+    assert not list(tmp_path.glob("*/*.report.json"))
+
+
 def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("not much")
     with pytest.raises(InputError, match=r"validation text .*short.txt: 8 tokens, 256 are needed"):

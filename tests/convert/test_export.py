@@ -20,7 +20,7 @@ from convert import export as export_module
 from convert import pipeline
 from convert.progress import QUIET
 from convert.recipe import parse_recipe
-from formats.errors import BusyError, MachineError, NumericsError
+from formats.errors import BusyError, InputError, MachineError, NumericsError
 from formats.manifest import read_manifest
 from formats.verify import verify
 
@@ -177,6 +177,39 @@ def test_two_runs_on_one_output_refuse_each_other(make_llama: Any, recipe_for: A
     with export_module._locked(tmp_path / ".q.partial", tmp_path / "q"), pytest.raises(BusyError, match="another run is writing it"):
         make(recipe, tmp_path)
     make(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "source"])
+def test_what_octavo_did_not_make_is_never_replaced(make_llama: Any, recipe_for: Any, tmp_path: Path, what: str) -> None:
+    final, source = tmp_path / "out" / "q", make_llama()
+    final.parent.mkdir()
+    if what == "file":
+        final.write_text("mine")
+    elif what == "folder":
+        final.mkdir()
+        (final / "thesis.txt").write_text("mine")
+    else:
+        source = shutil.copytree(make(recipe_for(source), tmp_path / "first")[0], final)  # an artifact, but what is to be read
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match=r"out/q(: the model that is to be converted lies there| is there, and not an artifact)"):
+        pipeline.convert(recipe_for(source, "fp8-dynamic"), tmp_path / "out", check=False)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["q"]
+
+
+def test_an_artifact_takes_the_place_of_an_older_one_and_of_an_empty_folder(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "out" / "q").mkdir(parents=True)
+    for scheme in ("int8-dynamic", "fp8-dynamic"):
+        (path,) = make(recipe_for(make_llama(), scheme), tmp_path / "out")
+        assert verify(path).passed
+        assert {entry.get("scheme") for entry in read_manifest(path).ledger} == {scheme, None}
+
+
+def test_an_output_that_is_a_file_is_a_mistake_in_one_sentence(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(InputError, match=r"notes/sub.*: cannot be written \(Not a directory\); choose another --out"):
+        make(recipe_for(make_llama()), tmp_path / "notes" / "sub")
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk")

@@ -13,10 +13,13 @@ from families import FAMILIES, save_family
 
 from convert import pipeline
 from convert.architecture import describe
+from convert.export import export
 from convert.plan import Plan, make_plan
+from convert.progress import QUIET
 from convert.source import open_source
 from formats.errors import RecipeError, SourceError
 from formats.safetensors import TensorSpec
+from formats.verify import verify
 
 HEAD_KEPT = """\
 model: {model}
@@ -193,7 +196,15 @@ def test_a_checkpoint_that_lacks_a_parameter_is_refused(make_llama: Any, recipe_
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SourceError, match=r"model.layers.1.mlp.up_proj.weight of LlamaForCausalLM .* is in no weight file"):
+    with pytest.raises(SourceError, match=r"model.layers.1.mlp.up_proj.weight of LlamaForCausalLM is in no weight file"):
+        plan_of(recipe_for(folder))
+
+
+def test_weights_of_another_shape_than_the_config_s_are_refused(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 310}))
+    with pytest.raises(SourceError, match=r"lm_head.weight \(and 1 more\) has the shape \[300, 64\], and the model .* wants \[310, 64\]"):
         plan_of(recipe_for(folder))
 
 
@@ -205,6 +216,36 @@ def test_a_tensor_the_model_has_no_use_for_is_kept_and_said_so(make_llama: Any, 
     save_file({**tensors, "rotary.inv_freq": torch.ones(4, 4)}, folder / "model.safetensors", metadata={"format": "pt"})
     entry = next(entry for entry in plan_of(recipe_for(folder)).targets[0].entries if entry.tensor.name == "rotary.inv_freq")
     assert entry.why == "no parameter of the architecture"
+
+
+def test_layers_behind_the_last_one_are_kept_where_readers_know_of_it(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """As DeepSeek-V3 and GLM-4.5 have them, to predict more than one token ahead: vLLM builds them, and would look for codes."""
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    job = plan_of(recipe_for(folder))
+    assert "model.layers.1.mlp.up_proj" in job.targets[0].config["quantization_config"]["ignore"]
+    assert re.search(r"^model.layers.1.*\(and 8 more\), 0.1 MB, is no parameter of LlamaForCausalLM", "\n".join(job.warnings()), re.M)
+    (artifact,) = export(job, tmp_path, QUIET)
+    assert verify(artifact.path).findings == ()
+
+
+def test_a_rule_that_finds_no_layer_of_a_known_model_does_not_blame_transformers(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    with pytest.raises(RecipeError, match=r"'linear' matches nothing in .*; none of its tensors is the weight of a linear layer"):
+        plan_of(recipe_for(folder))
+
+
+def test_the_own_code_of_a_model_that_does_not_work_is_an_error_of_the_model(make_llama: Any, recipe_for: Any) -> None:
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    with pytest.raises(SourceError, match=r"the model needs code of its own .*set trust_remote_code: true"):
+        plan_of(recipe_for(folder))
+    with pytest.raises(SourceError, match=r"its own code does not build the model \(OSError: .*configuration_own.py"):
+        plan_of(recipe_for(folder, trust_remote_code="true"))
 
 
 def test_a_config_that_transformers_cannot_build_is_the_config_s_fault(make_llama: Any, recipe_for: Any) -> None:

@@ -75,7 +75,12 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
             SHORTEST + "    rules: [{match: linear, scheme: int8-dynamc}]\n",
             "r.yaml:5:29: no scheme is called 'int8-dynamc' (did you mean int8-dynamic?)",
         ),
-        (SHORTEST + "    rules: []\n", "r.yaml:5:5: targets.0.rules:"),
+        (SHORTEST + "    rules: []\n", "r.yaml:5:5: targets.0.rules must not be empty"),
+        (SHORTEST + "    runtimes: vllm\n", "r.yaml:5:5: targets.0.runtimes must be a list, got 'vllm'; write [...]"),
+        (SHORTEST + "    runtimes: [vllm, vllm]\n", "r.yaml:5:5: vllm is there twice"),
+        (SHORTEST + "    limits: 5\n", "r.yaml:5:5: targets.0.limits must be a mapping of keys, got 5"),
+        (SHORTEST + "    limits: {kl_nats: .inf}\n", "r.yaml:5:14: targets.0.limits.kl_nats: input should be a finite number"),
+        (SHORTEST + "validation: {text: ''}\n", "r.yaml:5:14: validation.text: string should have at least 1 character"),
         (SHORTEST + "    max_shard_size: 5 apples\n", "r.yaml:5:5: '5 apples' is no size"),
         (
             SHORTEST + "  - name: W8A8\n    format: compressed-tensors\n",
@@ -106,6 +111,12 @@ def test_anchors_may_be_used_and_may_not_explode() -> None:
 
 def test_deep_nesting_is_an_error_and_no_crash() -> None:
     assert complaint("model: " + "[" * 20_000)
+
+
+def test_a_step_with_nothing_behind_its_colon_is_the_algorithm_with_its_defaults() -> None:
+    rule = "    rules:\n      - {match: linear, scheme: int8-dynamic, algorithm: [%s]}\n"
+    said, named = (parse_recipe(SHORTEST + rule % steps, "r.yaml") for steps in ("{smoothquant: }, {gptq: }", "smoothquant, gptq"))
+    assert said.resolved() == named.resolved()
 
 
 def test_overrides_replace_values_and_say_where_they_are_wrong() -> None:

@@ -59,6 +59,10 @@ def test_the_licence_is_read_from_the_card(make_llama: Any) -> None:
     folder = make_llama()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# hi\n")
     assert open_source(str(folder)).licence == "mit"
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    assert open_source(str(folder)).licence is None
+    (folder / "README.md").write_bytes(b"---\nlicense: caf\xe9\n---\n")
+    assert open_source(str(folder)).licence is None
 
 
 def header(entries: dict[str, Any], body: int = 0) -> bytes:
