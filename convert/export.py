@@ -426,13 +426,15 @@ class _Writer:
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""
         journal = self._partial / JOURNAL
-        lines = journal.read_text().split("\n") if journal.exists() else []
+        lines = journal.read_text(errors="replace").split("\n") if journal.exists() else []
         whole = all((self._partial / shard.file).exists() for shard in self.target.shards)
         if lines and lines[0] == self._digest and whole:
             # The last element is what comes after the last newline: a line cut short by a kill, or nothing.
             self.done = set(lines[1:-1]) & set(self._entries)
-            self._resume_health()
-            return
+            with suppress(ValueError, KeyError, TypeError):  # of notes that a power cut left unwritten
+                self._resume_health()
+                return
+            self.done, self.health = set(), {}
         for path in self._partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
