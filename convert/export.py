@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Condition, Lock, Thread
@@ -187,6 +188,7 @@ def _stream(
                 writer.write(piece)
                 writer.finished(entry.tensor.name)
     done = {name: frozenset(writer.done) for name, writer in writers.items()}
+    largest = cache(partial(quantize.largest_of, plan.checkpoint))
     work = list(quantize.plan_work(list(targets.values()), list(plan.checkpoint.tensors.values()), done, gpu=device != "cpu"))
     with (
         progress.stage("converting", sum(item.size_bytes for item in work)) as advance,
@@ -194,7 +196,7 @@ def _stream(
     ):
 
         def one(item: quantize.Work) -> quantize.Work:
-            for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device):
+            for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device, largest=largest):
                 writers[piece.target].write(piece)
             return item
 
