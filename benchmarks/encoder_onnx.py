@@ -27,12 +27,13 @@ RULES = {
     "float32": "[{match: linear, keep: true, why: the float graph}]",
     "octavo w8": "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]",
     "octavo w8 g32": "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only-g32}]",
+    "octavo w8 int8x2": "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]",
     "octavo w8a8": "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-dynamic}]",
 }
 RECIPE = """\
 model: {model}
 targets:
-  - {{name: {name}, format: onnx, rules: {rules}, runtimes: [onnxruntime]}}
+  - {{name: {name}, format: onnx, options: {{{options}}}, rules: {rules}, runtimes: [onnxruntime]}}
 """
 
 
@@ -60,7 +61,7 @@ def convert(name: str, workdir: Path) -> Path:
     if (workdir / target).exists():
         return next((workdir / target).glob("onnx/*.onnx"))
     recipe = workdir / f"{target}.yaml"
-    recipe.write_text(RECIPE.format(model=SAMPLE, name=target, rules=RULES[name]))
+    recipe.write_text(RECIPE.format(model=SAMPLE, name=target, rules=RULES[name], options="inputs: int8x2" if "int8x2" in name else ""))
     usage = run_measured([sys.executable, "-m", "convert", "convert", str(recipe), "--out", str(workdir), "--no-check"])
     print(
         json.dumps({"converted": name, "wall_seconds": round(usage.wall_seconds, 1), "peak_bytes": usage.peak_resident_bytes}), flush=True

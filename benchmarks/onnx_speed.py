@@ -33,6 +33,8 @@ GRAPHS = {
     "int8": f"format: onnx, {coded('int8-weight-only-g32')}",
     "int8-channel": f"format: onnx, {coded('int8-weight-only')}",
     "int8-ort": f"format: onnx-matmulnbits, options: {{attention: gqa}}, {coded('int8-weight-only-g32')}",
+    "int8-ort-g128": f"format: onnx-matmulnbits, options: {{attention: gqa}}, {coded('int8-weight-only-g128')}",
+    "int8x2": f"format: onnx, options: {{inputs: int8x2}}, {coded('int8-weight-only')}",
     "w8a8": f"format: onnx, {coded('int8-dynamic')}",
 }
 RECIPE = """\

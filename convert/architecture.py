@@ -68,7 +68,8 @@ class Architecture:
     ``context_length`` in tokens and ``cache_bytes_per_token`` (keys and values in 16 bit) where the config says them.
     ``attentions``: who was seen to write keys and values to the cache, None where that could not be observed.
     ``replaceable``: the linear modules that transformers' bitsandbytes may replace: of torch's class itself or Conv1D, no subclass.
-    ``skipped``: the patterns it leaves alone unless told which. ``predicts``: it predicts next tokens; ``reads``: what it is given,
+    ``skipped``: the patterns it leaves alone unless told which. ``begun_outside``: the linear modules whose weight transformers reaches for
+    through the module around them when it loads. ``predicts``: it predicts next tokens; ``reads``: what it is given,
     ``input_ids`` or ``pixel_values``; ``encoder_decoder``: it writes about what it has read. ``blocks``: the modules it is a stack of, in
     order; what flows between them has ``hidden_size`` features.
     """
@@ -85,6 +86,7 @@ class Architecture:
     attentions: tuple[Attention, ...] | None
     replaceable: frozenset[str]
     skipped: tuple[str, ...]
+    begun_outside: frozenset[str] = frozenset()
     predicts: bool = True
     reads: str = "input_ids"
     encoder_decoder: bool = False
@@ -147,13 +149,20 @@ def describe(
         attentions=attentions,
         replaceable=_replaceable(model),
         skipped=tuple(sorted(get_keys_to_not_convert(model))),
+        begun_outside=_begun_outside(model),
         blocks=blocks_of(model),
         hidden_size=getattr(text_config, "hidden_size", None),
         predicts=bool(model.can_generate()),
         reads=str(model.main_input_name),
         encoder_decoder=bool(model.config.is_encoder_decoder and model.can_generate()),
         misshapen={
-            name: shape for name, shape in shapes.items() if shape != tensors[name].shape and (renamed := found[name]) and not renamed[1]
+            name: shape
+            for name, shape in shapes.items()
+            if shape != tensors[name].shape
+            and (renamed := found[name])
+            and not renamed[1]
+            # Experts in one tensor may lie (in, out) where the model has (out, in); what they are cut into knows that.
+            and not (parameters[name].parts and parameters[name].kind == "expert" and sorted(shape) == sorted(tensors[name].shape))
         },
     )
 
@@ -275,6 +284,32 @@ def _replaceable(model: Any) -> frozenset[str]:
 
     linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear or isinstance(module, Conv1D)}
     return frozenset(name for name in linear if not skips(name, model._keep_in_fp32_modules or ()))
+
+
+def _begun_outside(model: Any) -> frozenset[str]:
+    """Asks the model, by taking the weights of linear children away for a moment. ``from_pretrained`` (transformers 5.23) calls
+    ``_init_weights`` for every module that holds no tensor of the file itself, an attention of T5 for instance, and in some models that
+    writes ``self.q.weight``: what is there already is left alone, but a layer of packed codes has no such name."""
+    import torch
+
+    found: set[str] = set()
+    owners = {name: owner for name, owner in model.named_modules() if hasattr(owner, "_init_weights")}
+    for name, module in model.named_modules():
+        children = {child: layer for child, layer in module.named_children() if _is_linear(layer)}
+        weights = {child: layer._parameters.pop("weight") for child, layer in children.items()}
+        owner = owners[max((outer for outer in owners if not outer or f"{name}.".startswith(f"{outer}.")), key=len)]
+        try:
+            with torch.no_grad():
+                if children:
+                    owner._init_weights(module)
+        except AttributeError:
+            found |= {f"{name}.{child}".removeprefix(".") for child in children}
+        except Exception:  # noqa: BLE001  whatever else it does that has no meta kernel: its weights were there
+            pass
+        finally:
+            for child, layer in children.items():
+                layer._parameters["weight"] = weights[child]
+    return frozenset(found)
 
 
 def _is_computed(model: Any, parameter: str) -> bool:

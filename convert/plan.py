@@ -393,6 +393,7 @@ def _plan_target(
         entries = tuple(_copied(entry) if entry.tensor.name in shared else entry for entry in entries)
     _require_loadable(recipe, index, target, entries, claims, architecture)
     _require_biases(recipe, index, target, claims, checkpoint)
+    _require_halvable(recipe, index, target, entries, claims)
     _require_predictions(recipe, index, target, predicts=predicts)
     entries += _cache_entries(recipe, index, target, architecture, checkpoint, dtype)
     specs = [spec for entry in entries for spec in entry.outputs]
@@ -469,11 +470,13 @@ def _plan_files(
             "source": {"origin": checkpoint.origin, "commit": checkpoint.commit},
         }
         blocks, limit = target.format == "onnx-matmulnbits", target.max_shard_size
+        halves = target.options.inputs == "int8x2"
         if traced:
             files = plan_traced(
                 traced,
                 lambda one: _placed([entry for entry in entries if entry.tensor.name in one.tensors], one, blocks=blocks),
                 lambda one: _read_by(one, entries),
+                halves=halves,
                 max_file_bytes=limit,
                 provenance=provenance,
             )
@@ -484,6 +487,7 @@ def _plan_files(
                 specs,
                 dtype=contents.dtype,
                 attention=target.options.attention or "standard",
+                halves=halves,
                 max_file_bytes=limit,
                 provenance=provenance,
             )
@@ -578,6 +582,10 @@ def _cautions(
         if judgement.refusal:
             raise RecipeError(f"{recipe.where('targets', index, 'runtimes', i)}: {judgement.refusal}")
         found += judgement.warnings
+    if target.options.inputs == "int8x2" and "openvino" in target.runtimes:
+        found.append(
+            "openvino computes products of two codes as floats: the same numbers, and neither memory nor speed is won (seen: 2026.4.1)"
+        )
     return tuple(found)
 
 
@@ -882,6 +890,12 @@ def _require_loadable(
                 f"{where(hidden)}: {hidden.tensor.name} cannot be {_fate(hidden)}: in {name} its layer is a Linear with arithmetic of "
                 "its own, which does not find packed codes; use a scheme with 8-bit activations, or FP8"
             )
+        reached = next((entry for entry in quantized if _is_packed(entry) and entry.modules[0] in _begun_outside(architecture)), None)
+        if reached is not None:
+            raise RecipeError(
+                f"{where(reached)}: {reached.tensor.name} cannot be {_fate(reached)}: while {name} loads this model it asks the layer for "
+                "a weight, and one of packed codes has none (AttributeError); use a scheme with 8-bit activations, or FP8"
+            )
         integers = next((entry for entry in quantized if entry.scheme and entry.scheme.weight.grid.kind == "int"), None)
         kept = next((module for module in merged if not fates[module].scheme and len(fates[module].parts) == 1), None)
         if runtime.merges and integers is not None and kept is not None:
@@ -889,6 +903,27 @@ def _require_loadable(
                 f"{where(integers)}: {name} would read {kept}, which is kept, as the codes that {integers.modules[0]} has; quantize the "
                 f"experts too (one of {', '.join(sorted(runtime.merges))}), or the other layers in FP8"
             )
+
+
+def _require_halvable(recipe: Recipe, index: int, target: Target, entries: Iterable[Entry], claims: Mapping[str, tuple[Rule, str]]) -> None:
+    """Raises :class:`RecipeError` where inputs of products of weights alone shall be two codes, and there is no such product, or one whose
+    sums have more scales than one a channel, or a runtime that has none for such codes."""
+    if target.options.inputs != "int8x2":
+        return
+    where = recipe.where("targets", index, "options", "inputs")
+    alone = [entry for entry in entries if entry.scheme and entry.scheme.activation is None and not entry.scheme.lookup]
+    odd = next((entry for entry in alone if entry.scheme and not entry.scheme.halvable), None)
+    if odd is not None:
+        raise RecipeError(
+            f"{_position(recipe, index, *claims[odd.tensor.name])}: {odd.tensor.name} is {_fate(odd)}, and inputs: int8x2 is for products "
+            "with one scale a channel; use int8-weight-only, or leave inputs out"
+        )
+    if not alone:
+        raise RecipeError(f"{where}: no layer has INT8 weights alone, so there are no inputs to be two codes; leave it out")
+    if "onnxruntime-gpu" in target.runtimes:
+        raise RecipeError(
+            f"{where}: int8x2 is for a CPU; onnxruntime-gpu has no MatMulInteger for unsigned codes on CUDA, and would multiply on the host"
+        )
 
 
 def _require_biases(recipe: Recipe, index: int, target: Target, claims: Mapping[str, tuple[Rule, str]], checkpoint: Checkpoint) -> None:
@@ -934,7 +969,16 @@ def _is_hidden(entry: Entry, architecture: Architecture | None) -> bool:
     """Whether a module that is not torch's own Linear would look for its weight under a name that the artifact does not have."""
     if architecture is None or entry.kind != "linear" or entry.modules[0] in architecture.replaceable:
         return False
+    return _is_packed(entry)
+
+
+def _is_packed(entry: Entry) -> bool:
+    """Whether its codes lie under another name than the weight."""
     return not any(output.name.endswith(".weight") for output in entry.outputs)
+
+
+def _begun_outside(architecture: Architecture | None) -> frozenset[str]:
+    return architecture.begun_outside if architecture else frozenset()
 
 
 def respellable(existing: Quantization, wanted: Quantization, parts: Iterable[Part]) -> bool:

@@ -1044,7 +1044,7 @@ _ONNXRUNTIME = (
         "native",
         "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-24",
         "at load DequantizeLinear and MatMul become MatMulNBits, which rounds its inputs to INT8 (accuracy_level 4); "
-        "session.qdq_matmulnbits_accuracy_level=1 leaves them floats",
+        "session.qdq_matmulnbits_accuracy_level=1 leaves them floats. With inputs: int8x2 MatMulInteger runs, inputs in two codes",
     ),
     Row(
         "onnxruntime",

@@ -113,6 +113,11 @@ class Scheme:
         """Whether it stores a scale for its input, which only calibration can tell."""
         return self.activation is not None and not self.activation.dynamic
 
+    @property
+    def halvable(self) -> bool:
+        """Whether its products are sums of integers times one scale a channel: INT8 weights alone, whose inputs may be codes too."""
+        return self.activation is None and self.weight.grid.kind == "int" and self.weight.tile == PER_CHANNEL and not self.lookup
+
 
 _EIGHT_BY_EIGHT = Quality(kl_nats=0.05, top1=0.85, perplexity_ratio=1.05, relative_error=0.1)
 _WEIGHT_ONLY = Quality(kl_nats=0.03, top1=0.88, perplexity_ratio=1.03, relative_error=0.05)

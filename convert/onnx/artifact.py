@@ -36,6 +36,7 @@ def plan_decoder(
     *,
     dtype: str,
     attention: str,
+    halves: bool,
     max_file_bytes: int,
     provenance: Mapping[str, Any],
 ) -> Files:
@@ -49,7 +50,7 @@ def plan_decoder(
     name = graph_file(quantized=bool(schemes), dtype=dtype)
     shards, initializers = lay_out(specs, plan_packs(decoder, stored), name, max_file_bytes)
     facts = _facts(schemes, initializers, provenance, ("onnx", "onnx-ir"))
-    graph = build(decoder, stored, initializers, dtype=dtype, attention=attention, metadata=facts)
+    graph = build(decoder, stored, initializers, dtype=dtype, attention=attention, halves=halves, metadata=facts)
     genai = json_bytes(_genai_config(config, decoder, name, shared=attention == "gqa"))
     return Files(shards, {name: graph, "genai_config.json": genai}, _external(name, shards))
 
@@ -59,6 +60,7 @@ def plan_traced(
     placed: Callable[[Traced], Mapping[str, Placed]],
     specs: Callable[[Traced], Sequence[TensorSpec]],
     *,
+    halves: bool,
     max_file_bytes: int,
     provenance: Mapping[str, Any],
 ) -> Files:
@@ -76,6 +78,7 @@ def plan_traced(
             one,
             there,
             initializers,
+            halves=halves,
             metadata=partial(_traced_facts, schemes, initializers, provenance, tools),
         )
         counts = {**files.config["transformers.js_config"]["use_external_data_format"], **_chunks(name, shards)}

@@ -38,12 +38,15 @@ def build(
     *,
     dtype: str,
     attention: str,
+    halves: bool,
     metadata: Mapping[str, str],
 ) -> bytes:
     """The graph as bytes, its weights by reference. ``stored`` by the model's name of a parameter, ``dtype``: F32 or F16, of what is not
-    quantized; ``attention``: ``standard`` or ``gqa``. Raises ``KeyError`` for a parameter that is not there."""
+    quantized; ``attention``: ``standard`` or ``gqa``; ``halves``: as :class:`Nodes` has it. Raises ``KeyError`` for a parameter that is
+    not there."""
     grouped = attention == "gqa"
-    nodes = Nodes(ir.DataType(DATA_TYPES[dtype]), stored, {item.spec.name: item for item in initializers}, fused=grouped)
+    files = {item.spec.name: item for item in initializers}
+    nodes = Nodes(ir.DataType(DATA_TYPES[dtype]), stored, files, fused=grouped, halves=halves)
     integers = ir.DataType.INT64
     ids = nodes.input("input_ids", integers, ("batch_size", "sequence_length"))
     attended = nodes.input("attention_mask", integers, ("batch_size", "total_sequence_length"))

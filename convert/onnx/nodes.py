@@ -56,15 +56,27 @@ def packed_name(modules: Sequence[str]) -> str:
     return f"{parent}.{'_'.join(name.removesuffix('_proj') for name in last)}_proj"
 
 
+#: The largest code of a half. Seven bits, because ONNX Runtime adds pairs of products of unsigned and signed codes in 16 bits where a CPU
+#: has no VNNI: 2 x (64 + 63) x 127 is within, twice a whole byte's would be cut off.
+HALF = 63
+
+
 class Nodes:
     """A graph in the making: nodes in their order, and the tensors they read. ``fused``: by ONNX Runtime's own operators where one does
-    what would take several of the standard's."""
+    what would take several of the standard's. ``halves``: inputs of products of INT8 weights alone are two codes each."""
 
     def __init__(
-        self, dtype: ir.DataType, stored: Mapping[str, Stored], initializers: Mapping[str, Initializer], *, fused: bool = False
+        self,
+        dtype: ir.DataType,
+        stored: Mapping[str, Stored],
+        initializers: Mapping[str, Initializer],
+        *,
+        fused: bool = False,
+        halves: bool = False,
     ) -> None:
         self.dtype = dtype
         self.fused = fused
+        self._halves = halves
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.stored = stored
@@ -72,6 +84,7 @@ class Nodes:
         self._constants: dict[str, ir.Value] = {}
         self._used: dict[str, ir.Value] = {}
         self._dynamic: dict[ir.Value, ir.Value] = {}
+        self._halved: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[str | int]) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
@@ -167,6 +180,8 @@ class Nodes:
             sizes = {"K": weight.columns, "N": self._files[weight.name].spec.shape[0], "bits": 8, "block_size": weight.block_size}
             scales = self.scale(weight.scale)
             return self.op("MatMulNBits", module, value, self.tensor(weight.name), scales, domain=ORT, accuracy_level=4, **sizes)
+        if self._halves and scheme.halvable:
+            return self._product_of_halves(module, weight, value)
         columns = scheme.weight.tile.columns
         attributes: dict[str, Any] = {"axis": 0, "block_size": columns} if columns else {"axis": 1}
         if scheme.weight.tile.rows is None:
@@ -188,3 +203,39 @@ class Nodes:
         zero = self.constant(f"zero.{activation.grid.dtype}", np.zeros((), dtype=ir.DataType(DATA_TYPES[activation.grid.dtype]).numpy()))
         codes = self.op("QuantizeLinear", f"{module}.input.codes", value, scale, zero)
         return self.op("DequantizeLinear", f"{module}.input", codes, scale, zero)
+
+    def _product_of_halves(self, module: str, weight: Stored, value: ir.Value) -> ir.Value:
+        """An input x (..., in) whose largest magnitude along its last axis is m, times codes W (in, out) with scales s (out,), in INT8:
+        c1 = round(63 x / m), c2 = round(126 x 63 (x / m - c1 / 63)), and y = m s (c1 W / 63 + c2 W / (126 x 63)).
+
+        Both are rows of one product, so weights are read once; what is left of x is 14 bits. Sums are exact: 64 x 127 x in stays within
+        32 bits up to 264,000 input features."""
+        codes, worth = self._halves_of(module, value)
+        sums = self.op("MatMulInteger", f"{module}.sums", codes, self.tensor(weight.name), self._half_zero())
+        floats = self.op("Cast", f"{module}.halves", sums, to=ir.DataType.FLOAT)
+        row = self.op("Squeeze", f"{module}.row", self.op("MatMul", f"{module}.together", worth, floats), self.integer(-2))
+        whole = self.dtype == ir.DataType.FLOAT
+        product = self.op("Mul", module if whole else f"{module}.scaled", row, self.tensor(weight.scale))
+        return product if whole else self.op("Cast", module, product, to=self.dtype)
+
+    def _halves_of(self, module: str, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Codes (..., 2, in) of an input (..., in), uint8 around 64, and what one of each is worth, float32 (..., 1, 2)."""
+        if value not in self._halved:
+            name, step, single = f"{module}.input", 1 / HALF, np.float32
+            floats = value if self.dtype == ir.DataType.FLOAT else self.op("Cast", f"{name}.float", value, to=ir.DataType.FLOAT)
+            row = self.op("Unsqueeze", f"{name}.row", floats, self.integer(-2))
+            largest = self.op("ReduceMax", f"{name}.largest", self.op("Abs", f"{name}.magnitudes", row), self.integer(-1), keepdims=1)
+            # A row of zeros, as padding may have, stays zeros.
+            largest = self.op("Max", f"{name}.unit", largest, self.constant("half.least", single(np.finfo(np.float32).tiny)))
+            share = self.op("Div", f"{name}.share", row, largest)
+            coarse, fine = self.constant("half.coarse", single(step)), self.constant("half.fine", single(step / (2 * HALF)))
+            first = self.op("QuantizeLinear", f"{name}.first", share, coarse, self._half_zero())
+            rest = self.op("Sub", f"{name}.rest", share, self.op("DequantizeLinear", f"{name}.near", first, coarse, self._half_zero()))
+            second = self.op("QuantizeLinear", f"{name}.second", rest, fine, self._half_zero())
+            codes = self.op("Concat", f"{name}.codes", first, second, axis=-2)
+            steps = self.constant("half.steps", np.array([[step, step / (2 * HALF)]], dtype=np.float32))
+            self._halved[value] = codes, self.op("Mul", f"{name}.worth", largest, steps)
+        return self._halved[value]
+
+    def _half_zero(self) -> ir.Value:
+        return self.constant("half.zero", np.array(HALF + 1, dtype=np.uint8))

@@ -127,16 +127,17 @@ def rewrite(
     placed: Mapping[str, Placed],
     initializers: Iterable[Initializer],
     *,
+    halves: bool,
     metadata: Callable[[Sequence[str]], Mapping[str, str]],
 ) -> bytes:
-    """The graph as bytes, its weights by reference: ``placed`` by the checkpoint's name of a tensor; ``metadata``: what it says of itself,
-    given the names of its constants, which come from no tensor. Raises :class:`FormatError` for codes that the graph would read as
-    something else than the weight of a linear layer."""
+    """The graph as bytes, its weights by reference: ``placed`` by the checkpoint's name of a tensor; ``halves``: as
+    :class:`~convert.onnx.nodes.Nodes` has it; ``metadata``: what it says of itself, given the names of its constants, which come from no
+    tensor. Raises :class:`FormatError` for codes that the graph would read as something else than the weight of a linear layer."""
     import onnx
 
     model = ir.from_proto(onnx.ModelProto.FromString(traced.graph))
     graph = model.graph
-    nodes = Nodes(ir.DataType(DATA_TYPES[traced.dtype]), {}, {item.spec.name: item for item in initializers})
+    nodes = Nodes(ir.DataType(DATA_TYPES[traced.dtype]), {}, {item.spec.name: item for item in initializers}, halves=halves)
     for node in list(graph):
         reading = _reading(node)
         if reading is not None and reading.parameter in traced.parameters:

@@ -111,6 +111,41 @@ def test_what_no_reader_could_load_is_refused_with_its_line(family: str, scheme:
         pipeline.plan(recipe(save_family(family, tmp_path), quantize(scheme), runtime=runtime))
 
 
+OUTSIDE = {
+    "T5EncoderModel": ("T5Config", {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 300}),
+    "SiglipVisionModel": (
+        "SiglipVisionConfig",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("model", OUTSIDE)
+def test_a_layer_that_transformers_asks_for_its_weight_while_it_loads_is_not_packed(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways: with codes under the weight's own name it loads and is close; packed, transformers would end in an AttributeError."""
+    config, settings = OUTSIDE[model]
+    torch.manual_seed(0)
+    plain = getattr(transformers, model)(getattr(transformers, config)(**settings)).to(torch.bfloat16).eval()
+    plain.save_pretrained(tmp_path / "source")
+    kept = "{match: '*.wo', keep: true, why: float32 there}" if model.startswith("T5") else "{match: 'head.*', keep: true, why: of torch}"
+    rules = kept, quantize("int8-weight-only")
+    with pytest.raises(RecipeError, match=r"test.yaml:\d+:9: .* cannot be int8-weight-only: while transformers loads this model it asks"):
+        pipeline.plan(recipe(tmp_path / "source", *rules))
+    path, _ = converted(recipe(tmp_path / "source", kept, quantize("int8-dynamic")), tmp_path / "out")
+    loaded = getattr(transformers, model).from_pretrained(path, dtype="auto")
+    pictures = torch.randn(1, 3, 32, 32, dtype=torch.bfloat16)
+    given = {"pixel_values": pictures} if model.startswith("Siglip") else {"input_ids": torch.arange(3, 19)[None]}
+    with torch.no_grad():
+        found, expected = (part(**given).last_hidden_state.float() for part in (loaded, plain))
+    assert 0.99 < cosine(found, expected) < 1
+    monkeypatch.setattr("convert.plan._begun_outside", lambda _: frozenset())
+    packed, _ = converted(recipe(tmp_path / "source", *rules), tmp_path / "packed")
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'weight'"):
+        getattr(transformers, model).from_pretrained(packed, dtype="auto")
+
+
 def test_a_head_under_another_name_is_quantized_when_named_and_keeps_its_name_on_disk(tmp_path: Path) -> None:
     source = save_family("gpt_neox", tmp_path)
     rules = quantize("int8-dynamic", "embed_out"), quantize("fp8-dynamic")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -22,6 +24,7 @@ from convert import pipeline
 from convert.export import export as export_plan
 from convert.numbers import compare
 from convert.onnx.families import FAMILIES as KNOWN
+from convert.onnx.nodes import Nodes, Stored
 from convert.progress import QUIET
 from convert.runtimes import RUNTIMES
 from convert.runtimes.onnxruntime import main as run_program
@@ -185,6 +188,99 @@ def test_int8_graph_is_the_model_with_the_weights_it_decodes_to(family: str, tmp
     ids = np.random.default_rng(0).integers(3, 300, (2, 11))
     expected = logits(model, ids)
     assert np.abs(run(out, ids)["logits"] - expected).max() < 2e-5 * max(1.0, np.abs(expected).max())
+
+
+TWO_CODES = {"targets__0__options": "{inputs: int8x2}"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt2"])
+def test_inputs_of_two_codes_leave_the_model_with_the_weights_it_decodes_to(
+    family: str, tmp_path: Path, export: Callable[..., Path]
+) -> None:
+    """Up to 14 bits, with padding and a cache, as exported and as deployed the same; floats are rounded to 8 bits once deployed."""
+    folder, model = save(family, tmp_path)
+    plain = export(folder, INT8)
+    ids = np.random.default_rng(0).integers(3, 300, (2, 11))
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    eight_bits = deployed(plain, ids, mask)
+    out = export(folder, INT8, **TWO_CODES)
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    assert verify(out).findings == ()
+    put_back(model, out)
+    largest = np.abs(expected := logits(model, ids)).max()
+    found = run(out, ids, mask)["logits"]
+    assert 1e-6 * largest < np.abs(found[0] - expected[0]).max() < 2e-3 * largest
+    assert np.abs(found[1, 4:] - logits(model, ids[1:, 4:])[0]).max() < 2e-3 * largest
+    assert np.abs(found - deployed(out, ids, mask)).max() < 1e-3 * largest
+    assert np.abs(found[0] - expected[0]).mean() < np.abs(eight_bits[0] - expected[0]).mean() / 4
+    first = run(out, ids[:1, :5])
+    rest = run(out, ids[:1, 5:], past={name: value for name, value in first.items() if name != "logits"})
+    assert np.abs(rest["logits"][0] - expected[0, 5:]).max() < 2e-3 * largest
+    products = Counter(node.op_type for node in read_graph(out / find_graph(out)).graph.node)
+    assert products["MatMulInteger"] == products["MatMul"] == 9
+
+
+def deployed(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits with the optimisations that a session has by default."""
+    session = onnxruntime.InferenceSession(str(folder / find_graph(folder)), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], feeds(session.get_inputs(), ids, mask, None))[0])
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+@pytest.mark.parametrize("largest", [1e-4, 1.0, 300.0])
+def test_a_product_of_two_codes_is_what_its_equation_says(dtype: ir.DataType, largest: float) -> None:
+    """Rows of very different sizes beside one of zeros, and weights at the ends of the grid, where a CPU without VNNI would saturate."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((2, 3, 32))
+    x = (x / np.abs(x).max(-1, keepdims=True) * np.array([1.0, 0.01, 0.5])[:, None] * largest).astype(dtype.numpy())
+    x[1, 1] = 0
+    codes = np.where(draw.random((32, 5)) < 0.5, -127, 127).astype(np.int8)
+    scales = draw.uniform(1e-3, 2e-3, 5).astype(np.float32)
+    stored = {"layer.weight": Stored("w", SCHEMES["int8-weight-only"], "s")}
+    nodes = Nodes(dtype, stored, {}, halves=True)
+    given = nodes.input("x", dtype, ("a", "b", 32))
+    for name, value in (("w", codes), ("s", scales)):
+        nodes._used[name] = ir.Value(name=name, shape=ir.Shape(value.shape), const_value=ir.tensor(value, name=name))
+    result = nodes.product("layer", stored["layer.weight"], given)
+    result.type = ir.TensorType(dtype)
+    graph = ir.Graph([given], [result], nodes=nodes.nodes, initializers=nodes.initializers(), opset_imports={"": 23}, name="product")
+    model = ir.to_proto(ir.Model(graph, ir_version=11))
+    single = x.astype(np.float64)
+    unit = np.maximum(np.abs(single).max(-1, keepdims=True), np.finfo(np.float32).tiny)
+    first = np.round(single / unit * 63)
+    second = np.round((single / unit - first / 63) * 63 * 126)
+    assert np.abs(second).max() <= 63
+    expected = (unit * (first / 63 + second / (63 * 126))) @ codes.astype(np.float64) * scales
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for got in (session.run(None, {"x": x})[0], ReferenceEvaluator(model).run(None, {"x": x})[0]):
+        # One step of the second code, where a tie falls to the other side in float32, or the last place of float16.
+        slack = 1.01 * unit / (63 * 126) * 127 * scales + (np.abs(expected) * 1e-3 + 6e-8 if dtype == ir.DataType.FLOAT16 else 1e-6 * unit)
+        assert (np.abs(got - expected) <= slack).all()
+        assert not got[1, 1].any()
+        assert np.abs(got - single @ codes.astype(np.float64) * scales).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "form", "why"),
+    [
+        (
+            "[{match: linear, scheme: int8-weight-only-g32}]",
+            "onnx",
+            r"test.yaml:6:13: .* is int8-weight-only-g32, and inputs: int8x2 is for",
+        ),
+        ("[{match: linear, scheme: int8-dynamic}]", "onnx", r"inputs: int8x2}: no layer has INT8 weights alone"),
+        ("[{match: linear, scheme: int8-weight-only}]", "onnx-matmulnbits", "onnx-matmulnbits has no such option; onnx has it"),
+        ("[{match: linear, scheme: int8-weight-only}]", "onnx, runtimes: [onnxruntime-gpu]", "int8x2 is for a CPU"),
+    ],
+)
+def test_two_codes_where_there_can_be_none_are_refused(
+    rules: str, form: str, why: str, make_llama: Any, recipe_for: Callable[..., Any]
+) -> None:
+    text = RECIPE.replace("format: onnx", f"format: {form.partition(',')[0]}")
+    text = text.replace("[onnxruntime]", "[onnxruntime-gpu]") if "gpu" in form else text
+    with pytest.raises(RecipeError, match=why):
+        pipeline.plan(recipe_for(make_llama(), rules, text=text, **{"targets.0.options": "{inputs: int8x2}"}))
 
 
 def put_back(model: Any, out: Path) -> None:

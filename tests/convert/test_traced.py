@@ -199,6 +199,7 @@ FORMS = {
     # ONNX Runtime rounds the inputs of MatMulNBits to INT8 itself; the standard's operators are exact.
     "product": ("onnx-matmulnbits", "int8-weight-only", "MatMulNBits", 0.02),
     "product-groups": ("onnx-matmulnbits", "int8-weight-only-g32", "MatMulNBits", 0.02),
+    "two-codes": ("onnx", "int8-weight-only", "MatMulInteger", 1e-3),
     "dynamic": ("onnx", "int8-dynamic", "DynamicQuantizeLinear", 0.05),
     "static": ("onnx", "int8-static", "QuantizeLinear", 0.1),
     "fp8-static": ("onnx", "fp8-static", "QuantizeLinear", 0.3),
@@ -219,6 +220,7 @@ def formed(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
             "format": form,
             "rules": [{"match": "word_embeddings" if "lookup" in scheme else "linear", "scheme": scheme}],
             "runtimes": ["onnxruntime"],
+            "options": {"inputs": "int8x2"} if name == "two-codes" else {},
         }
         for name, (form, scheme, _, _) in FORMS.items()
     ]
