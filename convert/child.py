@@ -83,8 +83,8 @@ def _alone(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]
     return done.returncode, done.stdout + done.stderr
 
 
-#: Programs that begin with the same imports, four of the five seconds that a small model takes. A CUDA context does not survive a fork, so
-#: on a GPU these begin afresh too.
+#: Programs that begin with the same imports, four of the five seconds that a small model takes. A CUDA context does not survive a fork, and
+#: torchao, which transformers imports, begins one, so on a GPU these begin afresh too.
 _FORKED = frozenset(("convert.numbers", *(f"convert.runtimes.{name}" for name in ("source", "transformers", "bitsandbytes", "harness"))))
 
 
