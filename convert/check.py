@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +46,9 @@ from formats.tensors import GRAPHS
 NEW_TOKENS = 32
 #: Tokens of a first look, at least: eight of the blocks that intervals are drawn from.
 LOOK_TOKENS = 512
+SCRATCH = ".check-"
+#: A folder of another check may be so young that it is not locked yet.
+NEWBORN_SECONDS = 60.0
 QUESTION = "What is the capital of France?"
 #: Passages of the held-out text that are continued beside the question, and how many tokens of each are given.
 PASSAGES, PASSAGE_TOKENS = 2, 40
@@ -115,8 +122,7 @@ def check(
     recipe, *_ = recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
     model = manifests[0].pinned
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=artifacts[0].parent) as scratch_name:
-        scratch = Path(scratch_name)
+    with _scratch(artifacts[0].parent) as scratch:
         checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
         text = _pictures(recipe, artifacts[0]) if _sees(checkpoint, recipe) else _held_out(recipe, artifacts[0])
         np.save(scratch / "tokens.npy", text.tokens)
@@ -170,6 +176,27 @@ def check(
                     continue
             reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
         return reports
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for logits in ``folder`` that goes again, and with it those of checks that were killed: one in use is locked."""
+    for old in folder.glob(f"{SCRATCH}*"):
+        with suppress(OSError), _locked(old):
+            if time.time() - old.stat().st_mtime > NEWBORN_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _task_request(asked: dict[str, Any], recipe: Recipe, artifact: Path, program: str) -> dict[str, Any]:

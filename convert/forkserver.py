@@ -2,7 +2,8 @@
 
 Run as ``python -m convert.forkserver``. It reads a line of JSON for each program: ``program`` (a module with a ``main``), ``arguments`` of
 that, ``folder`` in which to run, and ``output``, a file that takes what the program prints. It answers with a line when the program runs,
-its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does.
+its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does, and
+its program with it.
 
 What a GPU's driver holds does not survive a fork, so here nothing may ask for it; where an import does, it ends with :data:`UNFIT`.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
+import signal
 import sys
 import traceback
 from typing import Any
@@ -41,6 +44,10 @@ def main() -> None:
                 answers.close()
                 _become(json.loads(line))
             print(pid, file=answers, flush=True)
+            ended = os.pidfd_open(pid)
+            if ended not in select.select([ended, sys.stdin], [], [])[0]:  # nothing is asked before the answer: who asked is gone
+                os.kill(pid, signal.SIGKILL)
+            os.close(ended)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     except KeyboardInterrupt:
         pass  # the terminal's, which whoever asked has got too

@@ -349,12 +349,13 @@ class _Rivals:
         rivals = {SUM: choice}
         for name, order in self._orders.items():
             rival = filled(order, groups, most=most)
-            if rival not in rivals.values() and any(rival):
+            # What keeps every group is no artifact in 8 bit, and what keeps none is no rival.
+            if rival not in rivals.values() and any(rival) and self._quantized(rival):
                 rivals[name] = rival
+        if len(rivals) == 1:
+            return SUM, choice
         assert self.target.budget is not None
         whole = {name: self._quantized(rival) for name, rival in rivals.items()}
-        if len(rivals) == 1 or not all(whole.values()):
-            return SUM, choice
         settings = self.recipe.calibration or Calibration()
         settings = settings.model_copy(update={"seed": settings.seed + 1})
         asked = replace(self.rung.plan, recipe=self.rung.plan.recipe.model_copy(update={"calibration": settings}))

@@ -9,7 +9,7 @@ model does between blocks is its own code, so the result is that of the plain fo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ class Stand:
     _keep: Callable[[Any], Any]
     _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
+    _made: Iterator[Any] | None = None
 
     def run(self, *, keep: bool, observer: Observer | None = None) -> None:
         """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
@@ -87,9 +88,23 @@ class Stand:
         kept = {id(output): self._keep(output) for output in outputs}
         self._outputs[:] = [kept[id(output)] for output in outputs]
 
+    def hand_on_as_made(self, outputs: Iterable[Any]) -> None:
+        """:meth:`hand_on`, each made only when all before it have gone on to where the model stops next, or to its end."""
+        self._made = iter(outputs)
+
     @property
     def kept(self) -> bool:
-        return bool(self._outputs)
+        return bool(self._outputs) or self._made is not None
+
+    def take(self) -> Iterator[Any]:
+        """What each batch's call returns, once; nothing is held of what was taken."""
+        if self._made is not None:
+            yield from self._made
+            return
+        outputs, self._outputs, self.arguments = self._outputs, [], ()
+        for i in range(len(outputs)):
+            output, outputs[i] = outputs[i], None
+            yield output
 
 
 def walk(
@@ -101,6 +116,7 @@ def walk(
     scratch: Path | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
+    at_head: bool = False,
     crew: Crew = Crew(),  # noqa: B008  a frozen record
 ) -> Generator[Stand, None, None]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
@@ -109,7 +125,8 @@ def walk(
     more than once. Blocks run on ``device``; hidden states and all other code
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
-    each batch; without it the walk ends behind the last block, and the output head is never read. Of ``crew`` each thread takes a batch
+    each batch; without it the walk ends behind the last block, and the output head is never read. With ``at_head`` a head is
+    yielded behind the blocks too, and lies where hidden states do. Of ``crew`` each thread takes a batch
     through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
@@ -126,12 +143,13 @@ def walk(
     head = _prepare(skeleton, blocks, batches, home, head=finish is not None)
     scheduler = getcurrent()
     ahead = _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu")
-    originals = {name: model.get_submodule(name).forward for name in blocks}
+    stops = [*blocks, head] if at_head and head is not None else blocks
+    originals = {name: model.get_submodule(name).forward for name in stops}
 
     def stand_before(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: getcurrent().parent.switch((name, args, kwargs))
 
-    for name in blocks:
+    for name in stops:
         model.get_submodule(name).forward = stand_before(name)
 
     def start(batch: Mapping[str, Any]) -> tuple[str, Any, Any]:
@@ -151,31 +169,34 @@ def walk(
             while (name := states[0][0]) != "":
                 if any(state[0] != name for state in states):
                     raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
-                skeleton.load(name, device, read=ahead.read)
+                where = home if name == head else device
+                if name == head:
+                    originals[name] = _load_head(skeleton, name, home, originals[name])
+                else:
+                    skeleton.load(name, device, read=ahead.read)
                 seen += 1
                 if seen < len(blocks):
                     ahead.begin(blocks[seen])
 
-                def run(i: int, dtype: torch.dtype | None = None, name: str = name, states: list[Any] = states) -> Any:
+                def run(i: int, dtype: torch.dtype | None = None, name: str = name, states: list[Any] = states, where: str = where) -> Any:
                     _, args, kwargs = states[i]
-                    args, kwargs = _mapped((args, kwargs), lambda x: x.to(device, dtype if x.is_floating_point() else None))
+                    args, kwargs = _mapped((args, kwargs), lambda x: x.to(where, dtype if x.is_floating_point() else None))
                     return originals[name](*args, **kwargs)
 
                 stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park), crew)
                 yield stand
                 if not stand.kept:
                     stand.run(keep=True)
-                skeleton.free(name)
-                outputs, stand._outputs = stand._outputs, []
-                stand.arguments = ()
+                if stand._made is None:
+                    skeleton.free(name)
                 last = seen == len(blocks)
                 if last and finish is None:
                     return
-                if last and head is not None:
-                    skeleton.load(head, home) if skeleton.own_tensor(f"{head}.weight") is None else _load_head(skeleton, head, home)
-                for i, switched in enumerate(runs):
+                if last and head is not None and head not in stops:
+                    module = model.get_submodule(head)
+                    module.forward = _load_head(skeleton, head, home, module.forward)
+                for i, (switched, output) in enumerate(zip(runs, stand.take(), strict=True)):
                     states[i] = None
-                    output, outputs[i] = outputs[i], None
                     states[i] = forward(switched, output)
                     if states[i][0] == "":
                         if finish is not None:
@@ -185,7 +206,7 @@ def walk(
         for switched in runs:
             if not switched.dead:
                 switched.throw(GreenletExit)
-        for name in blocks:
+        for name in stops:
             del model.get_submodule(name).forward
             skeleton.free(name)
 
@@ -304,17 +325,18 @@ def _prepare(skeleton: Skeleton, blocks: Sequence[str], batches: Sequence[Mappin
     return head_name if head else None
 
 
-def _load_head(skeleton: Skeleton, head: str, home: str) -> None:
-    """Fills the output head as the checkpoint stores it, and has it multiply in slabs of the model's dtype."""
+def _load_head(skeleton: Skeleton, head: str, home: str, forward_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Fills the output head, a linear layer as the checkpoint stores it. What multiplies by it: that one in slabs of the model's dtype, any
+    other by ``forward_of`` the module."""
     import torch
 
     module: Any = skeleton.model.get_submodule(head)
     name = skeleton.own_tensor(f"{head}.weight")
-    assert name is not None
-    if type(module) is not torch.nn.Linear:
+    if type(module) is not torch.nn.Linear or name is None:
         skeleton.load(head, home)
-        return
+        return forward_of
     stored = skeleton.read(name).to(home)
+    module.weight = torch.nn.Parameter(stored, requires_grad=False)
     if module.bias is not None:
         skeleton.load(f"{head}.bias", home)
     step = max(1, HEAD_SLAB_ELEMENTS // stored.shape[1])
@@ -328,7 +350,7 @@ def _load_head(skeleton: Skeleton, head: str, home: str) -> None:
             logits[..., start : start + step] = torch.nn.functional.linear(x, stored[start : start + step].to(x.dtype), bias)
         return logits
 
-    module.forward = forward  # type: ignore[method-assign,assignment]
+    return forward
 
 
 def _parked(scratch: Path | None) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.plan import Entry, Plan, TargetPlan, fused
 from convert.quantize import decoded_part
+from convert.reference import PLACES, Reference
 from formats.dtypes import DTYPES
 from formats.errors import InputError, NumericsError
 from formats.scheme import SCHEMES, Quantization
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from convert.loading import Skeleton
     from convert.progress import Progress
 
-#: Tokens unless told otherwise, and in one sequence of them.
-TOKENS, LENGTH = 1024, 512
+#: Tokens unless told otherwise, and at most in one sequence of them.
+TOKENS, LENGTH = 1024, 256
 #: What is tried unless told otherwise.
 SCHEMES_TRIED = ("int8-dynamic", "fp8-dynamic")
-#: Tokens whose logits are compared at a time: what is looked at several times stays in cache.
-CHUNK = 16
+#: Lanes of which logits are computed at a time.
+LANES = 64
+#: Memory on a CPU for the lanes of one pass; what more trials cost is the source's way through the model, once a pass.
+LANES_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -273,9 +276,9 @@ def measure(
     from convert.calibrate import calibration_tokens
     from convert.recipe import Calibration
 
-    length = min(length, tokens)
+    count = math.ceil(tokens / length)
     settings = plan.recipe.calibration or Calibration()
-    settings = settings.model_copy(update={"sequences": tokens // length, "length": length, "seed": settings.seed + 1})
+    settings = settings.model_copy(update={"sequences": count, "length": tokens // count, "seed": settings.seed + 1})
     asked = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": settings}))
     with tempfile.TemporaryDirectory(prefix="octavo-") as scratch:
         sequences, record = calibration_tokens(asked, Path(scratch))
@@ -284,11 +287,18 @@ def measure(
         errors: dict[int, float] = {}
         if seconds is not None:
             started = time.perf_counter()
-            errors = _Pass(plan, trials, batches, progress, Path(scratch), device).run(to_output=False).errors
+            errors = _Pass(plan, trials, batches, progress, Path(scratch), device).run("ordering groups", to_output=False).errors
             chosen = _affordable(plan, trials, errors, spent=time.perf_counter() - started, seconds=seconds)
-        done = _Pass(plan, [trials[i] for i in chosen], batches, progress, Path(scratch), device).run(to_output=True)
-    errors |= {chosen[i]: error for i, error in done.errors.items()}
-    values = {chosen[i]: done.kl(i) for i in range(len(chosen))}
+        values: dict[int, tuple[float, float]] = {}
+        most = _lanes_at_once(plan, sum(batch.numel() for batch in batches), device)
+        passes = math.ceil(len(chosen) / most)
+        each = math.ceil(len(chosen) / max(1, passes))
+        for number in range(passes):
+            part = chosen[number * each : (number + 1) * each]
+            name = f"measuring groups{f', {number + 1} of {passes}' if passes > 1 else ''}"
+            done = _Pass(plan, [trials[i] for i in part], batches, progress, Path(scratch), device).run(name, to_output=True)
+            errors |= {part[i]: error for i, error in done.errors.items()}
+            values |= {i: done.kl(j) for j, i in enumerate(part)}
     for i, (kl, _) in values.items():
         if not math.isfinite(kl):
             raise NumericsError(f"{trials[i].modules[0]} in {trials[i].scheme}: the logits are not finite")
@@ -322,12 +332,38 @@ def _affordable(plan: Plan, trials: Sequence[Trial], errors: Mapping[int, float]
     return sorted(chosen)
 
 
+def _lane_bytes(plan: Plan, tokens: int) -> int:
+    """What a lane holds at most: what goes into a block and comes out of it, and where it began."""
+    assert plan.architecture is not None
+    return 3 * tokens * (plan.architecture.hidden_size or 0) * 4
+
+
+def _lanes_at_once(plan: Plan, tokens: int, device: str) -> int:
+    """As many as are held in memory beside the source, at least one."""
+    import psutil
+    import torch
+
+    from convert.lanes import LANE_SHARE
+
+    on_gpu = device != "cpu"
+    most = torch.cuda.mem_get_info()[0] * LANE_SHARE if on_gpu else min(LANES_BYTES, psutil.virtual_memory().available * LANE_SHARE)
+    return max(1, int(most) // max(1, _lane_bytes(plan, tokens)) - _Pass.SOURCES)
+
+
 def _block_of(blocks: Sequence[str], module: str) -> int:
     return next((i for i, block in enumerate(blocks) if module.startswith(f"{block}.")), len(blocks))
 
 
 class _Pass:
-    """One walk of the source and of trials beside it."""
+    """One walk of the source and of trials beside it.
+
+    At the head the source is ahead. Of the trials only the logits are computed that the source makes likely and a sample of the others
+    (:class:`Reference`), token by token for all lanes at once, and handed to the model, which may scale or cap each. That it does no
+    more is seen by a witness, the source's own logits at these places; if it does, all are computed.
+    """
+
+    #: Lanes of a batch before those of the trials: the source and the witness.
+    SOURCES = 2
 
     def __init__(
         self, plan: Plan, trials: Sequence[Trial], batches: Sequence[torch.Tensor], progress: Progress, scratch: Path, device: str
@@ -345,7 +381,7 @@ class _Pass:
             self._skeleton.model.set_experts_implementation("eager")
         self._reference: Reference | None = None
         self._kl: dict[int, list[torch.Tensor]] = {}
-        self._heads: dict[int, Form] = {}
+        self._in_places = False
         self.errors: dict[int, float] = {}
 
     def kl(self, trial: int) -> tuple[float, float]:
@@ -355,7 +391,7 @@ class _Pass:
         values = torch.cat(self._kl[trial]).double()
         return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
-    def run(self, *, to_output: bool) -> _Pass:
+    def run(self, name: str, *, to_output: bool) -> _Pass:
         import psutil
         import torch
 
@@ -366,49 +402,45 @@ class _Pass:
         assert self._plan.architecture is not None
         count, blocks = len(self._tokens), self._plan.architecture.blocks
         begins = [min(self._lies_in(module) for module in trial.forms) for trial in self._trials]
-        lanes = len(self._trials) + 1 if to_output else 1
-        # Batch by batch all lanes, the source first: of its logits those of one batch are kept.
+        lanes = len(self._trials) + self.SOURCES if to_output else 1
+        # Batch by batch all lanes: of the source's logits those of one batch are kept.
         batches = [{"input_ids": batch, "use_cache": False} for batch in self._tokens for _ in range(lanes)]
-        head = self._plan.architecture.head
-        self._heads = {i: trial.forms[head] for i, trial in enumerate(self._trials) if head and head in trial.forms}
         free = torch.cuda.mem_get_info()[0] if self._device != "cpu" else 0
-        lane = 3 * lanes * sum(batch.numel() for batch in self._tokens) * (self._plan.architecture.hidden_size or 0) * 4
-        place = place_for(lane, on_gpu=self._device != "cpu", gpu_free_bytes=free, host_free_bytes=psutil.virtual_memory().available)
-        stands = walk(
-            self._skeleton, batches, device=self._device, place=place, scratch=self._scratch, finish=self._finish if to_output else None
-        )
-        work = sum(len(blocks) + 1 - begin for begin in begins) + len(blocks) if to_output else len(blocks) + len(begins)
         size = sum(batch.numel() for batch in self._tokens)
-        name = "measuring groups" if to_output else "ordering groups"
+        lane_bytes = lanes * _lane_bytes(self._plan, size)
+        host = psutil.virtual_memory().available
+        place = place_for(lane_bytes, on_gpu=self._device != "cpu", gpu_free_bytes=free, host_free_bytes=host)
+        finish = partial(self._finish, lanes) if to_output else None
+        stands = walk(self._skeleton, batches, device=self._device, place=place, scratch=self._scratch, finish=finish, at_head=to_output)
+        work = sum(len(blocks) + 1 - begin for begin in begins) + len(blocks) if to_output else len(blocks) + len(begins)
         workers = cores() if self._device == "cpu" else 1
-        with (
-            self._progress.stage(name, size * work, unit="tokens") as advance,
-            self._head_hook(lanes),
-            one_thread(),
-            crew(workers) as hands,
-        ):
+        with self._progress.stage(name, size * work, unit="tokens") as advance, one_thread(), crew(workers) as hands:
             self._advance, self._hands = advance, hands
             for i, stand in enumerate(stands):
+                if i == len(blocks):
+                    stand.hand_on_as_made(self._logits(stand, lanes))
+                    continue
                 mine = [self._forms_in(trial, i) for trial in self._trials]
                 source = self._through(stand, mine, hands, range(0, count * lanes, lanes))
                 mine = [self._forms_in(trial, i) for trial in self._trials]
                 advance(size)
-                outputs = [source] if to_output else None
+                plain = [j for j, begin in enumerate(begins) if to_output and begin < i and not mine[j]]
+                through = hands.map(stand.output, [batch * lanes + self.SOURCES + j for j in plain for batch in range(count)])
+                outputs = {}
+                for j in plain:
+                    outputs[j] = [next(through) for _ in range(count)]
+                    advance(size)
                 for j in range(len(self._trials)):
-                    own = source
-                    if begins[j] == i or (begins[j] < i and to_output):
+                    if mine[j] and (begins[j] == i or to_output):
                         with _put_in(self._skeleton, mine[j]):
-                            own = list(hands.map(stand.output, range(j + 1 if to_output else 0, count * lanes, lanes)))
-                    if begins[j] == i:
-                        self.errors[j] = _mean_error(source, own)
-                    if outputs is not None:
-                        outputs.append(own)
-                    if own is not source:
+                            first = self.SOURCES + j if to_output else 0
+                            outputs[j] = list(hands.map(stand.output, range(first, count * lanes, lanes)))
+                        if begins[j] == i:
+                            self.errors[j] = _mean_error(source, outputs[j])
                         advance(size)
-                if outputs is not None:
-                    stand.hand_on([lane[batch] for batch in range(count) for lane in outputs])
-                if i == len(blocks) - 1:  # the head's products are large, and their greenlets are all in this thread
-                    torch.set_num_threads(hands.count)
+                if to_output:
+                    all_lanes = [source] * self.SOURCES + [outputs.get(j, source) for j in range(len(self._trials))]
+                    stand.hand_on([lane[batch] for batch in range(count) for lane in all_lanes])
         return self
 
     def _lies_in(self, module: str) -> int:
@@ -441,88 +473,109 @@ class _Pass:
             ]
         return outputs
 
-    @contextmanager
-    def _head_hook(self, lanes: int) -> Iterator[None]:
-        """Every batch calls the head once, in their order: those of a head's trial get what the quantized head returns."""
-        head = self._plan.architecture.head if self._plan.architecture else None
-        if not self._heads or head is None:
-            yield
-            return
-        calls = iter(range(10**9))
-        weights: dict[int, torch.Tensor] = {}
+    def _logits(self, stand: Stand, lanes: int) -> Iterator[torch.Tensor]:
+        """What the head returns for every lane of each batch, made when those before have become logits."""
+        firsts = range(0, len(self._tokens) * lanes, lanes)
+        sources = [stand.arguments[first][0][0] for first in firsts]
+        named = self._plan.architecture.head if self._plan.architecture else None
+        forms = {j: _limited(trial.forms[named], sources) for j, trial in enumerate(self._trials) if named and named in trial.forms}
+        head = _Head(stand, {first + self.SOURCES + j: form for j, form in forms.items() for first in firsts}, self._hands)
+        self._in_places = head.is_linear
+        for first in firsts:
+            others = range(first + self.SOURCES, first + lanes)
+            yield (source := head.whole(first))
+            assert self._reference is not None
+            yield source if self._reference.places is None else next(head.at(self._reference, [first]))
+            # The witness may have changed it.
+            yield from map(head.whole, others) if self._reference.places is None else head.at(self._reference, others)
 
-        def quantized(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            import torch
-
-            trial = next(calls) % lanes - 1
-            if trial not in self._heads:
-                return output
-            form = self._heads[trial]
-            if trial not in weights:
-                weights.clear()
-                name = self._skeleton.own_tensor(f"{head}.weight")
-                assert name is not None
-                weights[trial] = form.weight(self._skeleton.read(name).to(output.device).float())
-            x = _seen(args[0], form)
-            return torch.nn.functional.linear(x, weights[trial].to(x.dtype), module.bias)
-
-        hook = self._skeleton.model.get_submodule(head).register_forward_hook(quantized)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _finish(self, i: int, output: Any) -> None:
-        from convert.export import one_thread
-
-        logits = output.logits[0]
-        lane = i % (len(self._trials) + 1)
+    def _finish(self, lanes: int, i: int, output: Any) -> None:
+        logits, lane = output.logits[0], i % lanes
         if lane == 0:
-            self._reference = Reference(logits)
+            self._reference = Reference(logits, most=PLACES if self._in_places else logits.shape[-1])
+            self._source = logits
             return
         assert self._reference is not None
-        # Shared out by rows: what two threads share out of each small product is less than what it takes them to meet.
-        with one_thread():
-            self._kl.setdefault(lane - 1, []).append(self._reference.kl(logits, self._hands).cpu())
+        if lane < self.SOURCES:
+            if not self._reference.is_like(logits):
+                self._in_places = False
+                self._reference = Reference(self._source, most=self._source.shape[-1])
+            del self._source
+            return
+        self._kl.setdefault(lane - self.SOURCES, []).append(self._reference.kl(logits, self._hands).cpu())
         self._advance(len(logits))
 
 
-class Reference:
-    """Logits of the source (tokens, vocabulary), in memory with what they make likely, for others to be compared with."""
+class _Head:
+    """The output head before which all lanes stand; ``forms`` of the lanes in which it is quantized."""
 
-    def __init__(self, logits: torch.Tensor) -> None:
+    def __init__(self, stand: Stand, forms: Mapping[int, Form], hands: Crew) -> None:
+        self._stand, self._hands, self._forms = stand, hands, forms
+        self._inputs: list[torch.Tensor] = [args[0] for args, _ in stand.arguments]
+        self._bias = stand.module.bias
+        weights = {number: form.weight(stand.module.weight.float()) for number, form in {id(form): form for form in forms.values()}.items()}
+        self._weights = {lane: weights[id(form)] for lane, form in forms.items()}
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a logit is a product with one row of its weight."""
         import torch
 
-        self._logits = logits.float()
-        self._p = torch.softmax(self._logits, -1)
-        # It is one within rounding, which many small differences would show.
-        self._whole = torch.cat([self._p[i : i + CHUNK].double().sum(-1, keepdim=True).float() for i in range(0, len(logits), CHUNK)])
+        return type(self._stand.module) is torch.nn.Linear
 
-    def kl(self, logits: torch.Tensor, hands: Crew) -> torch.Tensor:
-        """KL(source || other) of each token, (tokens,), in float32; each of the crew takes some.
-
-        With ``p = softmax(source)``, ``d = logits - source`` and ``c = sum p d`` it is ``log(sum p exp(d - c))``, taken as
-        ``log1p(sum p expm1(d - c))``: no two large numbers are subtracted, so that what is far below the rounding of a logarithm is told.
-        """
+    def whole(self, lane: int) -> torch.Tensor:
+        """Logits (1, tokens, vocabulary)."""
         import torch
 
-        size = CHUNK if logits.device.type == "cpu" else len(logits)
+        # The greenlets are all in this thread, and the product is a large one.
+        torch.set_num_threads(self._hands.count)
+        try:
+            if lane in self._forms:
+                return torch.nn.functional.linear(_seen(self._inputs[lane], self._forms[lane]), self._weights[lane], self._bias)
+            found: torch.Tensor = self._stand.output(lane)
+            return found
+        finally:
+            torch.set_num_threads(1)
 
-        def part(start: int) -> torch.Tensor:
-            rows = slice(start, start + size)
-            p, whole = self._p[rows], self._whole[rows]
+    def at(self, reference: Reference, lanes: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Logits (1, tokens, k) of each lane at the places of ``reference``."""
+        import torch
 
-            def mean(values: torch.Tensor) -> torch.Tensor:
-                found: torch.Tensor = torch.linalg.vecdot(p, values)[:, None] / whole
-                return found
+        for start in range(0, len(lanes), LANES):
+            some = lanes[start : start + LANES]
+            plain = [self._inputs[lane] for lane in some if lane not in self._forms]
+            found = iter(self._products(torch.cat(plain), self._stand.module.weight, reference) if plain else ())
+            for lane in some:
+                if lane in self._forms:
+                    (logits,) = self._products(_seen(self._inputs[lane], self._forms[lane]), self._weights[lane], reference)
+                else:
+                    logits = next(found)
+                yield logits[None]
 
-            d = logits[rows].float() - self._logits[rows]
-            # Of a common shift of all logits a sum in float32 leaves a little, which the second mean tells.
-            d -= mean(d)
-            left = mean(d)
-            return (torch.log1p(mean(d.expm1_())) - left)[:, 0]
+    def _products(self, x: torch.Tensor, weight: torch.Tensor, reference: Reference) -> torch.Tensor:
+        """Of x (lanes, tokens, in) with rows of a weight (vocabulary, in) that each token has its own of: (lanes, tokens, k)."""
+        import torch
 
-        return torch.cat(list(hands.map(part, range(0, len(logits), size))))
+        places = reference.places
+        assert places is not None
+        logits = torch.empty(*x.shape[:2], places.shape[1], device=x.device)
+
+        def of_token(i: int) -> None:
+            count = reference.counts[i]
+            own = logits[:, i]
+            own[:, :count] = x[:, i] @ weight[places[i, :count]].to(x.dtype).T
+            own[:, count:] = own[:, :1]
+
+        list(self._hands.map(of_token, range(len(places))))
+        return logits if self._bias is None else logits.add_(self._bias[places])
+
+
+def _limited(form: Form, inputs: Iterable[torch.Tensor]) -> Form:
+    """With the largest magnitude among the inputs as its limit, if it lacks one."""
+    if not form.lacks_limit:
+        return form
+    divisor = form.divisor
+    return replace(form, limit=max(float((x if divisor is None else x / divisor.to(x.device)).abs().max()) for x in inputs))
 
 
 def _mean_error(source: Sequence[Any], own: Sequence[Any]) -> float:

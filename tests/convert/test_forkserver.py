@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,10 +107,7 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: 
     assert answer == {}, said
     first, second = map(int, begun.read_text().split())
     assert first != second
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{first}").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _has_ended(first)
 
 
 @pytest.mark.gpu
@@ -153,7 +152,28 @@ def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: P
     thread.join()
     assert interrupted.is_set()
     for pid in map(int, begun.read_text().split()):
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        _has_ended(pid)
+
+
+def test_a_program_ends_with_whoever_was_killed_while_it_ran(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "sleeper.py").write_text(
+        f"import os, time\ndef main(*_):\n    open('{begun}.new', 'w').write(str(os.getpid()))\n    os.rename('{begun}.new', '{begun}')\n"
+        "    time.sleep(600)\n"
+    )
+    asks = "from convert import child; child._FORKED = {'sleeper'}; child.run_program('sleeper', {}, __import__('pathlib').Path('.'))"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    asking = subprocess.Popen([sys.executable, "-c", asks], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    deadline = time.monotonic() + 120
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asking.kill()
+    asking.wait()
+    _has_ended(int(begun.read_text()))
+
+
+def _has_ended(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

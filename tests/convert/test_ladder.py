@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,3 +176,32 @@ def test_another_scheme_is_chosen_before_sixteen_bits(make_llama: Any, recipe_fo
     assert set(schemes) == {"int8-dynamic", "fp8-dynamic"}
     assert "in fp8-dynamic alone its group loses" in schemes["int8-dynamic"]["why"]
     assert not [entry for entry in ledger if entry["decision"] == "keep" and entry["module"].endswith("_proj")]
+
+
+def test_a_rival_that_keeps_every_group_is_none_and_the_others_are_still_compared(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import ladder
+    from convert.mixed import Option
+    from convert.sensitivity import Loss, Trial
+
+    job = recipe_for(make_llama(), text=_text(0.01, "[rtn, mixed]"))
+    names = ("a", "b", "c")
+    losses = {name: Loss((name,), "int8-dynamic", 1, 0.1, 0.01, 0.1) for name in names}
+    # To keep b takes no more bytes than to quantize it, so that all are kept in the bytes in which the choice keeps two.
+    items = [
+        ladder._Item((losses[name],), ("", "keep"), (Option(0.1, 0), Option(0.0, extra)))
+        for name, extra in zip(names, (5, 0, 5), strict=True)
+    ]
+    rivals = ladder._Rivals(job, job.targets[0], SimpleNamespace(plan=plan(job)), items, [], QUIET, "cpu")  # type: ignore[arg-type]
+    rivals.__dict__["_orders"] = {ladder.WEIGHTS: [0, 1, 2], ladder.BLOCKS: [1]}
+    rivals.__dict__["_trials"] = {((name,), ""): Trial((name,), "int8-dynamic", 1, {}) for name in names}
+    compared: list[list[tuple[str, ...]]] = []
+
+    def measure(_: Any, trials: Sequence[Trial], *__: Any, **___: Any) -> Any:
+        compared.append([trial.modules for trial in trials])
+        return [Loss(trial.modules, "", 1, 1.0 / len(trial.modules), 0.0, 0.0) for trial in trials], {}
+
+    monkeypatch.setattr(ladder, "measure", measure)
+    assert rivals.best([1, 0, 1]) == (ladder.BLOCKS, [0, 1, 0])
+    assert compared == [[("b",), ("a", "c")]]

@@ -179,3 +179,26 @@ def test_a_lane_lies_where_it_fits() -> None:
     assert place_for(11, on_gpu=True, gpu_free_bytes=20, host_free_bytes=100) == "host"
     assert place_for(10, on_gpu=False, gpu_free_bytes=20, host_free_bytes=20) == "host"
     assert place_for(11, on_gpu=False, gpu_free_bytes=20, host_free_bytes=20) == "disk"
+
+
+def test_the_head_is_where_lanes_stand_last_and_may_see_what_became_of_those_before(family_folder: Any) -> None:
+    folder = family_folder("llama")
+    batches = _batches()
+    expected = _plain(folder, "float32", batches)
+    skeleton = Skeleton(open_source(str(folder)), dtype="float32")
+    done: dict[int, torch.Tensor] = {}
+    order = []
+    asked = [{**batch, **_arguments(folder)} for batch in batches]
+    for stand in walk(skeleton, asked, finish=lambda i, out: done.update({i: out[0]}), at_head=True):
+        order.append(stand.name)
+        if stand.name == "lm_head":
+
+            def made(stand: Any = stand) -> Any:
+                for i in range(len(batches)):
+                    assert list(done) == list(range(i))
+                    yield stand.output(i)
+
+            stand.hand_on_as_made(made())
+    assert order == [*blocks_of(skeleton.model), "lm_head"]
+    assert all(torch.equal(done[i], logits) for i, logits in enumerate(expected))
+    assert skeleton.model.lm_head.weight.is_meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from convert.crew import Crew
 from convert.pipeline import plan
 from convert.plan import Plan
 from convert.progress import QUIET
-from convert.sensitivity import Reference, Trial, groups_of, measure, round_trials
+from convert.reference import Reference
+from convert.sensitivity import Trial, groups_of, measure, round_trials
 from convert.text import load_tokenizer, take_tokens
 from formats.errors import InputError
 from formats.scheme import SCHEMES
@@ -140,6 +142,77 @@ def test_with_little_time_the_worst_are_measured_and_the_others_expected(make_ll
     assert [loss.block_error for loss in some][:-1] == [loss.block_error for loss in whole][:-1]
     more, _ = measure(job, trials, QUIET, tokens=32, length=16, seconds=1e9)
     assert more == whole
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_few_places_of_a_vocabulary_tell_the_loss(family: str, make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Gemma 2 caps its logits, each by itself."""
+    folder = make_llama() if family == "llama" else save_family(family, tmp_path)
+    if family != "llama":
+        save_tokenizer(folder, 300)
+    job = plan(
+        recipe_for(
+            folder,
+            text="model: {model}\ntargets: [{{name: q, format: compressed-tensors, rules: [{{match: linear, scheme: int8-dynamic}}]}}]\n",
+        )
+    )
+    trials = round_trials(job, ["int8-dynamic"])
+    whole, _ = measure(job, trials, QUIET, tokens=64, length=16)
+    monkeypatch.setattr("convert.sensitivity.PLACES", 150)
+    some, _ = measure(job, trials, QUIET, tokens=64, length=16)
+    ratios = torch.tensor([few.kl_nats / all_.kl_nats for few, all_ in zip(some, whole, strict=True)])
+    assert (ratios != 1).all()
+    assert (ratios - 1).abs().max() < 0.1
+    assert abs(float(ratios.mean()) - 1) < 0.03
+
+
+def test_a_model_that_mixes_its_logits_has_all_of_them_computed(make_llama: Any, recipe_for: Any, monkeypatch: Any) -> None:
+    from transformers import LlamaForCausalLM
+
+    folder = make_llama()
+    job = plan(recipe_for(folder))
+    trials = round_trials(job, ["int8-dynamic"])
+    forward = LlamaForCausalLM.forward
+
+    def centred(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.mean(-1, keepdim=True)
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", centred)
+    expected, _ = measure(job, trials, QUIET, tokens=32, length=16)
+    monkeypatch.setattr("convert.sensitivity.PLACES", 100)
+    assert measure(job, trials, QUIET, tokens=32, length=16)[0] == expected
+
+
+def test_lanes_that_do_not_fit_take_another_pass(make_llama: Any, recipe_for: Any, monkeypatch: Any) -> None:
+    job = plan(recipe_for(make_llama()))
+    trials = round_trials(job, ["int8-static", "int8-dynamic"])
+    once, record = measure(job, trials, QUIET, tokens=40, length=16)
+    assert record["tokens"] == 39, "three sequences of 13"
+    hidden = job.architecture.hidden_size if job.architecture else None
+    monkeypatch.setattr("convert.sensitivity.LANES_BYTES", 7 * 3 * 39 * 4 * (hidden or 0))
+    names: list[str] = []
+    monkeypatch.setattr(QUIET.__class__, "stage", lambda _, name, *rest, unit: (names.append(name), nullcontext(lambda *_: None))[1])  # noqa: ARG005
+    assert measure(job, trials, QUIET, tokens=40, length=16)[0] == once
+    assert names == [f"measuring groups, {i} of 4" for i in range(1, 5)], "18 trials, 5 beside the source and its witness"
+
+
+def test_a_static_head_is_rounded_by_what_the_source_shows(make_llama: Any, recipe_for: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama()
+    job = plan(recipe_for(folder))
+    (trial,) = [each for each in round_trials(job, ["int8-static"]) if each.modules == ("lm_head",)]
+    (loss,), _ = measure(job, [trial], QUIET, tokens=32, length=16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model.model(input_ids=_tokens(folder)).last_hidden_state
+        scale = hidden.abs().max() / 127
+        weight = rtn.quantize(model.lm_head.weight.clone(), SCHEMES["int8-static"].weight, scale_dtype=torch.bfloat16).dequantize()
+        expected = (hidden @ model.lm_head.weight.T).double().log_softmax(-1)
+        got = ((hidden / scale).round().clamp(-127, 127) * scale @ weight.T).double().log_softmax(-1)
+    assert loss.kl_nats == pytest.approx(float((expected.exp() * (expected - got)).sum(-1).mean()), rel=1e-3)
 
 
 def test_a_tiny_divergence_is_told() -> None:
