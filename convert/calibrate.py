@@ -114,7 +114,8 @@ def alike(plan: Plan, other: Plan) -> frozenset[str]:
         return {key: value for key, value in recipe.items() if key not in ("targets", "validation", "push")}, of.targets[0].format
 
     def fate(entry: Entry) -> Any:
-        return (entry.scheme, entry.steps, entry.algorithm, entry.scale_dtype, entry.observer, entry.parts, entry.outputs, entry.transposed)
+        return (entry.scheme, entry.steps, entry.algorithm, entry.scale_dtype, entry.observer, entry.parts, entry.outputs, entry.transposed,
+                entry.alongside)  # fmt: skip
 
     mine, others = ({entry.tensor.name: entry for entry in of.targets[0].entries} for of in (plan, other))
     trained = any(entry.asks("recover") for entries in (mine, others) for entry in entries.values())

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Condition, Lock, Thread
@@ -187,6 +188,7 @@ def _stream(
                 writer.write(piece)
                 writer.finished(entry.tensor.name)
     done = {name: frozenset(writer.done) for name, writer in writers.items()}
+    largest = cache(partial(quantize.largest_of, plan.checkpoint))
     work = list(quantize.plan_work(list(targets.values()), list(plan.checkpoint.tensors.values()), done, gpu=device != "cpu"))
     with (
         progress.stage("converting", sum(item.size_bytes for item in work)) as advance,
@@ -194,7 +196,7 @@ def _stream(
     ):
 
         def one(item: quantize.Work) -> quantize.Work:
-            for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device):
+            for piece in quantize.run(item, plan.checkpoint, targets, stats, device=device, largest=largest):
                 writers[piece.target].write(piece)
             return item
 
@@ -424,13 +426,15 @@ class _Writer:
     def _resume(self) -> None:
         """Takes up a folder of the same plan, or begins anew. The journal's first line is the plan's digest."""
         journal = self._partial / JOURNAL
-        lines = journal.read_text().split("\n") if journal.exists() else []
+        lines = journal.read_text(errors="replace").split("\n") if journal.exists() else []
         whole = all((self._partial / shard.file).exists() for shard in self.target.shards)
         if lines and lines[0] == self._digest and whole:
             # The last element is what comes after the last newline: a line cut short by a kill, or nothing.
             self.done = set(lines[1:-1]) & set(self._entries)
-            self._resume_health()
-            return
+            with suppress(ValueError, KeyError, TypeError):  # of notes that a power cut left unwritten
+                self._resume_health()
+                return
+            self.done, self.health = set(), {}
         for path in self._partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

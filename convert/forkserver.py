@@ -2,9 +2,8 @@
 
 Run as ``python -m convert.forkserver``. It reads a line of JSON for each program: ``program`` (a module with a ``main``), ``arguments`` of
 that, ``folder`` in which to run, and ``output``, a file that takes what the program prints. It answers with a line when the program runs,
-its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does.
-
-What a GPU's driver holds does not survive a fork, so here nothing may ask for it; where an import does, it ends with :data:`UNFIT`.
+its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does, and
+its program with it.
 """
 
 from __future__ import annotations
@@ -12,28 +11,25 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
+import signal
 import sys
 import traceback
 from typing import Any
 
 #: What every program here imports anyway, so that none holds more than in a process that it began itself.
 SHARED = ("transformers", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto", "convert.source")
-#: Exit code: it cannot fork here.
-UNFIT = 75
 
 
 def main() -> None:
     """Serves until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without beginning to use it
     import torch
 
     torch.set_num_threads(1)  # OpenMP's threads would not be there any more behind a fork
     for name in SHARED:
         importlib.import_module(name)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        sys.exit(UNFIT)
     try:
         for line in sys.stdin:
             pid = os.fork()
@@ -41,6 +37,10 @@ def main() -> None:
                 answers.close()
                 _become(json.loads(line))
             print(pid, file=answers, flush=True)
+            ended = os.pidfd_open(pid)
+            if ended not in select.select([ended, sys.stdin], [], [])[0]:  # nothing is asked before the answer: who asked is gone
+                os.kill(pid, signal.SIGKILL)
+            os.close(ended)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     except KeyboardInterrupt:
         pass  # the terminal's, which whoever asked has got too

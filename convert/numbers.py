@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,17 @@ def compare(artifact: Path, checkpoint: Checkpoint, *, threads: int) -> list[Lay
     walked = getattr(torch, calibration.get("dtype", "float32"))  # in which the model stood when codes were chosen
     with ThreadPoolExecutor(threads) as pool:
         found: list[Future[LayerNumbers]] = []
+        by_tensor = {entry["tensor"]: entry for entry in manifest.ledger}
         for entry in manifest.ledger:
+            largest = partial(_largest, [by_tensor[name] for name in entry.get("alongside", ())], checkpoint, told, folds, walked)
             if entry["decision"] == "quantize":
                 for module, start, stop, columns in entry["parts"]:
                     part = Part(module, start, stop, columns and tuple(columns))
                     name = module if "experts" in entry else entry["module"]
                     mine = touching(folds, name)
-                    found.append(pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked))
+                    found.append(
+                        pool.submit(_compare_part, entry, part, reader, checkpoint, form, told.get(name, {}), name, mine, walked, largest)
+                    )
             elif (mine := touching(folds, entry["module"])) and CORRECTED not in entry.get("note", ""):
                 found.append(pool.submit(_compare_kept, entry, reader, checkpoint, mine, walked))
         return [item.result() for item in found]
@@ -123,9 +128,10 @@ def _compare_part(
     module: str,
     folds: Sequence[Fold],
     walked: torch.dtype,
+    largest: Callable[[], torch.Tensor | None],
 ) -> LayerNumbers:
     """``told``: what the manifest says of the layer, by the model's name for it, ``module``; ``folds`` are those that touched it,
-    in a model of dtype ``walked``."""
+    in a model of dtype ``walked``. ``largest``: what its scale holds where that is not its own largest magnitude."""
     source = checkpoint.tensors[entry["tensor"]]
     scheme = SCHEMES[entry["scheme"]]
     outputs = {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in entry["outputs"]}
@@ -154,7 +160,8 @@ def _compare_part(
         if scheme.weight.scale == "model":  # to whose dtype it was rounded, even where it is stored in float32
             scale = scale.to(getattr(torch, DTYPES[entry["scale_dtype"]].torch_name))
         if scheme.weight.scale != "absmax" and not trained and not _on_the_way(options, scheme.weight):
-            worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=CLIP_RATIOS if options.get("clip") else ()))
+            clip_search = CLIP_RATIOS if options.get("clip") else ()
+            worst = max(worst, _scale_deviation(weight, decoded, entry, clip_search=clip_search, absmax=largest()))
         if not by_gptq:
             # float32 rounding of the comparison itself is not the codes' fault
             bound = error_bound(weight, scale, scheme.weight.grid, clips=bool(options.get("clip"))) * (1 + TIE_ROUNDING)
@@ -197,11 +204,30 @@ def _on_the_way(options: dict[str, Any], quantization: Quantization) -> bool:
     return not options.get("static_groups", True) and quantization.tile.columns is not None
 
 
-def _scale_deviation(weight: torch.Tensor, decoded: QTensor, entry: dict[str, Any], *, clip_search: Sequence[float]) -> float:
+def _largest(
+    entries: Sequence[dict[str, Any]],
+    checkpoint: Checkpoint,
+    told: Mapping[str, Any],
+    folds: Sequence[Fold],
+    walked: torch.dtype,
+) -> torch.Tensor | None:
+    """The largest magnitude, float32, of weights that have one scale together, as they were when that was taken; None of none."""
+    found = []
+    for entry in entries:
+        weight = checkpoint.reader.read(entry["tensor"], 0, checkpoint.tensors[entry["tensor"]].matrix_shape[0]).float()
+        if told.get(entry["module"]):
+            weight = folded(weight.to(walked).float(), entry["module"], touching(folds, entry["module"]))
+        found.append(weight.abs().amax())
+    return torch.stack(found).amax() if found else None
+
+
+def _scale_deviation(
+    weight: torch.Tensor, decoded: QTensor, entry: dict[str, Any], *, clip_search: Sequence[float], absmax: torch.Tensor | None
+) -> float:
     """How far scales are from the nearest that rounding the weight could have, in quarters of a unit in their last place: they are computed
     from the same numbers in the same way, so they are equal or at least two quarters apart."""
     dtype = getattr(torch, DTYPES[entry["scale_dtype"]].torch_name)
-    choices = rtn.scale_choices(weight, decoded.quantization, scale_dtype=dtype, clip_search=clip_search)
+    choices = rtn.scale_choices(weight, decoded.quantization, scale_dtype=dtype, clip_search=clip_search, absmax=absmax)
     unit = torch.finfo(choices.dtype).eps
     choices, scale = choices.float(), decoded.scale.float()
     away = ((scale - choices).abs() / (choices * unit)).amin(dim=0)

@@ -36,7 +36,7 @@ from convert.source import Checkpoint, SourceDigests, open_source
 from convert.tasks import require_tasks
 from convert.text import load_tokenizer, take_held_out
 from formats.errors import FormatError, InputError, MachineError
-from formats.manifest import CARD, read_manifest
+from formats.manifest import CARD, MANIFEST, read_manifest
 from formats.safetensors import json_bytes
 from formats.verify import verify
 
@@ -324,6 +324,9 @@ def _prove(
 ) -> list[Report]:
     from convert.check import check
 
+    for path in artifacts:
+        if (path / MANIFEST).read_bytes() != read_manifest(path).to_bytes():
+            raise FormatError(f"{path / MANIFEST}: not as octavo wrote it, so nothing it says can be proven; make the artifact again")
     reports = []
     for path, report in zip(artifacts, check(artifacts, recipe, progress, device=device, reference=reference, look=look), strict=True):
         if report.brief:

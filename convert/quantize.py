@@ -7,7 +7,7 @@ rows alone, which is every per-channel and per-group scheme, a tensor of any siz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -94,8 +94,17 @@ def plan_work(
                 yield Work(spec, start, stop, wanted, last=stop == rows)
 
 
-def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], stats: Mapping[str, Stats], *, device: str) -> list[Piece]:
-    """Reads the rows, quantizes or copies them, and encodes them for each target; ``stats`` by target.
+def run(
+    work: Work,
+    checkpoint: Checkpoint,
+    targets: Mapping[str, TargetPlan],
+    stats: Mapping[str, Stats],
+    *,
+    device: str,
+    largest: Callable[[str], torch.Tensor],
+) -> list[Piece]:
+    """Reads the rows, quantizes or copies them, and encodes them for each target; ``stats`` by target. ``largest``: as
+    :func:`largest_of`, for tensors that have one scale together.
 
     Targets that agree on how the weight is quantized, on the algorithm and on the dtype of scales share the codes.
     Raises :class:`NumericsError`, naming the tensor, on NaN or Inf.
@@ -105,7 +114,7 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
     else:
         values = checkpoint.reader.read(work.spec.name, work.start, work.stop)
     pieces: list[Piece] = []
-    codes: dict[tuple[str, Quantization, str, str], QTensor] = {}
+    codes: dict[tuple[str, Quantization, str, str, tuple[str, ...]], QTensor] = {}
     for name, entry in work.entries.items():
         if entry.scheme is None:
             if entry.outputs:  # a graph has constants of its own instead of some
@@ -117,17 +126,29 @@ def run(work: Work, checkpoint: Checkpoint, targets: Mapping[str, TargetPlan], s
         for part in entry.parts:
             if not part.start <= work.start < part.stop:
                 continue
-            key = (part.module, entry.scheme.weight, repr(entry.steps), dtype)
+            key = (part.module, entry.scheme.weight, repr(entry.steps), dtype, entry.alongside)
             if key not in codes:
                 if entry.algorithm == RESPELL:
                     stored = checkpoint.codes(work.spec.name, *(part.columns or (work.start, work.stop)))
                     codes[key] = respell(stored, entry.scheme.weight, dtype, work.spec.name)
                 else:
                     weight = values if part.columns is None else values[:, slice(*part.columns)].T.contiguous()
-                    codes[key] = _quantize(weight.to(device), entry, dtype, work)
+                    absmax = torch.stack([largest(name) for name in entry.alongside]).amax().to(device) if entry.alongside else None
+                    codes[key] = _quantize(weight.to(device), entry, dtype, work, absmax)
             pieces += encode(targets[name], entry, part, codes[key], work, stats[name])
     copies = {name: entry.copies for name, entry in work.entries.items()}
     return pieces + [replace(piece, name=copies[piece.target][piece.name]) for piece in pieces if piece.name in copies[piece.target]]
+
+
+def largest_of(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
+    """The largest magnitude of a source tensor, float32. Raises :class:`NumericsError` for NaN or Inf in it."""
+    spec = checkpoint.tensors[tensor]
+    rows = spec.matrix_shape[0]
+    values = checkpoint.reader.read(tensor, 0, rows)
+    if not is_finite(values):
+        raise NumericsError(_where_not_finite(values, Work(spec, 0, rows, {}, last=True)))
+    low, high = torch.aminmax(values)
+    return torch.maximum(high, -low).float()
 
 
 def encode(target: TargetPlan, entry: Entry, part: Part, quantized: QTensor, work: Work, stats: Stats) -> Iterator[Piece]:
@@ -208,12 +229,12 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work) -> QTensor:
+def _quantize(values: torch.Tensor, entry: Entry, dtype: str, work: Work, absmax: torch.Tensor | None) -> QTensor:
     assert entry.scheme is not None
     scale_dtype = getattr(torch, DTYPES[dtype].torch_name)
     rounding = entry.coding.rtn if entry.coding else None
     clip_search = CLIP_RATIOS if rounding and rounding.clip else ()
-    result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search)
+    result = rtn.quantize(values, entry.scheme.weight, scale_dtype=scale_dtype, clip_search=clip_search, absmax=absmax)
     # NaN and Inf both reach the scale of their tile, so the weight needs no scan of its own.
     if not is_finite(result.scale if result.scale.dtype != torch.float8_e8m0fnu else result.scale.float()):
         if is_finite(values) and entry.scheme.weight.scale == "absmax":

@@ -272,7 +272,8 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[tuple[str, l
     groups: dict[tuple[str, ...], list[tuple[Entry, Part]]] = {}
     for entry in entries:
         for part in entry.parts:
-            key = (observer.leader.get(entry.module(part), entry.module(part)), repr(entry.scheme), repr(entry.steps), entry.scale_dtype)
+            leader = observer.leader.get(entry.module(part), entry.module(part))
+            key = (leader, repr(entry.scheme), repr(entry.steps), entry.scale_dtype, *entry.alongside)
             groups.setdefault(key, []).append((entry, part))
     return [(key[0], members) for key, members in groups.items()]
 
@@ -307,10 +308,10 @@ def _told(entry: Entry, name: str, known: Known) -> dict[str, Any]:
 def _by_rounding(entry: Entry, names: Sequence[str], weights: Sequence[torch.Tensor], known: Known) -> list[Chosen]:
     step = entry.coding
     assert entry.scheme is not None
-    clip_search = CLIP_RATIOS if step and step.rtn and step.rtn.clip else ()
+    clip_search, absmax = CLIP_RATIOS if step and step.rtn and step.rtn.clip else (), _absmax(entry, weights)
     chosen = []
     for name, weight in zip(names, weights, strict=True):
-        codes = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry), clip_search=clip_search)
+        codes = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry), clip_search=clip_search, absmax=absmax)
         chosen.append(Chosen(codes, _seen_again(entry, name, weight, codes, codes, known)))
     return chosen
 
@@ -326,6 +327,7 @@ def _by_gptq(entry: Entry, options: Gptq, names: Sequence[str], weights: Sequenc
         factor = gptq.factorise(hessian, damping=options.damping, activation_order=options.activation_order)
     except gptq.FactorisationError as error:
         raise NumericsError(f"{names[0]}: {error}") from None
+    absmax = _absmax(entry, weights)
     results = gptq.quantize_together(
         weights,
         entry.scheme.weight,
@@ -334,10 +336,11 @@ def _by_gptq(entry: Entry, options: Gptq, names: Sequence[str], weights: Sequenc
         block_size=options.block_size,
         static_groups=options.static_groups,
         clip_search=CLIP_RATIOS if options.clip else (),
+        absmax=absmax,
     )
     chosen = []
     for name, weight, result in zip(names, weights, results, strict=True):
-        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry))
+        rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=_scale_dtype(entry), absmax=absmax)
         before, after = output_errors(weight, [rounded.dequantize(), result.qtensor.dequantize()], hessian=hessian)
         noted = {
             **_seen_again(entry, name, weight, rounded, result.qtensor, known),
@@ -372,6 +375,11 @@ def _seen_again(entry: Entry, name: str, weight: torch.Tensor, rounded: QTensor,
         after = "gptq" if last.gptq else "rtn with clip"
         errors.append(health.lost(after, weight, chosen, health.few(rows), entry.scheme.activation, limit))
     return {"health": {**looked, **more, "errors": errors}}
+
+
+def _absmax(entry: Entry, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What the scale holds that layers solved together have together, where they have one."""
+    return torch.stack([weight.abs().amax() for weight in weights]).amax() if entry.alongside else None
 
 
 def _scale_dtype(entry: Entry) -> torch.dtype:

@@ -120,7 +120,7 @@ class Walk:
             self._skeleton = Skeleton(plan.checkpoint, dtype=run.dtype, trust_remote_code=plan.recipe.trust_remote_code)
             _find_experts(self._skeleton, targets)
         self._observer = Observer(self._skeleton, plan.architecture.groups)
-        self._static = sorted({module for target in targets for module in target.static} - run.known.keys())
+        self._static = sorted({module for each in targets for module in set(each.static) - self._written(each)} - run.known.keys())
         self._observer.want(self._static, "absmax")
         self._outside = [module for module in self._static if not any(_lies_in(module, block, self._skeleton) for block in self._blocks)]
         self._headed = {
@@ -170,7 +170,6 @@ class Walk:
 
         def finish(*_: object) -> None:
             observer.take([shown], run.hands)
-            shown.clear()
 
         stands = walk(self._skeleton, batches, finish=finish if self._outside else None, **way)
         by_block = any(run.recoveries[target.name].mode == "blocks" for target in self._targets if target.name in run.recoveries)
@@ -233,7 +232,7 @@ class Walk:
             # A block of which anything is missing is done again whole: the same inputs give the same bytes.
             if target.solved and any(entry.tensor.name not in done[target.name] for entry in inside):
                 again[target.name] = inside
-            static = by_histogram(inside)
+            static = by_histogram(inside) if not target.solved or target.name in again else []
             plain[target.name] = [entry for entry in static if not entry.asks(*TRANSFORMS)]
             behind[target.name] = [entry for entry in static if entry.asks(*TRANSFORMS)]
             of_static = [entry for entry in inside if entry.scheme and entry.scheme.static]
@@ -242,6 +241,15 @@ class Walk:
         passes = _passes(by_gptq, self._skeleton, self._observer, budget_bytes=self._run.plan.calibration.expert_hessians)[1:]
         static_inputs = [module for module in self._static if _lies_in(module, block, self._skeleton)]
         return _Todo(again, plain, behind, looked_at, static_inputs, by_gptq, passes)
+
+    def _written(self, target: TargetPlan) -> set[str]:
+        """Modules of blocks that an earlier run has solved whole, so that their inputs need not be seen again."""
+        done, found = self._run.done[target.name], set[str]()
+        for block in self._blocks if target.solved else ():
+            inside = [entry for entry in target.quantized if entry.within(block) and entry.algorithm != RESPELL]
+            if all(entry.tensor.name in done for entry in inside):
+                found |= set(_modules(inside))
+        return found
 
     def _ask(self, todo: _Todo) -> None:
         """Has the observer keep what the algorithms need of inputs in a block."""

@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(
             target=_is(str, raw, "target"),
             format=_is(str, raw, "format"),
-            source=_is(dict, raw, "source"),
+            source=_source(_is(dict, raw, "source")),
             recipe=_is(dict, raw, "recipe"),
             calibration=_is(dict, raw, "calibration") if raw["calibration"] is not None else None,
             versions=_is(dict, raw, "versions"),
@@ -99,6 +99,14 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{folder / MANIFEST}: not whole ({type(error).__name__}: {error})") from None
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    """The source, if it says what :attr:`Manifest.pinned` does."""
+    _is(str, source, "origin")
+    if source["commit"] is not None:
+        _is(str, source, "commit")
+    return source
 
 
 def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:

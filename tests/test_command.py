@@ -28,6 +28,12 @@ def octavo_process(*arguments: object, cwd: Path | None = None, **environment: s
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False, env={**os.environ, **environment})
 
 
+def installed(*arguments: object) -> list[str]:
+    """The command as pip installs it, or as a module where it is not installed."""
+    script = Path(sys.executable).with_name("octavo")
+    return [*([str(script)] if script.exists() else [sys.executable, "-m", "convert"]), *map(str, arguments)]
+
+
 def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in this process, from its arguments to its exit code: to import torch takes it longer than what it is asked. What it
     would end in a traceback ends the test in one."""
@@ -47,6 +53,45 @@ def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> s
         finally:
             signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(["octavo", *map(str, arguments)], code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said", "complaint"),
+    [
+        (0, ["verify", "{empty}"], "good (2 files, 0 tensors", ""),
+        (1, ["verify", "{broken}"], "broken: model.safetensors: a header of ", ""),
+        (2, ["verify", "/nowhere"], "", "error: /nowhere: no such folder"),
+        (2, ["verify", "--quik", "{empty}"], "", "No such option: --quik"),
+        (3, ["runtimes", "onnxruntime-gpu"], "", "error: runtime onnxruntime-gpu is for NVIDIA cards"),
+    ],
+)
+def test_the_process_ends_with_the_exit_code_that_help_names(
+    tmp_path: Path, code: int, arguments: list[str], said: str, complaint: str
+) -> None:
+    places = {"{empty}": tmp_path / "empty", "{broken}": tmp_path / "broken"}
+    for folder, weights in zip(places.values(), (b"\2\0\0\0\0\0\0\0{}", b"no safetensors"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+    command = installed(*(places.get(argument, argument) for argument in arguments))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PATH": ""})
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout
+    assert complaint in done.stderr
+    assert bool(complaint) == bool(done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_the_process_that_is_interrupted_ends_with_130(tmp_path: Path, kind: signal.Signals) -> None:
+    (tmp_path / "model.safetensors").touch()
+    os.mkfifo(tmp_path / "config.json")
+    process = subprocess.Popen(installed("verify", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "config.json").open("wb"):  # opened as soon as the command reads it, and it waits for more
+        process.send_signal(kind)
+        said, errors = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    assert errors == "interrupted; run the same command again to go on where it stopped\n"
 
 
 def recipe(folder: Path, model: Path | str, extra: str = "") -> Path:

@@ -121,13 +121,14 @@ def quantize_together(
     block_size: int = 128,
     static_groups: bool = True,
     clip_search: Sequence[float] = (),
+    absmax: torch.Tensor | None = None,
 ) -> list[GptqResult]:
     """Quantizes weights (out, in) that have the same input, each with scales of its own, as one of all their rows.
 
     Scales are those of rounding, of the weights as they were, so that any order of columns will do (``static_groups``); without it those of
     a group are taken when the first of its columns is reached, from what the weight has become, which needs columns in their places.
-    ``clip_search`` as in :func:`convert.algorithms.rtn.quantize`, weighted by the diagonal of the Hessian. Columns of dead inputs are set
-    to zero, as the paper's authors do.
+    ``clip_search`` and ``absmax`` as in :func:`convert.algorithms.rtn.quantize`, the former weighted by the diagonal of the Hessian.
+    Columns of dead inputs are set to zero, as the paper's authors do.
 
     NaN or Inf in a weight reaches a scale, which the caller reports. Raises ``ValueError`` where scales are magnitudes (LLM.int8()), or
     groups are to be taken on the way and columns do not keep their places.
@@ -140,7 +141,8 @@ def quantize_together(
         raise ValueError("groups taken on the way need columns in their places; set static_groups, or unset activation_order")
     rows = [len(weight) for weight in weights]
     scales = [
-        rtn.tile_scales(weight, quantization, scale_dtype=scale_dtype, clip_search=clip_search, energy=factor.energy) for weight in weights
+        rtn.tile_scales(weight, quantization, scale_dtype=scale_dtype, clip_search=clip_search, energy=factor.energy, absmax=absmax)
+        for weight in weights
     ]
     joined = torch.cat([weight.float() for weight in weights]).masked_fill_(factor.dead, 0)
     if factor.order is not None:

@@ -21,13 +21,15 @@ def quantize(
     scale_dtype: torch.dtype,
     clip_search: Sequence[float] = (),
     energy: torch.Tensor | None = None,
+    absmax: torch.Tensor | None = None,
 ) -> QTensor:
     """Rounds a weight (out, in) of any float dtype to ``quantization.grid``; symmetric, one scale a tile.
 
     ``scale = absmax(tile) / grid.high`` in float32, then rounded to what the reader will use: ``scale_dtype``, float32, or the power of
     two at or above it, as ``quantization.scale`` says; a tile of zeros has scale 1. With ``clip_search`` also these parts of it are
     tried, and the first with the smallest ``sum energy * (weight - code * scale)**2`` over the tile is taken; ``energy`` (in,) is how
-    much each input feature weighs (its sum of squares), equal by default.
+    much each input feature weighs (its sum of squares), equal by default. ``absmax``, where all of the weight is one tile, stands for that
+    of the tile: weights that are served as one have the largest of theirs.
     ``code = clamp(round_half_even(weight / scale), low, high)`` against the rounded scale, in float32: IEEE division and rounding
     are exact on every device, so CPU and CUDA give the same bytes, except that a search may settle ties differently.
 
@@ -41,7 +43,7 @@ def quantize(
     values = weight.float()
     rows, columns = weight.shape
     tiles = tiled(values, quantization)
-    stored = _scales(tiles, quantization, scale_dtype, clip_search, energy)
+    stored = _scales(tiles, quantization, scale_dtype, clip_search, energy, absmax)
     scale = stored.float()
     codes = tiles.div_(scale) if values is not weight else tiles / scale
     return QTensor(round_to_grid(codes, quantization.grid).view(rows, columns), stored[:, 0, :, 0], quantization)
@@ -54,17 +56,23 @@ def tile_scales(
     scale_dtype: torch.dtype,
     clip_search: Sequence[float] = (),
     energy: torch.Tensor | None = None,
+    absmax: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The scales that :func:`quantize` would use, of shape ``tile.scale_shape(weight.shape)``, in the dtype a reader will use."""
-    return _scales(tiled(weight.float(), quantization), quantization, scale_dtype, clip_search, energy)[:, 0, :, 0]
+    return _scales(tiled(weight.float(), quantization), quantization, scale_dtype, clip_search, energy, absmax)[:, 0, :, 0]
 
 
 def scale_choices(
-    weight: torch.Tensor, quantization: Quantization, *, scale_dtype: torch.dtype, clip_search: Sequence[float] = ()
+    weight: torch.Tensor,
+    quantization: Quantization,
+    *,
+    scale_dtype: torch.dtype,
+    clip_search: Sequence[float] = (),
+    absmax: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Every scale that :func:`quantize` may take for each tile: (1 + searched, tiles down, tiles across)."""
-    absmax = _absmax(tiled(weight.float(), quantization))
-    return torch.stack([scale[:, 0, :, 0] for scale in _choices(absmax, quantization, scale_dtype, clip_search)])
+    found = _absmax(tiled(weight.float(), quantization)) if absmax is None else absmax.float().view(1, 1, 1, 1)
+    return torch.stack([scale[:, 0, :, 0] for scale in _choices(found, quantization, scale_dtype, clip_search)])
 
 
 def tiled(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
@@ -77,9 +85,15 @@ def tiled(values: torch.Tensor, quantization: Quantization) -> torch.Tensor:
 
 
 def _scales(
-    tiles: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype, clip_search: Sequence[float], energy: torch.Tensor | None
+    tiles: torch.Tensor,
+    quantization: Quantization,
+    scale_dtype: torch.dtype,
+    clip_search: Sequence[float],
+    energy: torch.Tensor | None,
+    absmax: torch.Tensor | None,
 ) -> torch.Tensor:
-    choices = _choices(_absmax(tiles), quantization, scale_dtype, clip_search)
+    found = _absmax(tiles) if absmax is None else absmax.float().view(1, 1, 1, 1)
+    choices = _choices(found, quantization, scale_dtype, clip_search)
     best = next(choices)
     if not clip_search:
         return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import pipeline
+from convert.check import _scratch
 from convert.divergence import compare_logits, compare_states
 from convert.numbers import compare
 from convert.report import read_report, report_path
+from convert.reproduce import reproduce
 from convert.text import TEXTS, _read_text
-from formats.errors import InputError, OctavoError
+from formats.errors import FormatError, InputError, OctavoError, RecipeError
 from formats.manifest import CARD
 
 
@@ -212,6 +215,30 @@ def test_a_runtime_that_cannot_load_it_is_a_failed_check_and_no_crash(make_llama
     (path / "model.safetensors").write_bytes(b"garbage!")
     (report,) = pipeline.prove([path])
     assert {"promises", "numbers: largest error / bound", "transformers: loads and runs"} <= failed(report)
+
+
+def test_a_manifest_that_was_edited_is_no_ground_for_a_check(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    path = pipeline.convert(recipe_for(make_llama()), tmp_path / "out", check=False).artifacts[0].path
+    manifest = json.loads((path / "octavo.json").read_text())
+    (path / "octavo.json").write_text(json.dumps({**manifest, "versions": {}}))
+    with pytest.raises(FormatError, match=r"octavo.json: not as octavo wrote it"):
+        pipeline.prove([path])
+    (path / "octavo.json").write_text(json.dumps({**manifest, "target": "another"}))
+    with pytest.raises(RecipeError, match=r"octavo.json:\S+: no target is called 'another'; there is q"):
+        reproduce(str(path))
+
+
+def test_what_a_killed_check_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    left, young = tmp_path / ".check-left", tmp_path / ".check-young"
+    for folder in (left, young):
+        folder.mkdir()
+        (folder / "source.f32").write_bytes(b"logits")
+    with _scratch(tmp_path) as used:
+        for folder in (left, used):
+            os.utime(folder, (0, 0))
+        with _scratch(tmp_path) as other:
+            assert set(tmp_path.iterdir()) == {young, used, other}
+    assert list(tmp_path.iterdir()) == [young]
 
 
 def test_artifacts_of_two_models_are_not_checked_against_one_of_them(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import KILLED
 from safetensors.torch import load_file, save_file
 
 from convert import export as export_module
@@ -275,6 +276,19 @@ def test_thirty_kills_at_random_moments_change_no_byte(make_llama: Any, tmp_path
     make(parse_recipe(text, "kill.yaml"), out)
     assert contents(out) == whole
     assert resumed > 0, "no kill came after a tensor was finished, so nothing was resumed"
+
+
+@pytest.mark.parametrize("lost", ["journal", "health"])
+def test_what_a_power_cut_made_of_the_notes_is_no_crash(make_llama: Any, tmp_path: Path, lost: str) -> None:
+    job = tmp_path / "test.yaml"
+    job.write_text(RECIPE.format(model=make_llama()))
+    subprocess.run([sys.executable, "-c", KILLED, str(job), str(tmp_path / "out"), "8"], check=False)
+    partial = tmp_path / "out" / ".a.partial"
+    assert len((partial / "journal").read_text().splitlines()) > 1
+    (partial / lost).write_bytes(b"\xff\x00{\n\0\0\n")
+    recipe = parse_recipe(job.read_text(), "test.yaml", name="test")
+    for made, whole in zip(make(recipe, tmp_path / "out"), make(recipe, tmp_path / "whole"), strict=True):
+        assert contents(made) == contents(whole)
 
 
 def test_finished_tensors_are_not_done_again(make_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

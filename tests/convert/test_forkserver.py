@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,34 +107,13 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: 
     assert answer == {}, said
     first, second = map(int, begun.read_text().split())
     assert first != second
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{first}").exists() and "Z" not in Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _has_ended(first)
 
 
-@pytest.mark.gpu
-def test_a_program_computes_on_a_gpu_behind_the_fork(told: Told) -> None:
-    compute = "import torch; found = torch.ones(2, device='cuda').sum().item()"
-    for _ in range(2):
-        answer, said = told(f"{compute}; Path(answer).write_text(json.dumps([found, os.getppid()]))", device="cuda")
-        assert answer is not None, said
-        assert answer[0] == 2
-        assert answer[1] != os.getpid()
-
-
-def test_where_an_import_begins_a_gpu_programs_are_processes_of_their_own(
-    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began = "import torch\ntorch.cuda.is_initialized = lambda: True\n"
-    (tmp_path / "sitecustomize.py").write_text(began)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"])))
-    monkeypatch.setattr(child, "_server", child._Server())
-    for _ in range(2):
-        found, said = told(ANSWER)
-        assert found is not None, said
-        assert found["parent"] == os.getpid()
-        assert child._server.unfit
+def test_a_gpu_is_not_carried_through_a_fork(told: Told) -> None:
+    found, said = told(ANSWER, device="cuda")
+    assert found is not None, said
+    assert found["parent"] == os.getpid()
 
 
 def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: Path) -> None:
@@ -153,7 +134,28 @@ def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: P
     thread.join()
     assert interrupted.is_set()
     for pid in map(int, begun.read_text().split()):
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        _has_ended(pid)
+
+
+def test_a_program_ends_with_whoever_was_killed_while_it_ran(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "sleeper.py").write_text(
+        f"import os, time\ndef main(*_):\n    open('{begun}.new', 'w').write(str(os.getpid()))\n    os.rename('{begun}.new', '{begun}')\n"
+        "    time.sleep(600)\n"
+    )
+    asks = "from convert import child; child._FORKED = {'sleeper'}; child.run_program('sleeper', {}, __import__('pathlib').Path('.'))"
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    asking = subprocess.Popen([sys.executable, "-c", asks], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
+    deadline = time.monotonic() + 120
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asking.kill()
+    asking.wait()
+    _has_ended(int(begun.read_text()))
+
+
+def _has_ended(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -15,6 +15,7 @@ from conftest import KILLED
 from safetensors.torch import load_file, save_file
 
 from convert import pipeline, solve
+from convert.lanes import Stand
 from convert.pipeline import convert, plan
 from convert.progress import Lines
 from convert.recipe import parse_recipe
@@ -138,7 +139,14 @@ def test_a_pass_takes_over_the_blocks_that_it_does_not_change(
     rules = "{{match: linear, scheme: int8-static, algorithm: gptq}}"
     text = _text("at_most: 1", rules).replace("dtype: float32", f"dtype: float32, propagate: {propagate}")
     solved: list[int] = []
-    solve_block = solve.solve_block
+    seen: list[int] = []
+    solve_block, run = solve.solve_block, Stand.run
+
+    def see(stand: Stand, *, keep: bool, observer: Any = None) -> None:
+        seen.extend([int(stand.name.split(".")[2])] if observer else [])
+        run(stand, keep=keep, observer=observer)
+
+    monkeypatch.setattr(Stand, "run", see)
 
     def spy(target: Any, entries: Any, *args: Any, **more: Any) -> Any:
         solved.append(int(entries[0].modules[0].split(".")[2]))
@@ -147,6 +155,7 @@ def test_a_pass_takes_over_the_blocks_that_it_does_not_change(
     monkeypatch.setattr(solve, "solve_block", spy)
     (made,) = convert(recipe_for(folder, text=text), tmp_path / "out", check=False).artifacts
     assert solved == [0, 1, 2, *solved_again]
+    assert seen == solved, "what is taken over is not looked at"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"q", "q.ruined"}
     recorded = json.dumps({**made.manifest.recipe, "model": str(folder)})
     (alone,) = convert(parse_recipe(recorded, "recorded.yaml", name="recorded"), tmp_path / "alone", check=False).artifacts

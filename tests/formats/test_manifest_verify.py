@@ -545,6 +545,13 @@ def test_a_manifest_that_lacks_a_key_or_has_a_number_there_is_refused_by_it(arti
         read_manifest(artifact)
 
 
+@pytest.mark.parametrize("key", ["origin", "commit"])
+def test_a_manifest_that_does_not_name_its_source_is_refused(artifact: Path, key: str) -> None:
+    edit(artifact, lambda raw: raw["source"].pop(key))
+    with pytest.raises(FormatError, match=key):
+        read_manifest(artifact)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
