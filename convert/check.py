@@ -47,6 +47,7 @@ NEW_TOKENS = 32
 #: Tokens of a first look, at least: eight of the blocks that intervals are drawn from.
 LOOK_TOKENS = 512
 SCRATCH = ".check-"
+SOURCE_VALUES = "source.f32"
 #: A folder of another check may be so young that it is not locked yet.
 NEWBORN_SECONDS = 60.0
 QUESTION = "What is the capital of France?"
@@ -81,6 +82,29 @@ class _Text:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What every artifact is compared with. ``asked``: what every program is asked; ``answer``: what the source's program said to it;
+    ``result``: the same for the report. Its logits or hidden states lie in ``scratch``, where programs write theirs."""
+
+    model: str
+    text: _Text
+    asked: dict[str, Any]
+    answer: dict[str, Any]
+    result: RuntimeResult
+    scratch: Path
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts tokens."""
+        return bool(self.answer["predicts"])
+
+    @property
+    def values(self) -> Path:
+        """Its logits, or its hidden states, float32."""
+        return self.scratch / SOURCE_VALUES
 
 
 def require_runtimes(target: Target) -> None:
@@ -119,62 +143,15 @@ def check(
     :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
     memory; a runtime that fails is a failed check, not an error.
     """
-    recipe, *_ = recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
+    recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
-    model = manifests[0].pinned
     with _scratch(artifacts[0].parent) as scratch:
-        checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
-        text = _pictures(recipe, artifacts[0]) if _sees(checkpoint, recipe) else _held_out(recipe, artifacts[0])
-        np.save(scratch / "tokens.npy", text.tokens)
-        progress.say(f"running the source on {text.record['tokens']:,} held-out {text.record.get('unit', 'tokens')}")
-        asked = {
-            **request(recipe, scratch, device=device),
-            "prompt": text.prompt_ids,
-            "text": text.prompt,
-            "special_tokens": not text.templated,
-            "new_tokens": NEW_TOKENS,
-            "prompts": [*text.question_ids, *text.passage_ids],
-            "answer_tokens": max(recipe.validation.answer_tokens, NEW_TOKENS),
-        }
-        dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
-        whole = whole_bytes(checkpoint, wide=dtype == "float32")
-        blocks = whole > WHOLE_SHARE * psutil.virtual_memory().available
-        if blocks:
-            whole_ones = [name for name in ("prompts", "tasks") if getattr(recipe.validation, name)]
-            if whole_ones:
-                raise MachineError(
-                    f"{model}: {whole / 1e9:.1f} GB of memory are needed for the source to answer validation.{whole_ones[0]}, and are not "
-                    f"free; set validation.reference: source, leave the {whole_ones[0]} out, or run octavo check on a larger machine"
-                )
-            progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
-        source_logits = str(scratch / "source.f32")
-        request_source = {**asked, "artifact": str(artifacts[0]), "model": model, "dtype": dtype, "logits": source_logits, "blocks": blocks}
-        answer, failure = _run_source("convert.runtimes.source", request_source, scratch, reference)
-        if answer is None:
-            raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
-        of_source = _result("source", answer, text, None)
-        asked["predicts"] = answer["predicts"]
-        if answer.get("written"):
-            text.record["written"] = "what is read, behind the token that the decoder begins with"
-        if recipe.validation.tasks:
-            names = ", ".join(task.name for task in recipe.validation.tasks)
-            progress.say(f"running the source on {names} of lm-evaluation-harness")
-            of_tasks = _task_request(request_source, recipe, artifacts[0], "source")
-            scored, failure = _run_source(tasks.PROGRAM, of_tasks, scratch, reference)
-            if scored is None or "error" in scored:
-                raise MachineError(f"{model}: the source could not be run on {names}: {scored['error'] if scored else failure}")
-            of_source = replace(of_source, tasks=tasks.score(scored))
-            text.record.update(tasks.describe(scored))
-            answer["tasks"] = scored
+        source = _run_source(artifacts[0], manifests[0].pinned, recipes[0], scratch, progress, device=device, kept=reference)
         reports = []
-        for path, manifest, own in zip(artifacts, manifests, recipes, strict=True):
-            target = own.target(manifest.target)
-            if look and answer["predicts"]:
-                seen = _look(path, own, target, asked, text, of_source, answer, scratch, progress, share=look)
-                if seen is not None:
-                    reports.append(seen)
-                    continue
-            reports.append(_check_one(path, manifest, own, target, model, asked, text, of_source, answer, scratch, progress))
+        for path, manifest, recipe in zip(artifacts, manifests, recipes, strict=True):
+            target = recipe.target(manifest.target)
+            brief = _look(path, recipe, target, source, progress, share=look) if look and source.predicts else None
+            reports.append(brief or _check_one(path, manifest, recipe, target, source, progress))
         return reports
 
 
@@ -199,13 +176,72 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _run_source(
+    artifact: Path, model: str, recipe: Recipe, scratch: Path, progress: Progress, *, device: str, kept: Path | None
+) -> _Source:
+    """Runs the source, with the tokenizer or the processor of an artifact made of it; ``kept``: where it looks for what it said before."""
+    checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
+    text = _pictures(recipe, artifact) if _sees(checkpoint, recipe) else _held_out(recipe, artifact)
+    np.save(scratch / "tokens.npy", text.tokens)
+    progress.say(f"running the source on {text.record['tokens']:,} held-out {text.record.get('unit', 'tokens')}")
+    dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
+    asked = {
+        **request(recipe, scratch, device=device),
+        "prompt": text.prompt_ids,
+        "text": text.prompt,
+        "special_tokens": not text.templated,
+        "new_tokens": NEW_TOKENS,
+        "prompts": [*text.question_ids, *text.passage_ids],
+        "answer_tokens": max(recipe.validation.answer_tokens, NEW_TOKENS),
+    }
+    asked_source = {
+        **asked,
+        "artifact": str(artifact),
+        "model": model,
+        "dtype": dtype,
+        "logits": str(scratch / SOURCE_VALUES),
+        "blocks": _by_blocks(checkpoint, model, recipe, progress, wide=dtype == "float32"),
+    }
+    answer, failure = _run_once("convert.runtimes.source", asked_source, scratch, kept)
+    if answer is None:
+        raise MachineError(f"{model}: the source could not be run for comparison: {failure}")
+    result = _result("source", answer, text, None)
+    if answer.get("written"):
+        text.record["written"] = "what is read, behind the token that the decoder begins with"
+    if recipe.validation.tasks:
+        names = ", ".join(task.name for task in recipe.validation.tasks)
+        progress.say(f"running the source on {names} of lm-evaluation-harness")
+        scored, failure = _run_once(tasks.PROGRAM, _task_request(asked_source, recipe, artifact, "source"), scratch, kept)
+        if scored is None or "error" in scored:
+            raise MachineError(f"{model}: the source could not be run on {names}: {scored['error'] if scored else failure}")
+        result = replace(result, tasks=tasks.score(scored))
+        text.record.update(tasks.describe(scored))
+        answer["tasks"] = scored
+    return _Source(model, text, {**asked, "predicts": answer["predicts"]}, answer, result, scratch)
+
+
+def _by_blocks(checkpoint: Checkpoint, model: str, recipe: Recipe, progress: Progress, *, wide: bool) -> bool:
+    """Whether the source does not fit into memory as a whole. Raises :class:`MachineError` where it has to."""
+    whole = whole_bytes(checkpoint, wide=wide)
+    if whole <= WHOLE_SHARE * psutil.virtual_memory().available:
+        return False
+    whole_ones = [name for name in ("prompts", "tasks") if getattr(recipe.validation, name)]
+    if whole_ones:
+        raise MachineError(
+            f"{model}: {whole / 1e9:.1f} GB of memory are needed for the source to answer validation.{whole_ones[0]}, and are not "
+            f"free; set validation.reference: source, leave the {whole_ones[0]} out, or run octavo check on a larger machine"
+        )
+    progress.say(f"the source takes {whole / 1e9:.1f} GB, more than is free: it runs block by block")
+    return True
+
+
 def _task_request(asked: dict[str, Any], recipe: Recipe, artifact: Path, program: str) -> dict[str, Any]:
     """What the harness is asked, beside what the program that loads the model is."""
     kept = {key: value for key, value in asked.items() if key not in ("logits", "prompts")}
     return {**kept, "program": program, "tokenizer": str(artifact), "tasks": tasks.asked(recipe)}
 
 
-def _run_source(program: str, asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
+def _run_once(program: str, asked: dict[str, Any], scratch: Path, kept: Path | None) -> tuple[dict[str, Any] | None, str]:
     """The source's answer, with its logits, if it writes them, in ``scratch``: those in ``kept`` where the same was asked before of the
     same tokens."""
     if kept is None:
@@ -228,115 +264,119 @@ def _run_source(program: str, asked: dict[str, Any], scratch: Path, kept: Path |
     return answer, failure
 
 
-def _check_one(
-    path: Path,
-    manifest: Manifest,
-    recipe: Recipe,
-    target: Target,
-    model: str,
-    asked: dict[str, Any],
-    text: _Text,
-    reference: RuntimeResult,
-    source: dict[str, Any],
-    scratch: Path,
-    progress: Progress,
-) -> Report:
+def _modes(target: Target) -> Iterator[tuple[str, str, str]]:
+    """Every runtime of a target in every mode: (runtime, mode, what a report calls the two)."""
+    for runtime in target.runtimes:
+        for mode in RUNTIMES[runtime].modes:
+            yield runtime, mode, f"{runtime} {mode}".strip()
+
+
+def _run_artifact(path: Path, runtime: str, asked: dict[str, Any], scratch: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a runtime's program says of an artifact, or None and why there is no answer."""
+    environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
+    return run(RUNTIMES[runtime].program, {**asked, "artifact": str(path), "dtype": "auto"}, scratch, environment=environment)
+
+
+def _check_one(path: Path, manifest: Manifest, recipe: Recipe, target: Target, source: _Source, progress: Progress) -> Report:
+    """The report of one artifact: its promises, its numbers, and each of its runtimes."""
     progress.say(f"{target.name}: checking promises and numbers")
-    checks = [_check_promises(path)]
-    layers, found = _check_numbers(path, model, asked, scratch)
-    checks += found
-    results = []
-    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
-        name = f"{runtime} {mode}".strip()
+    layers, of_numbers = _check_numbers(path, source.model, source.asked, source.scratch)
+    checks, results = [_check_promises(path), *of_numbers], []
+    for runtime, mode, name in _modes(target):
         progress.say(f"{target.name}: running it in {name}")
-        runtime_request = {**asked, "artifact": str(path), "dtype": "auto", "logits": str(scratch / "artifact.f32"), "mode": mode}
-        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
-        answer, failure = run(RUNTIMES[runtime].program, runtime_request, scratch, environment=environment)
-        if answer is not None and "session" in answer:
-            name = f"{name} ({answer['session']})"
-        checks.append(holds(f"{name}: loads and runs", answer is not None, failure))
-        if answer is None:
-            continue
-        checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
-        try:
-            files, width = (scratch / "source.f32", scratch / "artifact.f32"), int(source["vocabulary"])
-            found_here = (
-                compare_logits(*files, text.tokens, width)
-                if source["predicts"]
-                else compare_states(*files, width, classes=source.get("classes", False))
-            )
-        except OctavoError as error:
-            checks.append(holds(f"{name}: finite {'logits' if source['predicts'] else 'hidden states'}", False, str(error)))
-            continue
-        result = _result(name, answer, text, found_here)
-        if recipe.validation.tasks and runtime in HARNESSED:
-            names = ", ".join(task.name for task in recipe.validation.tasks)
-            progress.say(f"{target.name}: running it in {name} on {names} of lm-evaluation-harness")
-            scored, failure = run(tasks.PROGRAM, _task_request(runtime_request, recipe, path, runtime), scratch)
-            failure = scored["error"] if scored and "error" in scored else failure
-            checks.append(holds(f"{name}: tasks run", not failure, failure))
-            if scored and not failure:
-                result = replace(result, tasks=tasks.score(scored, source["tasks"]))
-                checks += _check_recovery(name, result, recipe, target.limits.recovery)
-        results.append(result)
-        if "module_dtypes" in answer:
-            checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
-        if target.kv_cache and "cache_dtype" in answer:
-            checks.append(_check_cache(name, manifest, answer))
-        if isinstance(found_here, Divergence):
-            checks += _check_quality(name, found_here, target.bounds())
-            checks.append(_check_continuation(name, answer["generated"], source["generated"], result))
-            if text.questions and target.limits.answers is not None:
-                checks.append(_check_answers(name, result, reference, answer, text, target.limits.answers))
-        else:
-            checks += _check_drift(name, found_here, target.bounds())
+        found, result = _check_runtime(path, manifest, recipe, target, source, progress, runtime=runtime, mode=mode, name=name)
+        checks += found
+        results += [result] if result else []
     return Report(
         recipe=recipe.name,
         target=target.name,
         manifest_sha256=manifest_digest(path),
         checks=tuple(checks),
         layers=tuple(layers),
-        source=reference,
+        source=source.result,
         runtimes=tuple(results),
-        validation=text.record,
-        prompt=text.prompt,
-        passages=tuple(text.decode(ids) for ids in text.passage_ids),
+        validation=source.text.record,
+        prompt=source.text.prompt,
+        passages=tuple(source.text.decode(ids) for ids in source.text.passage_ids),
         health=(manifest.calibration or {}).get("health", {}),
     )
 
 
-def _look(
+def _check_runtime(
     path: Path,
+    manifest: Manifest,
     recipe: Recipe,
     target: Target,
-    asked: dict[str, Any],
-    text: _Text,
-    reference: RuntimeResult,
-    source: dict[str, Any],
-    scratch: Path,
+    source: _Source,
     progress: Progress,
     *,
-    share: float,
-) -> Report | None:
+    runtime: str,
+    mode: str,
+    name: str,
+) -> tuple[list[Check], RuntimeResult | None]:
+    """What one runtime makes of an artifact; no result where it does not run, or gives what is not finite."""
+    text, values = source.text, source.scratch / "artifact.f32"
+    asked = {**source.asked, "logits": str(values), "mode": mode}
+    answer, failure = _run_artifact(path, runtime, asked, source.scratch)
+    if answer is not None and "session" in answer:
+        name = f"{name} ({answer['session']})"
+    checks = [holds(f"{name}: loads and runs", answer is not None, failure)]
+    if answer is None:
+        return checks, None
+    checks += [at_most(f"{name}: {what}", value, limit, "share") for what, (value, limit) in answer.get("checks", {}).items()]
+    try:
+        found = _compare(source, values)
+    except OctavoError as error:
+        return [*checks, holds(f"{name}: finite {'logits' if source.predicts else 'hidden states'}", False, str(error))], None
+    result = _result(name, answer, text, found)
+    if recipe.validation.tasks and runtime in HARNESSED:
+        names = ", ".join(task.name for task in recipe.validation.tasks)
+        progress.say(f"{target.name}: running it in {name} on {names} of lm-evaluation-harness")
+        of_artifact = {**asked, "artifact": str(path), "dtype": "auto"}
+        scored, failure = run(tasks.PROGRAM, _task_request(of_artifact, recipe, path, runtime), source.scratch)
+        failure = scored["error"] if scored and "error" in scored else failure
+        checks.append(holds(f"{name}: tasks run", not failure, failure))
+        if scored and not failure:
+            result = replace(result, tasks=tasks.score(scored, source.answer["tasks"]))
+            checks += _check_recovery(name, result, recipe, target.limits.recovery)
+    if "module_dtypes" in answer:
+        checks.append(_check_modules(name, runtime, manifest, answer["module_dtypes"], dequantized=answer.get("dequantized", False)))
+    if target.kv_cache and "cache_dtype" in answer:
+        checks.append(_check_cache(name, manifest, answer))
+    if isinstance(found, Drift):
+        return [*checks, *_check_drift(name, found, target.bounds())], result
+    checks += _check_quality(name, found, target.bounds())
+    checks.append(_check_continuation(name, answer["generated"], source.answer["generated"], result))
+    if text.questions and target.limits.answers is not None:
+        checks.append(_check_answers(name, result, source.result, answer, text, target.limits.answers))
+    return checks, result
+
+
+def _compare(source: _Source, values: Path) -> Divergence | Drift:
+    """How far an artifact's logits or hidden states lie from the source's. Raises :class:`OctavoError` where they are not finite."""
+    width = int(source.answer["vocabulary"])
+    if source.predicts:
+        return compare_logits(source.values, values, source.text.tokens, width)
+    return compare_states(source.values, values, width, classes=source.answer.get("classes", False))
+
+
+def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress: Progress, *, share: float) -> Report | None:
     """A brief report, if the first tokens show that an artifact misses a limit of quality: by its value on all of them, by the interval on
     some. Else None, as where it does not run, of which the check says why."""
+    text, scratch, values = source.text, source.scratch, source.scratch / "few.f32"
     sequences, length = text.tokens.shape
     count = min(max(math.ceil(share * sequences), math.ceil(LOOK_TOKENS / length)), sequences)
     few = replace(text, tokens=text.tokens[:count], questions=(), question_ids=[], passage_ids=[])
     np.save(scratch / "few.npy", few.tokens)
-    of_few = {**asked, "tokens": str(scratch / "few.npy"), "new_tokens": 1, "prompts": [], "answer_tokens": 1, "dtype": "auto"}
-    logits = scratch / "few.f32"
+    of_few = {**source.asked, "tokens": str(scratch / "few.npy"), "new_tokens": 1, "prompts": [], "answer_tokens": 1, "logits": str(values)}
     checks, results = [], []
-    for runtime, mode in [(name, mode) for name in target.runtimes for mode in RUNTIMES[name].modes]:
-        name = f"{runtime} {mode}".strip()
+    for runtime, mode, name in _modes(target):
         progress.say(f"{target.name}: looking at {few.tokens.size:,} of {text.tokens.size:,} tokens in {name}")
-        environment = environments.require(runtime) if RUNTIMES[runtime].environment else None
-        question = {**of_few, "artifact": str(path), "logits": str(logits), "mode": mode}
-        answer, _ = run(RUNTIMES[runtime].program, question, scratch, environment=environment)
+        answer, _ = _run_artifact(path, runtime, {**of_few, "mode": mode}, scratch)
         if answer is None:
             return None
         try:
-            found = compare_logits(scratch / "source.f32", logits, few.tokens, int(source["vocabulary"]))
+            found = compare_logits(source.values, values, few.tokens, int(source.answer["vocabulary"]))
         except OctavoError:
             return None
         measured = _check_quality(name, found, target.bounds())
@@ -352,7 +392,7 @@ def _look(
         manifest_sha256=manifest_digest(path),
         checks=tuple(replace(check, detail="; ".join(filter(None, (said, check.detail)))) for check in checks),
         layers=(),
-        source=reference,
+        source=source.result,
         runtimes=tuple(results),
         validation=text.record,
         prompt=text.prompt,

@@ -17,7 +17,6 @@ from typing import Any
 
 from convert.ailments import explain, last_lines
 from convert.environments import COMMAND, Environment, surroundings
-from convert.forkserver import UNFIT
 from convert.recipe import Recipe
 from formats.errors import MachineError
 
@@ -65,7 +64,7 @@ def run_program(
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     arguments = [str(scratch / "request.json"), str(answer)]
-    if environment is None and program in _FORKED and not _server.unfit:
+    if environment is None and program in _FORKED and request.get("device", "cpu") == "cpu":
         code, output = _server.run(program, arguments, scratch / "output.txt", variables)
     else:
         start = [*environment.start, _file(program)] if environment else [sys.executable, "-m", program]
@@ -84,7 +83,8 @@ def _alone(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]
     return done.returncode, done.stdout + done.stderr
 
 
-#: Programs that begin with the same imports, four of the five seconds that a small model takes.
+#: Programs that begin with the same imports, four of the five seconds that a small model takes. A CUDA context does not survive a fork, and
+#: torchao, which transformers imports, begins one, so on a GPU these begin afresh too.
 _FORKED = frozenset(("convert.numbers", *(f"convert.runtimes.{name}" for name in ("source", "transformers", "bitsandbytes", "harness"))))
 
 
@@ -92,8 +92,6 @@ class _Server:
     """The :mod:`convert.forkserver` of this process, begun where it is first needed."""
 
     def __init__(self) -> None:
-        #: Whether something that it imports here begins what does not survive a fork.
-        self.unfit = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._began: tuple[int, dict[str, str]] | None = None
@@ -121,8 +119,6 @@ class _Server:
                 # It is gone: what keeps it from starting keeps a process of its own from it too, and there it is said. A program that it
                 # left behind would write to the same files.
                 self._kill(pid)
-                with suppress(subprocess.TimeoutExpired):
-                    self.unfit = server.wait(timeout=5) == UNFIT
                 self.end()
                 return _alone([sys.executable, "-m", program, *arguments], variables)
             except BaseException:

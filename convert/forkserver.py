@@ -4,8 +4,6 @@ Run as ``python -m convert.forkserver``. It reads a line of JSON for each progra
 that, ``folder`` in which to run, and ``output``, a file that takes what the program prints. It answers with a line when the program runs,
 its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does, and
 its program with it.
-
-What a GPU's driver holds does not survive a fork, so here nothing may ask for it; where an import does, it ends with :data:`UNFIT`.
 """
 
 from __future__ import annotations
@@ -21,22 +19,17 @@ from typing import Any
 
 #: What every program here imports anyway, so that none holds more than in a process that it began itself.
 SHARED = ("transformers", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto", "convert.source")
-#: Exit code: it cannot fork here.
-UNFIT = 75
 
 
 def main() -> None:
     """Serves until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without beginning to use it
     import torch
 
     torch.set_num_threads(1)  # OpenMP's threads would not be there any more behind a fork
     for name in SHARED:
         importlib.import_module(name)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        sys.exit(UNFIT)
     try:
         for line in sys.stdin:
             pid = os.fork()

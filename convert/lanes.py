@@ -74,9 +74,9 @@ class Stand:
             if keep:
                 self._outputs[start : start + step] = outputs
             if observer:
-                observer.take(seen, self._crew)
                 # What is behind the last layer that is looked at, in a Llama the down projection, need not be computed again.
                 enough = len(seen[0]) if not keep and observer.steady and len({len(each) for each in seen}) == 1 else None
+                observer.take(seen, self._crew)
 
     def output(self, i: int, dtype: torch.dtype | None = None) -> Any:
         """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept. With

@@ -260,8 +260,10 @@ class Observer:
         try:
             yield seen
         except _Enough as stop:
-            # What the model had computed by then hangs on its frames, on a GPU gigabytes until the garbage collector finds the cycle.
+            # What the model had computed by then hangs on its frames, and on what they close over: on a GPU gigabytes, where a cycle waits
+            # for the garbage collector.
             clear_frames(stop.__traceback__)
+            stop.__traceback__ = None
         finally:
             self._thread.seen = None
 
@@ -277,6 +279,7 @@ class Observer:
 
     def take(self, batches: Sequence[list[Shown]], crew: Crew) -> None:
         """Adds what batches have shown, one after the other, to every accumulator; the crew shares out accumulators, and parts of them.
+        The lists are empty then, so that whatever else still knows one holds no inputs.
 
         Raises :class:`MachineError` for an input that the model has overwritten since.
         """
@@ -297,6 +300,8 @@ class Observer:
                     parts += [(part, rows) for part in (accumulator.parts() if kind == "hessian" else [accumulator.update])]
         for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], parts):
             pass
+        for batch in batches:
+            batch.clear()
 
     def _feed(self, leader: str, x: torch.Tensor) -> None:
         seen = getattr(self._thread, "seen", None)

@@ -170,7 +170,6 @@ class Walk:
 
         def finish(*_: object) -> None:
             observer.take([shown], run.hands)
-            shown.clear()
 
         stands = walk(self._skeleton, batches, finish=finish if self._outside else None, **way)
         by_block = any(run.recoveries[target.name].mode == "blocks" for target in self._targets if target.name in run.recoveries)

@@ -110,28 +110,10 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: 
     _has_ended(first)
 
 
-@pytest.mark.gpu
-def test_a_program_computes_on_a_gpu_behind_the_fork(told: Told) -> None:
-    compute = "import torch; found = torch.ones(2, device='cuda').sum().item()"
-    for _ in range(2):
-        answer, said = told(f"{compute}; Path(answer).write_text(json.dumps([found, os.getppid()]))", device="cuda")
-        assert answer is not None, said
-        assert answer[0] == 2
-        assert answer[1] != os.getpid()
-
-
-def test_where_an_import_begins_a_gpu_programs_are_processes_of_their_own(
-    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    began = "import torch\ntorch.cuda.is_initialized = lambda: True\n"
-    (tmp_path / "sitecustomize.py").write_text(began)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"])))
-    monkeypatch.setattr(child, "_server", child._Server())
-    for _ in range(2):
-        found, said = told(ANSWER)
-        assert found is not None, said
-        assert found["parent"] == os.getpid()
-        assert child._server.unfit
+def test_a_gpu_is_not_carried_through_a_fork(told: Told) -> None:
+    found, said = told(ANSWER, device="cuda")
+    assert found is not None, said
+    assert found["parent"] == os.getpid()
 
 
 def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: Path) -> None:
