@@ -20,6 +20,8 @@ _COLOURS = ("#2a5f93", "#b5541c", "#1c6637", "#8a2f6b", "#6b6b1c", "#5d5a54")
 #: Lines of a drawing within a page, told apart on light ground and on dark.
 _MIDDLING = ("#3a82c8", "#c8702c", "#2f9a64", "#ab5aa5", "#8d8a2e", "#7d7a74")
 _MARKERS = ("o", "s", "^", "D")
+#: Inches; at 72 points each as wide as a phone shows, so that letters are as large there as they are drawn.
+_NARROW = (5.0, 3.4)
 
 
 def draw_losses(losses: Sequence[Loss]) -> str:
@@ -63,7 +65,7 @@ def draw_frontier(ladder: Mapping[str, Any]) -> Markup:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = _figure((6.4, 3.6))
+        figure = _figure(_NARROW)
         axes = figure.add_subplot(facecolor="none")
         for i, (name, points) in enumerate(curves.items()):
             ink, line, width = styles.get(name, (FAINT_INK, (0, (1 + 3 * i, 2)), 1.0))
@@ -79,19 +81,36 @@ def draw_frontier(ladder: Mapping[str, Any]) -> Markup:
                 markersize=7 if is_taken else 4,
                 linestyle="",
             )
-            axes.annotate(rung["name"], (rung["weight_bytes"] / 1e6, rung["kl_nats"]), (5, 4), textcoords="offset points", fontsize=8)
         if limit is not None:
             axes.axhline(limit, color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)), label="budget")
         axes.set_ylim(bottom=0)
+        _name_points(axes, [(rung["weight_bytes"] / 1e6, rung["kl_nats"], rung["name"]) for rung in rungs])
         axes.set_xlabel("all weights (MB)", color=TEXT_INK)
         axes.set_ylabel("KL (nats a token)", color=TEXT_INK)
         axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT_INK)
-        if curves:
+        if curves or limit is not None:
             axes.legend(frameon=False, fontsize=8)
         drawn = _svg(figure)
     return inline(drawn, "frontier")
+
+
+def _name_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """A name beside each point (x, y), on the side where there is room, and none over another."""
+    # Sizes that are all but the same would be spread over the whole axis.
+    low, high = axes.get_xlim()
+    least = max(high - low, 0.1 * high)
+    axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
+    middle = (low + high) / 2
+    below: dict[bool, float] = {}
+    for x, y, name in sorted(points, key=lambda point: (-point[1], point[0])):
+        left = x > middle
+        # In points of a figure: its pixels are 72 an inch, or as many as its dpi says.
+        height = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+        moved = min(4.0, below.get(left, math.inf) - 10 - height)
+        below[left] = height + moved
+        axes.annotate(name, (x, y), (-6 if left else 6, moved), textcoords="offset points", fontsize=8, ha="right" if left else "left")
 
 
 def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Markup:
@@ -103,7 +122,7 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Markup:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = _figure((6.4, 3.2))
+        figure = _figure(_NARROW)
         axes = figure.add_subplot(facecolor="none")
         for i, kind in enumerate(kinds[: len(_MIDDLING)]):
             points = sorted(
@@ -136,21 +155,19 @@ def draw_comparison(rows: Sequence[Row]) -> Markup:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "octavo", "svg.fonttype": "none", "font.size": 9.0, "text.color": TEXT_INK})
-        figure = _figure((6.4, 3.6))
+        figure = _figure(_NARROW)
         axes = figure.add_subplot(facecolor="none")
         axes.plot([x for x, _ in best], [y for _, y in best], color=FAINT_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        names = []
         for row in shown:
             x, low, high = row.size_bytes / 1e6, *((row.interval.low, row.interval.high) if row.interval else (row.loss, row.loss))
             axes.plot([x, x], [low, high], color=LINE_INK, linewidth=1.3)
             axes.plot([x], [row.loss], color=LINE_INK, marker="D" if row.frontier else "o", markersize=4.5)
             label = row.name if alone else f"{row.name}, {row.run.name.partition(' (')[0]}"
-            axes.annotate(label, (x, row.loss), (5, 3), textcoords="offset points", fontsize=7)
+            names.append((x, row.loss, label))
         axes.margins(x=0.25, y=0.15)
-        # Sizes that are all but the same would be spread over the whole axis.
-        low, high = axes.get_xlim()
-        least = max(high - low, 0.1 * high)
-        axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
         axes.set_ylim(bottom=0)
+        _name_points(axes, names)
         axes.set_xlabel("weights on disk (MB)", color=TEXT_INK)
         axes.set_ylabel("relative error" if any(row.run.drift for row in rows) else "KL (nats a token)", color=TEXT_INK)
         axes.tick_params(color=FAINT_INK, labelcolor=TEXT_INK)

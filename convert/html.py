@@ -204,9 +204,10 @@ def _heat(layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[int,
 
 
 def _layer_rows(layers: Mapping[str, Mapping[str, Any]]) -> list[_LayerRow]:
-    """A row a layer in the ledger's order; of too many those with the largest error."""
+    """A row a layer, the tenth behind the ninth and else in the ledger's order; of too many those with the largest error."""
     worst = sorted(layers, key=lambda module: -off(layers[module]))[:MAX_LAYERS]
-    shown = layers if len(worst) == len(layers) else worst
+    numbers = {module: math.inf if (number := place(module)[1]) is None else number for module in layers}
+    shown = sorted(layers, key=lambda module: numbers[module]) if len(worst) == len(layers) else worst
     return [_LayerRow(module, layers[module], layers[module]["errors"][-1], is_ruined(layers[module])) for module in shown]
 
 

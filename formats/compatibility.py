@@ -1063,9 +1063,8 @@ _ONNXRUNTIME = (
         "onnx",
         ("int8-static",),
         "native",
-        "seen: onnxruntime 1.32 on AMD EPYC with AVX512-VNNI, 2026-11-29",
-        "only where nothing else reads the input: of 14 products in two layers of a Llama 4 ran in INT8 (o_proj, down_proj), and q, k, v, "
-        "gate and up as floats, for which their weights are widened at every call",
+        "seen: onnxruntime 1.32 on Intel Xeon with AVX512-VNNI, 2026-11-29",
+        "every product is MatMulIntegerToFloat since inputs are unsigned codes around 128; with signed ones most ran as floats",
     ),
     Row(
         "onnxruntime",
@@ -1114,14 +1113,21 @@ _ONNX_ELSEWHERE = (
             ("onnx", _W8A16_INT8, "native", "MatMulNBits ran, which rounds its inputs to INT8 (not in a browser's WASM)"),
             ("onnx-matmulnbits", _W8A16_INT8, "native", "MatMulNBits ran, which rounds its inputs to INT8"),
             ("onnx", ("int8-dynamic",), "native", "an input has one scale for all its tokens"),
-            (
-                "onnx",
-                ("int8-static",),
-                "dequantize",
-                "where several products share an input, both are widened first; only the others are multiplied in INT8",
-            ),
             ("onnx", ("fp8-weight-only",), "dequantize", _WIDENED),
         )
+    ),
+    *(
+        Row(
+            runtime,
+            (version,),
+            ("cpu-vnni",),
+            "onnx",
+            ("int8-static",),
+            "native",
+            f"seen: {what} on Intel Xeon with AVX512-VNNI, 2026-11-29",
+            "every product is MatMulIntegerToFloat",
+        )
+        for runtime, version, what in _ORT_ELSEWHERE
     ),
     Row(
         "onnxruntime-genai",

@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 import pytest
 
+from convert.curves import draw_frontier
 from convert.gauges import draw_gauge, draw_stages
 from convert.html import render
 from convert.panels import draw_ranges
@@ -454,7 +455,7 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     page = render(*make_pair(ladder=LADDER))
     section = page[page.index("How the budget was met") : page.index("Size and speed")]
     assert "kl_nats at most 0.01" in section
-    assert "Taken: <strong>mixed</strong>" in section
+    assert 'Taken: <strong class="name">mixed</strong>' in section
     assert "mixed, 7 groups kept" in section
     assert "not measured" in section, "the rung that did not run"
     assert section.count("<svg ") == 2, "the frontier, and what each group loses"
@@ -463,3 +464,29 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert render(*make_pair(ladder=LADDER)) == page
     assert "How the budget was met" not in render(*make_pair())
     assert "<svg " in render(*make_pair(ladder={**LADDER, "curves": {}, "groups": []})), "no rung was mixed"
+
+
+def test_a_budget_that_no_rung_met_is_not_called_met() -> None:
+    missed = {**LADDER, "taken": "gptq", "rungs": [rung for rung in LADDER["rungs"] if not rung["passed"]], "groups": [], "curves": {}}
+    page = render(*make_pair(ladder=missed))
+    assert "How close the budget came" in page
+    assert "How the budget was met" not in page
+    assert "what single groups" not in page, "there are no lines"
+
+
+def test_names_of_rungs_lie_beside_their_points_and_not_over_another() -> None:
+    close = [{**LADDER["rungs"][1], "name": name, "kl_nats": kl, "weight_bytes": size} for name, kl, size in (
+        ("a", 0.0121, 160_000_000), ("b", 0.012, 160_000_000), ("c", 0.0119, 160_000_000), ("d", 0.0121, 260_000_000)
+    )]  # fmt: skip
+    drawn = str(draw_frontier({**LADDER, "rungs": close}))
+    found = dict(re.findall(r'y="([\d.]+)" transform[^>]*>([abcd])</text>', drawn)[i][::-1] for i in range(4))
+    heights = [float(found[name]) for name in "abc"]
+    assert min(heights[1] - heights[0], heights[2] - heights[1]) > 9, "in points, downwards"
+    assert "text-anchor: end" in next(text for text in drawn.split("<text") if text.endswith(">d</text>") or ">d</text>" in text)
+
+
+def test_layers_stand_in_the_order_of_the_model() -> None:
+    health = make_health(11, static=False)
+    page = render(*make_pair(health=dict(sorted(health.items()))))
+    names = re.findall(r'data-value="(model\.layers\.\d+\.mlp\.gate_proj)"', page)
+    assert names == [f"model.layers.{i}.mlp.gate_proj" for i in range(11)]

@@ -96,6 +96,11 @@ class _Places:
         self._causal = nodes.op("LessOrEqual", "causal", self.keys, self._queries)
 
     @cached_property
+    def last(self) -> ir.Value:
+        """The largest of :attr:`positions`, a number."""
+        return self._nodes.op("ReduceMax", "positions.last", self.positions, keepdims=0)
+
+    @cached_property
     def counts(self) -> tuple[ir.Value, ir.Value]:
         """As GroupQueryAttention wants them: of each sequence the last position, int32 (batch,), and how many there are. Those of the
         padding count too; the bias hides them."""
@@ -140,9 +145,7 @@ def _angles(nodes: Nodes, decoder: Decoder, name: str, rotary: Rotary, places: _
     positions, axis = (places.keys, 1) if inside else (places.positions, 2)
     as_float = nodes.op("Cast", f"{name}.positions", positions, to=ir.DataType.FLOAT)
     column = nodes.op("Unsqueeze", f"{name}.column", as_float, nodes.integer(axis))
-    angles = nodes.op(
-        "Mul", f"{name}.angles", column, nodes.constant(f"{name}.frequencies", np.array(rotary.frequencies, dtype=np.float32))
-    )
+    angles = nodes.op("Mul", f"{name}.angles", column, _frequencies(nodes, name, rotary, places))
     found = []
     for kind in ("Cos", "Sin"):
         value = nodes.op(kind, f"{name}.{kind.lower()}", angles)
@@ -152,6 +155,32 @@ def _angles(nodes: Nodes, decoder: Decoder, name: str, rotary: Rotary, places: _
             value = nodes.op("Cast", f"{name}.{kind.lower()}.cast", value, to=nodes.dtype)
         found.append(value)
     return _Turns(found[0], found[1], 2 * len(rotary.frequencies), places.positions if inside else None)
+
+
+def _frequencies(nodes: Nodes, name: str, rotary: Rotary, places: _Places) -> ir.Value:
+    """(turned / 2,), the same for all tokens of a call: its last position decides, as in transformers. What lies in the cache stays as its
+    own call turned it; transformers' ``generate`` throws the cache of a Phi-3 away at the switch, and so must who decodes over it."""
+    usual = nodes.constant(f"{name}.frequencies", np.array(rotary.frequencies, dtype=np.float32))
+    if not rotary.switch:
+        return usual
+    if rotary.stretch is None:
+        other = nodes.constant(f"{name}.frequencies.long", np.array(rotary.long, dtype=np.float32))
+    else:
+        stretch, turned = rotary.stretch, 2 * len(rotary.frequencies)
+        length = nodes.op("Cast", f"{name}.length", nodes.op("Add", f"{name}.count", places.last, nodes.number(1)), to=ir.DataType.FLOAT)
+        constants = {
+            "slope": stretch.factor / stretch.trained,
+            "offset": stretch.factor - 1,
+            "power": turned / (turned - 2),
+            "base": stretch.base,
+        }
+        slope, offset, power, base = (nodes.constant(f"{name}.{key}", np.float32(value)) for key, value in constants.items())
+        grown = nodes.op("Sub", f"{name}.growth", nodes.op("Mul", f"{name}.relative", length, slope), offset)
+        base = nodes.op("Mul", f"{name}.base.grown", nodes.op("Pow", f"{name}.growth.power", grown, power), base)
+        exponents = nodes.constant(f"{name}.exponents", -np.arange(0, turned, 2, dtype=np.float32) / turned)
+        other = nodes.op("Pow", f"{name}.frequencies.grown", base, exponents)
+    beyond = nodes.op("GreaterOrEqual", f"{name}.beyond", places.last, nodes.number(rotary.switch))
+    return nodes.op("Where", f"{name}.frequencies.chosen", beyond, other, usual)
 
 
 def _embed(nodes: Nodes, decoder: Decoder, ids: ir.Value, places: _Places) -> ir.Value:

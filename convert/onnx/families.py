@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from formats.errors import FormatError
@@ -79,16 +80,30 @@ FAMILIES = {
 
 #: Activations that the standard has an operator for, or two; of Gelu, its ``approximate``.
 ACTIVATIONS = {"silu": "", "relu": "", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-#: How transformers computes frequencies that do not depend on how long a text is.
-_ROPES = ("default", "linear", "llama3", "yarn")
+#: Ways to compute frequencies, as transformers calls them (``modeling_rope_utils.py``).
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Angles a position: ``frequencies`` (turned features / 2,) in radians; cosines and sines are multiplied by ``factor``."""
+    """Angles a position: ``frequencies`` (turned features / 2,) in radians; cosines and sines are multiplied by ``factor``. In a call whose
+    last position is ``switch`` or more, all positions have those of ``long``, or of ``stretch``, where there is either."""
 
     frequencies: tuple[float, ...]
     factor: float
+    switch: int = 0
+    long: tuple[float, ...] = ()
+    stretch: Stretch | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Frequencies of a longer text ("dynamic NTK"): base' ** (-2i / turned), where
+    base' = base * (factor * length / trained - (factor - 1)) ** (turned / (turned - 2))."""
+
+    base: float
+    factor: float
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -207,7 +222,15 @@ def _rotary(name: str, parsed: Any, kind: str, head_size: int) -> Rotary:
     if rope_type not in _ROPES:
         raise FormatError(f"no graph is known for {name} with rope_type {rope_type!r}; known are {', '.join(_ROPES)}")
     if rope_type != "default":
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](parsed, torch.device("cpu"), layer_type=layer_type)
+        compute = partial(ROPE_INIT_FUNCTIONS[rope_type], parsed, torch.device("cpu"), layer_type=layer_type)
+        frequencies, factor = compute()
+        short = tuple(frequencies.float().tolist())
+        if rope_type == "longrope":
+            switch = int(parameters["original_max_position_embeddings"])
+            return Rotary(short, float(factor), switch, tuple(compute(seq_len=switch + 1)[0].float().tolist()))
+        if rope_type == "dynamic":
+            trained = int(parsed.max_position_embeddings)
+            return Rotary(short, float(factor), trained, (), Stretch(float(parameters["rope_theta"]), float(parameters["factor"]), trained))
     else:
         turned = int(head_size * parameters.get("partial_rotary_factor", 1.0))
         frequencies, factor = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, turned, 2, dtype=torch.float32) / turned)), 1.0

@@ -200,7 +200,10 @@ class Nodes:
                 self._dynamic[value] = self.op("DequantizeLinear", f"{module}.input", *self.ops("DynamicQuantizeLinear", parts, value))
             return self._dynamic[value]
         scale = self.scale(weight.input_scale)
-        zero = self.constant(f"zero.{activation.grid.dtype}", np.zeros((), dtype=ir.DataType(DATA_TYPES[activation.grid.dtype]).numpy()))
+        # The same steps, counted from 128: ONNX Runtime has fast kernels for unsigned inputs and signed weights, none for two signed ones.
+        unsigned = activation.grid.kind == "int"
+        dtype = np.dtype(np.uint8) if unsigned else ir.DataType(DATA_TYPES[activation.grid.dtype]).numpy()
+        zero = self.constant(f"zero.{'U8' if unsigned else activation.grid.dtype}", np.array(128 if unsigned else 0, dtype=dtype))
         codes = self.op("QuantizeLinear", f"{module}.input.codes", value, scale, zero)
         return self.op("DequantizeLinear", f"{module}.input", codes, scale, zero)
 

@@ -140,6 +140,83 @@ def test_float_graph_is_the_model(family: str, tmp_path: Path, export: Callable[
     assert np.abs(expected).max() > 0.1
 
 
+#: By which the frequencies of a small Phi-3, or a Llama, depend on the length of the text, and where they change.
+LENGTHS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.1, 1.3, 1.7],
+                "long_factor": [1.0, 2.0, 5.0, 9.0],
+            },
+        },
+        16,
+    ),
+    "longrope, whole heads": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0, 1.1, 1.3, 1.7] * 2,
+                "long_factor": [1.0, 2.0, 5.0, 9.0] * 2,
+            },
+        },
+        16,
+    ),
+    "dynamic": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+        16,
+    ),
+}
+
+
+@pytest.mark.parametrize("attention", ["standard", "gqa"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_frequencies_that_depend_on_the_length_are_transformers(
+    kind: str, attention: str, tmp_path: Path, export: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides of the switch and at it; with padding, which does not count; and from a cache that was filled before it, whose keys
+    stay as they were turned: what transformers' forward does with its own cache."""
+    family, settings, switch = LENGTHS[kind]
+    monkeypatch.setitem(SETTINGS, family, settings)
+    folder, model = save(family, tmp_path)
+    out = export(folder, FLOAT, targets__0__options=f"{{attention: {attention}}}")
+    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    ids = np.random.default_rng(0).integers(3, 300, (2, switch + 9))
+
+    def near(got: np.ndarray, expected: np.ndarray, share: float = 5e-5) -> bool:
+        return bool(np.abs(got - expected).max() < share * max(1.0, np.abs(expected).max()))
+
+    def fresh() -> Any:  # of one that has seen a longer text, "dynamic" frequencies stay stretched
+        return type(model).from_pretrained(folder, attn_implementation="eager").eval()
+
+    for length in (5, switch, switch + 1, switch + 9):
+        assert near(run(out, ids[:, :length])["logits"], logits(fresh(), ids[:, :length])), length
+    # The other frequencies do matter: the same tokens, behind which the text goes on, have other logits than alone.
+    assert not near(run(out, ids)["logits"][:, :5], run(out, ids[:, :5])["logits"], 1e-3)
+    mask = np.ones((2, switch + 3), np.int64)
+    mask[:, :6] = 0  # longer than the switch with the padding, shorter without
+    padded = run(out, ids[:, : switch + 3], mask)["logits"]
+    assert near(padded[:, 6:], logits(fresh(), ids[:, 6 : switch + 3]))
+    whole, cache = fresh(), transformers.DynamicCache()
+    past: dict[str, np.ndarray] | None = None
+    for begin, end in ((0, switch - 2), *((at, at + 1) for at in range(switch - 2, switch + 4))):
+        with torch.no_grad():
+            expected = whole(input_ids=torch.from_numpy(ids[:1, begin:end]), past_key_values=cache).logits.numpy()
+        got = run(out, ids[:1, begin:end], past=past)
+        assert near(got["logits"], expected), (begin, end)
+        past = {name: value for name, value in got.items() if name != "logits"}
+
+
 def test_every_family_is_tested() -> None:
     assert set(KNOWN) == {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2"}
 
@@ -498,6 +575,9 @@ def test_every_scheme_is_near_the_model(scheme: str, make_llama: Any, recipe_for
         assert answer["module_dtypes"]["model.layers.0.self_attn.k_proj"] == answer["module_dtypes"]["model.layers.1.mlp.up_proj"]
         assert all(value <= limit for value, limit in answer["checks"].values()), answer["checks"]
         assert len(answer["generated"]) == 4
+    if scheme == "int8-static":
+        # q, k, v and o, gate, up and down of two layers, and the head; with signed codes all but four of them ran as floats.
+        assert answer["kernels"] == {"MatMulIntegerToFloat": 14, "MatMul": 1}
     if scheme == "int8-weight-only-g32":
         assert answer["kernels"] == {"MatMulNBits": 8, "MatMul": 1}  # four products a block, and the head, which is kept
 
@@ -543,12 +623,15 @@ def test_a_float_graph_passes_the_whole_way(make_llama: Any, recipe_for: Callabl
     }
 
 
-def test_what_no_graph_is_known_for_is_refused(tmp_path: Path, export: Callable[..., Path], make_llama: Any) -> None:
+def test_what_no_graph_is_known_for_is_refused(
+    tmp_path: Path, export: Callable[..., Path], make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = save("opt", tmp_path)
     with pytest.raises(RecipeError, match=r"test.yaml:4:5: no graph is known for the architecture 'opt'; known are llama"):
         export(folder, FLOAT)
+    monkeypatch.setattr("convert.onnx.families._ROPES", ("default", "linear"))
     yarn = make_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(RecipeError, match="no graph is known for llama with rope_type 'dynamic'"):
+    with pytest.raises(RecipeError, match="no graph is known for llama with rope_type 'dynamic'; known are default, linear"):
         export(yarn, FLOAT)
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+import transformers
 from browser_page import write_in_browser
+from conftest import save_tokenizer
 
 from convert import environments, pipeline
 from convert.recipe import parse_recipe
@@ -91,6 +94,27 @@ def test_int8_passes_and_is_multiplied_in_int8(
         names = {check.name.partition(": ")[2] for check in checks}
         assert ("modules in 8 bit" in names) == (runtime == "openvino" and name == "int8"), "a session of ONNX Runtime does not say"
         assert ("prompt tokenized otherwise than by transformers" in names) == (runtime != "openvino")
+
+
+@needs(*ELSEWHERE)
+def test_frequencies_of_a_long_text_are_the_source_s_in_every_runtime(tmp_path: Path) -> None:
+    """A Phi-3 whose texts are longer than the switch of its frequencies."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.0, 2, 3, 5, 7, 9, 12, 16]}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 8}
+    torch.manual_seed(0)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **tokens, **lengths, rope_parameters=rope))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(tmp_path / "phi3")
+    save_tokenizer(tmp_path / "phi3", 300)
+    text = JOB.format(model=tmp_path / "phi3", runtimes=", ".join(("onnxruntime", *ELSEWHERE)))
+    text = text[: text.index("  - name: int8x2")].replace("rules: [", "rules: [{match: '*', keep: true, why: floats}]  # [")
+    (report,) = pipeline.convert(parse_recipe(text, "long.yaml", name="long"), tmp_path / "out").reports
+    assert not [check for check in report.checks if not check.passed]
+    assert {result.program for result in report.runtimes} == {"onnxruntime", *ELSEWHERE}
+    assert all(result.divergence.kl_nats < 1e-6 for result in report.runtimes)
 
 
 @needs("onnxruntime-gpu")
