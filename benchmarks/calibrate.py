@@ -28,6 +28,7 @@ ALGORITHMS = {
     "rtn": ("int8-dynamic", "rtn", "INT8"),
     "fp8-dynamic": ("fp8-dynamic", "rtn", "FP8_DYNAMIC"),
     "fp8-static": ("fp8-static", "rtn", "FP8"),
+    "fp8-static-gptq": ("fp8-static", "gptq", "FP8"),
 }
 CALIBRATION = "calibration: {{sequences: {sequences}, length: {length}, dtype: {dtype}}}\n"
 RECIPE = """\

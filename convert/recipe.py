@@ -547,7 +547,7 @@ class Validation(_Section):
     answer_tokens: Positive = 32
     """How many tokens are written for each prompt, greedily."""
     tasks: Annotated[tuple[Task, ...], Field(strict=False)] = ()
-    """Tasks of lm-evaluation-harness (`pip install 'octavo[eval]'`), for instance `[{name: hellaswag, limit: 200}]`."""
+    """Tasks of lm-evaluation-harness (package `lm_eval`), for instance `[{name: hellaswag, limit: 200}]`."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> Validation:

@@ -30,7 +30,7 @@ def require_tasks(recipe: Recipe) -> None:
         version("lm_eval")
     except PackageNotFoundError:
         raise MachineError(
-            "validation.tasks needs lm-evaluation-harness, which is not installed; run: pip install 'octavo[eval]'"
+            "validation.tasks needs lm-evaluation-harness, which is not installed; run: pip install 'lm_eval>=0.4.13' 'pytablewriter>=1.2'"
         ) from None
     with tempfile.TemporaryDirectory(prefix="octavo-tasks-") as scratch:
         answer, failure = run(PROGRAM, {"tasks": asked(recipe)}, Path(scratch))

@@ -101,7 +101,7 @@ def test_without_the_harness_it_is_said_how_to_get_it(make_llama: Any, recipe_fo
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(tasks, "version", absent)
-    with pytest.raises(MachineError, match=r"pip install 'octavo\[eval\]'"):
+    with pytest.raises(MachineError, match=r"pip install 'lm_eval>=0.4.13' 'pytablewriter>=1.2'"):
         tasks.require_tasks(recipe_for(make_llama(), **{"validation.tasks": "[{name: hellaswag}]"}))
 
 
