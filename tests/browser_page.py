@@ -23,6 +23,8 @@ _PAGE = """<!doctype html>
 <p id="text"></p>
 <script type="module">
 const answer = async (found) => fetch("/answer", { method: "POST", body: JSON.stringify(found) });
+// transformers.js 4.3.1 waits for ever for a data file that is not there, and only here says so.
+addEventListener("unhandledrejection", ({ reason }) => answer({ error: `${reason?.name}: ${reason?.message}` }));
 try {
   const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = await import("/library/transformers.min.js");
   env.allowLocalModels = true;  // those that this page's own server has, under /models/

@@ -190,7 +190,11 @@ function otherwise(found, expected) {
   return differ / expected.length;
 }
 
-main(...process.argv.slice(2)).catch((error) => {
+function fail(error) {
   console.error(`transformers.js raised\n${error.name}: ${String(error.message).slice(0, 480).replaceAll("\n", " ")}`);
   process.exit(1);
-});
+}
+
+// A data file that is not there rejects a promise that nobody holds (src/utils/model-loader.js of 4.3.1), and from_pretrained waits for ever.
+process.on("unhandledRejection", fail);
+main(...process.argv.slice(2)).catch(fail);

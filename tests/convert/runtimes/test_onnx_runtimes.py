@@ -132,11 +132,15 @@ def test_on_a_gpu_int8_passes_and_no_product_runs_beside_it(form: str, make_llam
 
 
 @needs(*ELSEWHERE)
-def test_an_artifact_that_does_not_load_is_a_failed_check_in_its_own_words(artifact: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_bytes", [1000, None])
+def test_an_artifact_that_does_not_load_is_a_failed_check_in_its_own_words(kept_bytes: int | None, artifact: Path, tmp_path: Path) -> None:
     path = tmp_path / "int8"
     shutil.copytree(artifact, path)
     data = next(path.glob("onnx/*_data"))
-    data.write_bytes(data.read_bytes()[:1000])
+    if kept_bytes is None:
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:kept_bytes])
     (report,) = pipeline.prove([path])
     failed = {check.name.split(":")[0].split(" ")[0]: check.detail for check in report.checks if check.name.endswith("loads and runs")}
     assert set(failed) == set(ELSEWHERE)
@@ -144,6 +148,19 @@ def test_an_artifact_that_does_not_load_is_a_failed_check_in_its_own_words(artif
     for runtime, detail in failed.items():
         assert re.match(rf"{runtime}( [0-9.]+)? raised ", detail, re.IGNORECASE), detail
         assert re.search(r"_proj\.weight|external data|model_quantized\.onnx_data", detail), detail
+
+
+@needs("transformers.js")
+def test_a_page_whose_data_file_is_missing_says_so_and_does_not_wait(artifact: Path, tmp_path: Path) -> None:
+    """transformers.js itself waits for ever; a page that listens for rejections that nobody handles learns of it."""
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not on PATH; on Debian: apt-get install chromium")
+    path = tmp_path / "int8"
+    shutil.copytree(artifact, path)
+    next(path.glob("onnx/*_data")).unlink()
+    modules = environments.require("transformers.js").folder / "node_modules"
+    with pytest.raises(RuntimeError, match=r"ModelFileNotFoundError: .*onnx/model_quantized.onnx_data"):
+        write_in_browser(path, modules, {"ids": [1, 70], "count": 1, "dtype": "q8"}, timeout=60)
 
 
 @needs("transformers.js")
