@@ -534,7 +534,8 @@ class _Follower(Thread):
         with self._condition:
             self._stopped = True
             self._condition.notify()
-        self.join()
+        if self.is_alive():  # it is not where an interruption came before it had begun
+            self.join()
 
     def hexdigest(self) -> str:
         """The file's sha256, once the thread has ended."""

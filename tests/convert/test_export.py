@@ -319,6 +319,20 @@ def test_finished_tensors_are_not_done_again(make_llama: Any, tmp_path: Path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_an_interruption_while_a_file_is_begun_is_an_interruption(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_for(make_llama())
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module._Follower, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(recipe, tmp_path / "out")
+    make(recipe, tmp_path / "out")
+
+
 def test_peak_memory_does_not_grow_with_the_tensor(make_llama: Any, tmp_path: Path) -> None:
     """An embedding of 131 MB passes through in slabs: the process never grows by as much as half of it."""
     folder = make_llama(vocab_size=32_000, hidden_size=1024, intermediate_size=256)

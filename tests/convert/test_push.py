@@ -626,7 +626,7 @@ def test_a_recipe_says_where_and_convert_pushes_what_passed(octo: Hub, make_llam
     assert octo.repos["org/it-w8a8"].tags["v1"] == octo.repos["org/it-w8a8"].branches["main"]
     for wrong, said in (
         (("push", "artifacts/job/w8a8"), "say where: --repo"),
-        (("push", "artifacts/job/w8a8", "--repo", "nonsense"), "String should match pattern"),
+        (("push", "artifacts/job/w8a8", "--repo", "nonsense"), "'nonsense': write organisation/name"),
         (("convert", str(job), "--push", "--no-check"), "what is not proven is not published"),
     ):
         refused = octavo(*wrong)
