@@ -282,12 +282,12 @@ def test_doctor_names_versions_devices_and_runtimes() -> None:
 
 
 @pytest.mark.slow
-def test_recipes_of_the_issue_pass_on_the_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama-int8", "llama-fp8"])
+def test_a_recipe_passes_on_the_sample(name: str, tmp_path: Path) -> None:
     """The main job, on the real model; a quarter of the usual tokens, because the full check is the command's own business."""
-    for name in ("llama-int8", "llama-fp8"):
-        done = octavo("convert", name, "--set", "validation.tokens=1024", cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Paris" in done.stdout
+    done = octavo("convert", name, "--set", "validation.tokens=1024", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Paris" in done.stdout
 
 
 def test_sensitivity_is_a_table_numbers_and_a_drawing(make_llama: Any, tmp_path: Path) -> None:
