@@ -29,6 +29,16 @@ targets:
     rules: [{{match: linear, scheme: {scheme}}}]
     limits: {{kl_nats: 5.0, top1: 0.0, perplexity_ratio: 50.0}}
 """
+#: A graph, to be formatted with ``model`` and ``scheme``, the rules.
+GRAPH = """\
+model: {model}
+validation: {{tokens: 64, length: 32}}
+targets:
+  - name: q
+    format: onnx
+    rules: {scheme}
+    runtimes: [onnxruntime]
+"""
 
 
 #: A conversion of argv: a recipe, a folder, and after how many tensors it kills itself.

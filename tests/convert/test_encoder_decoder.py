@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import save_tokenizer
+from conftest import GRAPH, save_tokenizer
 from decoded import put_back
 
 from convert import pipeline
@@ -27,16 +27,7 @@ from formats.manifest import read_manifest
 from formats.onnx_graph import find_graphs, read_folder
 from formats.verify import verify
 
-RECIPE = """\
-model: {model}
-validation: {{tokens: 64, length: 32}}
-targets:
-  - name: q
-    format: onnx
-    rules: {scheme}
-    runtimes: [onnxruntime]
-    limits: {{kl_nats: 0.05, top1: 0.7, perplexity_ratio: 1.1}}
-"""
+RECIPE = f"{GRAPH}    limits: {{{{kl_nats: 0.05, top1: 0.7, perplexity_ratio: 1.1}}}}\n"
 INT8 = "[{match: lm_head, scheme: int8-weight-only}, {match: linear, scheme: int8-weight-only}]"
 TOKENS = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 SIZES = {

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from conftest import GRAPH
 from families import FAMILIES
 from onnx.reference import ReferenceEvaluator
 
@@ -39,15 +40,6 @@ from formats.safetensors import TensorSpec
 from formats.scheme import SCHEMES
 from formats.verify import verify
 
-RECIPE = """\
-model: {model}
-validation: {{tokens: 64, length: 32}}
-targets:
-  - name: q
-    format: onnx
-    rules: {scheme}
-    runtimes: [onnxruntime]
-"""
 FLOAT = "[{match: linear, keep: true, why: a float graph}]"
 INT8 = "[{match: lm_head, scheme: int8-weight-only}, {match: linear, scheme: int8-weight-only}]"
 
@@ -80,7 +72,7 @@ def export(tmp_path: Path, recipe_for: Callable[..., Any]) -> Callable[..., Path
     """``export(model, rules, **overrides)``: the folder of an artifact."""
 
     def make(model: Path, rules: str, **overrides: str) -> Path:
-        recipe = recipe_for(model, rules, text=RECIPE, **{key.replace("__", "."): value for key, value in overrides.items()})
+        recipe = recipe_for(model, rules, text=GRAPH, **{key.replace("__", "."): value for key, value in overrides.items()})
         return pipeline.convert(recipe, tmp_path / "out", check=False).artifacts[0].path
 
     return make
@@ -229,7 +221,7 @@ def test_int8_codes_are_those_of_the_checkpoint_formats(
 
     folder, _ = save("llama", tmp_path, dtype=torch.bfloat16)
     out = export(folder, "[{match: linear, scheme: int8-weight-only}]")
-    text = RECIPE.replace("format: onnx", "format: compressed-tensors").replace("[onnxruntime]", "[transformers]")
+    text = GRAPH.replace("format: onnx", "format: compressed-tensors").replace("[onnxruntime]", "[transformers]")
     other = (
         pipeline.convert(recipe_for(folder, "[{match: linear, scheme: int8-weight-only}]", text=text), tmp_path / "ct", check=False)
         .artifacts[0]
@@ -354,7 +346,7 @@ def test_a_product_of_two_codes_is_what_its_equation_says(dtype: ir.DataType, la
 def test_two_codes_where_there_can_be_none_are_refused(
     rules: str, form: str, why: str, make_llama: Any, recipe_for: Callable[..., Any]
 ) -> None:
-    text = RECIPE.replace("format: onnx", f"format: {form.partition(',')[0]}")
+    text = GRAPH.replace("format: onnx", f"format: {form.partition(',')[0]}")
     text = text.replace("[onnxruntime]", "[onnxruntime-gpu]") if "gpu" in form else text
     with pytest.raises(RecipeError, match=why):
         pipeline.plan(recipe_for(make_llama(), rules, text=text, **{"targets.0.options": "{inputs: int8x2}"}))
@@ -464,7 +456,7 @@ def test_matmulnbits_is_the_model_with_the_weights_it_decodes_to(
 ) -> None:
     """Products, one table for a tied head and its embedding, and the cache. Inputs are rounded to INT8 on the way."""
     folder, model = save(family, tmp_path)
-    text = RECIPE.replace("format: onnx", "format: onnx-matmulnbits")
+    text = GRAPH.replace("format: onnx", "format: onnx-matmulnbits")
     if shared and family == "phi3":
         pytest.skip("its head is not tied")
     options = {"targets.0.options": "{tied_embedding: shared}"} if shared else {}
@@ -491,12 +483,12 @@ def test_matmulnbits_is_the_model_with_the_weights_it_decodes_to(
 
 
 def test_sharing_what_is_not_tied_is_refused(make_llama: Any, recipe_for: Callable[..., Any]) -> None:
-    text = RECIPE.replace("format: onnx", "format: onnx-matmulnbits")
+    text = GRAPH.replace("format: onnx", "format: onnx-matmulnbits")
     recipe = recipe_for(make_llama(), INT8, text=text, **{"targets.0.options": "{tied_embedding: shared}"})
     with pytest.raises(RecipeError, match="no head that is tied is quantized"):
         pipeline.plan(recipe)
     with pytest.raises(RecipeError, match="onnx has no such option; onnx-matmulnbits has it"):
-        recipe_for("model", INT8, text=RECIPE, **{"targets.0.options": "{tied_embedding: shared}"})
+        recipe_for("model", INT8, text=GRAPH, **{"targets.0.options": "{tied_embedding: shared}"})
 
 
 def test_names_and_shapes_are_those_that_transformers_js_wants(make_llama: Any, export: Callable[..., Path]) -> None:
@@ -563,7 +555,7 @@ def test_half_the_floats(tmp_path: Path, export: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "fp8-static", "fp8-weight-only", "int8-weight-only-g32"])
 def test_every_scheme_is_near_the_model(scheme: str, make_llama: Any, recipe_for: Callable[..., Any], tmp_path: Path) -> None:
     """As exported and as deployed, by the program that proves it, which must also see the codes."""
-    text = RECIPE + ("calibration: {{sequences: 2, length: 32}}\n" if scheme.endswith("static") else "")
+    text = GRAPH + ("calibration: {{sequences: 2, length: 32}}\n" if scheme.endswith("static") else "")
     model = make_llama()
     out = pipeline.convert(recipe_for(model, f"[{{match: linear, scheme: {scheme}}}]", text=text), tmp_path, check=False).artifacts[0].path
     ids = np.random.default_rng(0).integers(3, 300, (2, 32))
@@ -616,7 +608,7 @@ def prove(folder: Path, ids: np.ndarray, mode: str, scratch: Path) -> tuple[dict
 
 @pytest.mark.slow
 def test_a_float_graph_passes_the_whole_way(make_llama: Any, recipe_for: Callable[..., Any], tmp_path: Path) -> None:
-    (report,) = pipeline.convert(recipe_for(make_llama(), FLOAT, text=RECIPE), tmp_path).reports
+    (report,) = pipeline.convert(recipe_for(make_llama(), FLOAT, text=GRAPH), tmp_path).reports
     assert not [check for check in report.checks if not check.passed]
     assert {check.name.partition(" (")[0] for check in report.checks if "kl_nats" in check.name} == {
         f"onnxruntime {mode}" for mode in RUNTIMES["onnxruntime"].modes
@@ -641,7 +633,7 @@ def test_numbers_hold_and_so_does_the_ledger(
     form: str, rules: str, make_llama: Any, recipe_for: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Codes that were rounded, and those that were solved behind norms that were changed, are read back from wherever they lie."""
-    text = RECIPE.replace("format: onnx", f"format: {form}")
+    text = GRAPH.replace("format: onnx", f"format: {form}")
     text += "calibration: {{sequences: 2, length: 32}}\n" if "gptq" in rules else ""
     artifact = pipeline.convert(recipe_for(make_llama(), rules, text=text), tmp_path / "out", check=False).artifacts[0]
     numbers = compare(artifact.path, open_source(artifact.manifest.source["origin"]), threads=1)
@@ -660,7 +652,7 @@ def test_numbers_hold_and_so_does_the_ledger(
 
 def test_an_interrupted_run_is_taken_up_where_it_stopped(make_llama: Any, recipe_for: Callable[..., Any], tmp_path: Path) -> None:
     """Half of the tensors are in the journal, among them one of three that lie side by side; the others' bytes are not there yet."""
-    job = pipeline.plan(recipe_for(make_llama(), INT8, text=RECIPE))
+    job = pipeline.plan(recipe_for(make_llama(), INT8, text=GRAPH))
     whole = export_plan(job, tmp_path / "whole", QUIET)[0].path
     partial = tmp_path / "out" / ".q.partial"
     (partial / "onnx").mkdir(parents=True)

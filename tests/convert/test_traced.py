@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import KILLED
+from conftest import GRAPH, KILLED
 from decoded import put_back
 
 from convert import pipeline
@@ -27,15 +27,6 @@ from formats.manifest import read_manifest
 from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
 from formats.verify import verify
 
-RECIPE = """\
-model: {model}
-validation: {{tokens: 64, length: 32}}
-targets:
-  - name: q
-    format: onnx
-    rules: {scheme}
-    runtimes: [onnxruntime]
-"""
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 96}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 PICTURE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32, "patch_size": 8}
@@ -63,7 +54,7 @@ def export(tmp_path: Path, recipe_for: Callable[..., Any]) -> Callable[..., Path
     """``export(model, rules, **overrides)``: the folder of an artifact."""
 
     def make(model: Path, rules: str, out: str = "out", **overrides: str) -> Path:
-        recipe = recipe_for(model, rules, text=RECIPE, **{key.replace("__", "."): value for key, value in overrides.items()})
+        recipe = recipe_for(model, rules, text=GRAPH, **{key.replace("__", "."): value for key, value in overrides.items()})
         return pipeline.convert(recipe, tmp_path / out, check=False).artifacts[0].path
 
     return make
@@ -311,7 +302,7 @@ def test_what_a_killed_export_left_is_taken_up(saved: Callable[..., Any], export
     folder, _ = saved("distilbert")
     rules = "[{match: linear, scheme: int8-weight-only}]"
     whole = export(folder, rules)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=folder, scheme=rules))
+    (tmp_path / "recipe.yaml").write_text(GRAPH.format(model=folder, scheme=rules))
     again = tmp_path / "again"
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(again), "9"], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -384,7 +375,7 @@ def test_an_encoder_is_proven_in_its_runtimes(
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     rules = "[{match: word_embeddings, scheme: int8-lookup}, {match: linear, scheme: int8-weight-only}]"
-    recipe = recipe_for(folder, rules, text=RECIPE, **{"targets.0.runtimes": f"[{runtime}]"})
+    recipe = recipe_for(folder, rules, text=GRAPH, **{"targets.0.runtimes": f"[{runtime}]"})
     outcome = pipeline.convert(recipe, tmp_path / "out")
     (report,) = outcome.reports
     assert (outcome.artifacts[0].path / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_mean_tokens": true}'
@@ -397,5 +388,5 @@ def test_an_encoder_is_proven_in_its_runtimes(
 def test_a_model_of_pictures_is_not_checked_and_says_so(saved: Callable[..., Any], recipe_for: Callable[..., Any], tmp_path: Path) -> None:
     folder, _ = saved("vit")
     with pytest.raises(InputError, match=r"reads pixel_values.*--no-check"):
-        pipeline.convert(recipe_for(folder, "[{match: linear, scheme: int8-dynamic}]", text=RECIPE), tmp_path / "out")
+        pipeline.convert(recipe_for(folder, "[{match: linear, scheme: int8-dynamic}]", text=GRAPH), tmp_path / "out")
     assert not (tmp_path / "out" / "q").exists()
