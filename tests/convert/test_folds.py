@@ -13,7 +13,11 @@ from convert.folds import Fold, read_fold
 @pytest.mark.parametrize(
     ("scales", "most"),
     [
-        (torch.exp2(torch.randn(768, generator=torch.Generator().manual_seed(0)).round()), 0.6),
+        (torch.exp2(torch.randn(768, generator=torch.Generator().manual_seed(0)).round()), 0.7),
+        (torch.exp2(torch.arange(-7.0, 8.0)), 2),
+        (torch.exp2(torch.arange(-126.0, -110.0)), 2),
+        (torch.exp2(torch.arange(112.0, 128.0)), 2),
+        (torch.exp2(torch.arange(-8.0, 9.0)), 6),
         (torch.exp2(torch.tensor([-126.0, 0.0, 127.0])), 60),
         (torch.rand(768, generator=torch.Generator().manual_seed(0)) + 0.5, 5.4),
         (torch.tensor([1.0, 2.0, 3.0]), 60),
