@@ -103,7 +103,7 @@ def test_the_searched_strength_is_the_best_tried_and_helps_with_outliers(name: s
     "name", ["int8-dynamic", "int8-dynamic-asymmetric", "int8-static", "fp8-dynamic", "fp8-block", "int8-weight-only-g32"]
 )
 @pytest.mark.parametrize(("tokens", "features", "out"), [(1, 128, 128), (17, 256, 128), (64, 128, 128), (5, 32, 1), (33, 96, 13)])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_an_output_of_codes_is_that_of_what_they_stand_for(name: str, tokens: int, features: int, out: int, device: str) -> None:
     scheme = SCHEMES[name]
     if name == "fp8-block" and features % 128:
