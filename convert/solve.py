@@ -237,7 +237,9 @@ def solve_block(
     together = _together(entries, known.observer)
     later = {leader for each in passes for leader in each}
     chosen: dict[str, Chosen] = {}
-    for found in crew.map(partial(_solve, known=known), [group for leader, group in together if leader not in later]):
+    first = [group for leader, group in together if leader not in later]
+    # The longest begin first, so that no thread ends with one alone.
+    for found in crew.map(partial(_solve, known=known), sorted(first, key=_work, reverse=True)):
         chosen |= found
     for each in passes:
         with seen_in(each):
@@ -289,6 +291,12 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[tuple[str, l
             key = (leader, repr(entry.scheme), repr(entry.steps), entry.scale_dtype, *entry.alongside)
             groups.setdefault(key, []).append((entry, part))
     return [(key[0], members) for key, members in groups.items()]
+
+
+def _work(members: Sequence[tuple[Entry, Part]]) -> int:
+    """What layers that are solved together take, in proportion: their Hessian's cube, and its square for every row."""
+    shapes = [part.shape(entry.tensor) for entry, part in members]
+    return shapes[0][1] ** 2 * (shapes[0][1] + sum(rows for rows, _ in shapes))
 
 
 def _solve(members: Sequence[tuple[Entry, Part]], *, known: Known) -> dict[str, Chosen]:

@@ -190,7 +190,7 @@ def sixteen_bit_factors() -> Iterator[None]:
 
     It holds for all threads of the process, so nothing else may multiply meanwhile, and is entered by one at a time.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     was, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
