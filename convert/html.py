@@ -19,8 +19,8 @@ from convert.comparison import Comparison, explain
 from convert.curves import draw_comparison, draw_frontier, draw_groups
 from convert.gauges import SHADES, draw_gauge, draw_stages, shade
 from convert.health import is_ruined, off, remark
+from convert.ledger import REQUANTIZED
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, draw_ranges, is_drawable, place
-from convert.plan import REQUANTIZED
 from convert.report import Check, Drift, Interval, Report, RuntimeResult
 from formats.errors import FormatError
 from formats.manifest import Manifest

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from convert.algorithms import TRANSFORMS
 from convert.calibrate import alike
 from convert.export import Artifact, Like
+from convert.ledger import Plan
 from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, filled, frontier, line_through, loss_of
-from convert.plan import Plan
 from convert.progress import Progress
 from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
 from convert.report import Report, manifest_digest

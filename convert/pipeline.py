@@ -22,8 +22,9 @@ from convert.health import remark
 from convert.html import render, render_comparison
 from convert.ladder import Stages, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
+from convert.ledger import Plan, TargetPlan
 from convert.pictures import load_processor, take_pictures
-from convert.plan import Plan, TargetPlan, make_plan
+from convert.plan import make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.ranges import observe

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.plan import Entry, Plan, TargetPlan, fused
+from convert.fusion import fused
+from convert.ledger import Entry, Plan, TargetPlan
 from convert.quantize import decoded_part
 from convert.reference import PLACES, Reference
 from formats.dtypes import DTYPES
