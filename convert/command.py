@@ -720,6 +720,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""
         kl = math.nan if rung["kl_nats"] is None else rung["kl_nats"]
         few = f" on {rung['tokens']:,} tokens" if 0 < rung.get("tokens", 0) < report.validation["tokens"] else ""
+        few += f" of a pilot calibrated on {rung['pilot']:,}" if rung.get("pilot") else ""
         missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
         console.print(
             f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats{few}, {_size(rung['weight_bytes'])}, "
