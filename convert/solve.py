@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from convert.architecture import Part
     from convert.crew import Crew
     from convert.lanes import Stand
+    from convert.ledger import Entry, TargetPlan
     from convert.loading import Skeleton
-    from convert.plan import Entry, TargetPlan
     from convert.recipe import Gptq, Step
     from formats.qtensor import QTensor
 

@@ -21,16 +21,17 @@ from convert.ailments import explain
 from convert.algorithms import TRANSFORMS
 from convert.crew import Crew
 from convert.lanes import place_for, walk
+from convert.ledger import RESPELL, Entry, TargetPlan
 from convert.loading import Skeleton
 from convert.observe import CacheRanges, Limit, Observer, Shown, Stats, watch_cache
-from convert.plan import RESPELL, Entry, TargetPlan, lacks_cache
+from convert.respell import lacks_cache
 from convert.static import by_histogram, find_limits
 from formats.errors import InputError, MachineError, NumericsError, OctavoError, RecipeError, SourceError
 
 if TYPE_CHECKING:
     from convert.architecture import Part
     from convert.lanes import Stand
-    from convert.plan import Plan
+    from convert.ledger import Plan
     from convert.progress import Progress
     from convert.recover import Recovery
     from convert.solve import Smoothed, Solved
