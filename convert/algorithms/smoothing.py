@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -101,7 +101,8 @@ def search(
     scale_dtype: torch.dtype,
     mapped: Mapped = map,
 ) -> Search:
-    """The best of some scales (in,), by strength; the errors of all that is ``shown`` are added up."""
+    """The best of some scales (in,), by strength. The errors of all that is ``shown`` are added up, each as a share of its output's square:
+    every layer of a group counts by its own, so that none is lost beside a larger one."""
     scales = torch.ones(shown[0][0].shape[1], device=shown[0][0].device)
     tried = [(None, scales), *candidates.items()]
     errors: dict[float | None, float] = dict.fromkeys((strength for strength, _ in tried), 0.0)
@@ -112,16 +113,15 @@ def search(
             return x @ weight.float().T
 
         expected = list(mapped(product, weights))
+        energies = torch.stack([output.square().sum() for output in expected]).clamp(min=torch.finfo(torch.float32).tiny)
 
-        def lost(scales: torch.Tensor, x: Any = x, weights: Any = weights, expected: Any = expected) -> torch.Tensor:
-            return quantized_output_errors(
-                x, weights, expected, scales=scales, weight_quantization=weight_quantization,
-                activation_quantization=activation_quantization, scale_dtype=scale_dtype,
-            )  # fmt: skip
-
+        lost = partial(
+            quantized_output_errors, inputs=x, weights=weights, expected=expected, weight_quantization=weight_quantization,
+            activation_quantization=activation_quantization, scale_dtype=scale_dtype,
+        )  # fmt: skip
         # A GPU is waited for when all of them are under way.
         for (strength, _), error in zip(tried, list(mapped(lost, [each for _, each in tried])), strict=True):
-            errors[strength] += sum(error.tolist()) / max(len(weights), 1)
+            errors[strength] += sum((error / energies).tolist()) / max(len(weights), 1)
     best: float | None = None
     for strength, each in tried:
         if errors[strength] < errors[best]:
@@ -130,27 +130,26 @@ def search(
 
 
 def quantized_output_errors(
+    scales: torch.Tensor,
+    *,
     inputs: torch.Tensor,
     weights: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
-    *,
-    scales: torch.Tensor,
     weight_quantization: Quantization,
     activation_quantization: Quantization | None,
     scale_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``sum |Q(X / s) Q(W * s)^T - X W^T|**2 / sum |X W^T|**2`` of each weight (weights,); ``expected`` are the products ``X W^T``.
+    """``sum |Q(X / s) Q(W * s)^T - X W^T|**2`` of each weight (weights,); ``scales`` (in,) are s, ``expected`` the products ``X W^T``.
 
     Weights are rounded to nearest; activations, if they are quantized, with the scale of each row (or tile), whole tensors with that of
-    these rows. Every layer of a group counts by its own output, so that none is lost beside a larger one.
+    these rows.
     """
     x = _quantized(inputs.float() / scales, activation_quantization)
-    errors = [torch.zeros(0, device=inputs.device)]
+    errors = []
     for weight, output in zip(weights, expected, strict=True):
         quantized = rtn.quantize(weight.float() * scales, weight_quantization, scale_dtype=scale_dtype)
-        lost = quantized_output(x, quantized).sub_(output).square_().sum()
-        errors.append((lost / output.square().sum().clamp(min=torch.finfo(torch.float32).tiny))[None])
-    return torch.cat(errors)
+        errors.append(quantized_output(x, quantized).sub_(output).square_().sum())
+    return torch.stack(errors)
 
 
 def quantized_output(x: QTensor | torch.Tensor, weight: QTensor) -> torch.Tensor:
