@@ -109,7 +109,7 @@ def search_alpha(
 
 
 def search(
-    candidates: dict[float, torch.Tensor],
+    candidates: dict[float | None, torch.Tensor],
     shown: Sequence[Shown],
     weight_quantization: Quantization,
     activation_quantization: Quantization | None,
@@ -117,9 +117,7 @@ def search(
     mapped: Mapped = map,
 ) -> Search:
     """The best of some scales (in,), by strength, all of which are tried."""
-    tried: dict[float | None, torch.Tensor] = {None: torch.ones(shown[0][0].shape[1], device=shown[0][0].device)}
-    for strength, each in candidates.items():
-        tried[strength] = each
+    tried = {None: torch.ones(shown[0][0].shape[1], device=shown[0][0].device), **candidates}
     return _best(tried, _Trials(shown, weight_quantization, activation_quantization, scale_dtype, mapped).errors(tried))
 
 
