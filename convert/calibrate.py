@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.crew import Crew, crew
+from convert.ledger import Entry, TargetPlan
 from convert.observe import NO_STATS, Stats
-from convert.plan import Entry, TargetPlan, lacks_cache, takes_input_scale
+from convert.respell import lacks_cache, takes_input_scale
 from formats.errors import NumericsError
 from formats.safetensors import json_bytes
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from convert.architecture import Part
-    from convert.plan import Plan
+    from convert.ledger import Plan
     from convert.progress import Progress
     from convert.recover import Recovery
     from convert.solve import Solved

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.compatibility import parts_of_ledger, places
+from convert.ledger import REQUANTIZED
 from convert.licence import licence_of
-from convert.plan import REQUANTIZED
 from convert.report import Report
 from formats.errors import OctavoError
 from formats.manifest import Manifest

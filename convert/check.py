@@ -33,7 +33,20 @@ from convert.lanes import WHOLE_SHARE, whole_bytes
 from convert.pictures import load_processor, take_pictures
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
-from convert.report import Check, Divergence, Drift, LayerNumbers, Report, RuntimeResult, at_least, at_most, holds, manifest_digest
+from convert.report import (
+    NO_LOOK,
+    Check,
+    Divergence,
+    Drift,
+    LayerNumbers,
+    Look,
+    Report,
+    RuntimeResult,
+    at_least,
+    at_most,
+    holds,
+    manifest_digest,
+)
 from convert.runtimes import HARNESSED, RUNTIMES
 from convert.source import Checkpoint, open_source
 from convert.text import load_tokenizer, take_held_out
@@ -133,15 +146,15 @@ def check(
     *,
     device: str = "cpu",
     reference: Path | None = None,
-    look: float = 0.0,
+    look: Look = NO_LOOK,
 ) -> list[Report]:
     """Proves artifacts, in the order given, that were made by one recipe, or each by its own: these have the same model and the same
     ``validation``.
 
     The source runs once for all of them; with ``reference``, a folder, once for all checks that are given it and ask the same. ``look``:
-    the share of the tokens on which an artifact is looked at first; if that shows that it misses a limit, its report is a brief one. Raises
-    :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not fit in
-    memory; a runtime that fails is a failed check, not an error.
+    on which tokens an artifact is looked at first; if that shows that it misses a limit, or is all there is to be, its report is a brief
+    one. Raises :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not
+    fit in memory; a runtime that fails is a failed check, not an error.
     """
     recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
@@ -150,7 +163,7 @@ def check(
         reports = []
         for path, manifest, recipe in zip(artifacts, manifests, recipes, strict=True):
             target = recipe.target(manifest.target)
-            brief = _look(path, recipe, target, source, progress, share=look) if look and source.predicts else None
+            brief = _look(path, recipe, target, source, progress, look) if look.share and source.predicts else None
             reports.append(brief or _check_one(path, manifest, recipe, target, source, progress))
         return reports
 
@@ -360,12 +373,12 @@ def _compare(source: _Source, values: Path) -> Divergence | Drift:
     return compare_states(source.values, values, width, classes=source.answer.get("classes", False))
 
 
-def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress: Progress, *, share: float) -> Report | None:
-    """A brief report, if the first tokens show that an artifact misses a limit of quality: by its value on all of them, by the interval on
-    some. Else None, as where it does not run, of which the check says why."""
+def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress: Progress, look: Look) -> Report | None:
+    """A brief report, if on the first tokens an artifact misses a limit of quality, or if no more is wanted. Else None, as where it does
+    not run, of which the check says why."""
     text, scratch, values = source.text, source.scratch, source.scratch / "few.f32"
     sequences, length = text.tokens.shape
-    count = min(max(math.ceil(share * sequences), math.ceil(LOOK_TOKENS / length)), sequences)
+    count = min(max(math.ceil(look.share * sequences), math.ceil(LOOK_TOKENS / length)), sequences)
     few = replace(text, tokens=text.tokens[:count], questions=(), question_ids=[], passage_ids=[])
     np.save(scratch / "few.npy", few.tokens)
     of_few = {**source.asked, "tokens": str(scratch / "few.npy"), "new_tokens": 1, "prompts": [], "answer_tokens": 1, "logits": str(values)}
@@ -379,11 +392,9 @@ def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress:
             found = compare_logits(source.values, values, few.tokens, int(source.answer["vocabulary"]))
         except OctavoError:
             return None
-        measured = _check_quality(name, found, target.bounds())
-        # On some of the tokens, a value on the wrong side is chance as long as the limit lies within its interval.
-        checks += [check for check in measured if not check.passed and (count == sequences or _beyond(check))]
+        checks += _check_quality(name, found, target.bounds())
         results.append(replace(_result(name, answer, few, found), continuation="", decode_tokens_per_second=0.0))
-    if not checks:
+    if not look.only and all(check.passed for check in checks):
         return None
     said = f"on the first {few.tokens.size:,} of {text.tokens.size:,} tokens; nothing else was checked"
     return Report(
@@ -398,13 +409,6 @@ def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress:
         prompt=text.prompt,
         brief=True,
     )
-
-
-def _beyond(check: Check) -> bool:
-    """Whether all of an interval lies on the wrong side of the limit."""
-    if check.interval is None:
-        return False
-    return check.interval.low > check.limit if check.bound == "at most" else check.interval.high < check.limit
 
 
 def _check_promises(path: Path) -> Check:

@@ -17,8 +17,8 @@ import typer
 
 if TYPE_CHECKING:
     from convert.comparison import Comparison
+    from convert.ledger import Plan
     from convert.pipeline import Needs
-    from convert.plan import Plan
     from convert.recipe import Push, Recipe
     from convert.remote import Remote
     from convert.report import Interval
@@ -563,7 +563,7 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
 
     from convert.compatibility import loads_in, parts_of
     from convert.lanes import walk_sizes
-    from convert.plan import summarize
+    from convert.ledger import summarize
     from convert.rotate import TURNED_PER_SECOND, RotatedReader
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -723,6 +723,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""
         kl = math.nan if rung["kl_nats"] is None else rung["kl_nats"]
         few = f" on {rung['tokens']:,} tokens" if 0 < rung.get("tokens", 0) < report.validation["tokens"] else ""
+        few += f" of a pilot calibrated on {rung['pilot']:,}" if rung.get("pilot") else ""
         missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
         console.print(
             f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats{few}, {_size(rung['weight_bytes'])}, "

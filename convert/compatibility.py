@@ -46,7 +46,7 @@ def _parts(layers: Iterable[tuple[str, tuple[int, int]]]) -> tuple[Part, ...]:
 
 
 def parts_of_ledger(ledger: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
-    """:func:`parts_of` what a manifest's ledger quantizes (:meth:`convert.plan.Entry.record`)."""
+    """:func:`parts_of` what a manifest's ledger quantizes (:meth:`convert.ledger.Entry.record`)."""
     layers = []
     for entry in ledger:
         for _, start, stop, columns in entry["parts"] if entry["decision"] == "quantize" else ():

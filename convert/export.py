@@ -30,8 +30,8 @@ import numpy as np
 from convert import __version__, quantize
 from convert.calibrate import calibrate
 from convert.crew import in_order
+from convert.ledger import Plan, TargetPlan
 from convert.observe import Stats
-from convert.plan import Plan, TargetPlan
 from convert.progress import Progress
 from convert.rotate import prove
 from convert.source import Checkpoint, SafetensorsReader, SourceDigests
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
 
     from convert.architecture import Part
-    from convert.plan import Entry
+    from convert.ledger import Entry
     from convert.solve import Solved
 
 JOURNAL = "journal"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from convert.ledger import Entry
     from convert.observe import Observer
-    from convert.plan import Entry
     from formats.qtensor import QTensor
     from formats.scheme import Quantization
 

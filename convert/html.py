@@ -19,8 +19,8 @@ from convert.comparison import Comparison, explain
 from convert.curves import draw_comparison, draw_frontier, draw_groups
 from convert.gauges import SHADES, draw_gauge, draw_stages, shade
 from convert.health import is_ruined, off, remark
+from convert.ledger import REQUANTIZED
 from convert.panels import EXACT_DB, MAX_PANELS, draw_panels, draw_ranges, is_drawable, place
-from convert.plan import REQUANTIZED
 from convert.report import Check, Drift, Interval, Report, RuntimeResult
 from formats.errors import FormatError
 from formats.manifest import Manifest
@@ -178,6 +178,7 @@ def _rung_row(rung: Mapping[str, Any], tokens: int) -> dict[str, Any]:
 
     few = rung.get("tokens") if 0 < (rung.get("tokens") or 0) < tokens else 0
     said = [f"on {few:,} tokens"] if few else [f"chosen by {rung['chosen_by']}"] if rung.get("chosen_by") else []
+    said += [f"pilot, calibrated on {rung['pilot']:,} tokens"] if rung.get("pilot") else []
     return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"]), "said": said}
 
 

@@ -1,10 +1,12 @@
 """Climbs to a budget: each rung is planned, converted and checked, and the first that meets the budget wins.
 
 A rung is a recipe of its own, with algorithms in its rules and the budget among its limits; the one that wins is what the manifest records,
-so that the artifact can be made again without climbing. ``mixed`` takes the best rung below it, measures on its artifact what each group
-of layers loses alone, and keeps in 16 bit, or quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses
-do not add exactly, what comes of it is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last,
-trains the model with every layer quantized.
+so that the artifact can be made again without climbing. Of a rung on the way a pilot is made first, calibrated on a part of the tokens and
+looked at on a part of the text: where that misses the budget, the rung is passed over, and made whole only if it is the one that came
+closest. ``mixed`` takes the best rung below it, measures on its artifact what each group of layers loses alone, and keeps in 16 bit, or
+quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes of it is
+measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every layer
+quantized.
 """
 
 from __future__ import annotations
@@ -24,32 +26,37 @@ from typing import Any, Protocol
 from convert.algorithms import TRANSFORMS
 from convert.calibrate import alike
 from convert.export import Artifact, Like
+from convert.ledger import Plan
 from convert.mixed import Choice, Line, Measured, Option, by_order, bytes_of, choose, filled, frontier, line_through, loss_of
-from convert.plan import Plan
 from convert.progress import Progress
 from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
-from convert.report import Report, manifest_digest
+from convert.report import NO_LOOK, Look, Report, manifest_digest
 from convert.runtimes import RUNTIMES
 from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, measure, spelled, together, weight_error
-from formats.errors import RecipeError
+from formats.errors import NumericsError, RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
 WORTHWHILE = 0.9
 #: What ``mixed`` may spend so that the budget is met by more than the noise of the text: of the linear bytes, the share kept beyond what
 #: the value alone asks for; as much of the noise as that buys, in quarters.
 CERTAINTY = 0.05
-#: The share of the validation tokens on which a rung with another behind it is looked at first.
-FIRST_LOOK = 0.25
+#: How a rung on the way is looked at first.
+FIRST_LOOK = Look(0.125, only=True)
+#: What its pilot is calibrated on: this share of the tokens, and so many at least.
+PILOT, PILOT_TOKENS = 0.125, 2048
+#: How a choice of ``mixed`` is measured; the one that is taken is proven.
+MEASURED = Look(1.0, only=True)
 
 
 class Make(Protocol):
-    def __call__(self, recipe: Recipe, folder: Path, *, look: float, like: Like | None = None) -> tuple[Plan, Artifact, Report]: ...
+    def __call__(self, recipe: Recipe, folder: Path, *, look: Look, like: Like | None = None) -> tuple[Plan, Artifact, Report]: ...
 
 
 @dataclass(frozen=True)
 class Stages:
     """What the pipeline does for a climb, for recipes of one target. ``draft``: plans one. ``make``: plans, converts and checks it in a
-    folder, taking over what is ``like`` it; the check ends where the first ``look`` shows that a limit is missed."""
+    folder, taking over what is ``like`` it; the check ends with the first ``look`` where that shows that a limit is missed, or is
+    all there is to be."""
 
     draft: Callable[[Recipe], Plan]
     make: Make
@@ -58,7 +65,8 @@ class Stages:
 @dataclass(frozen=True)
 class Rung:
     """What came of a rung. ``kl_nats`` and ``perplexity_ratio`` are those of the worst runtime, on ``tokens``, infinite where one did not
-    run; ``kept_share`` of the bytes of all linear layers are in 16 bit. ``chosen_by``: of ``mixed``, what its groups were chosen by."""
+    run; ``kept_share`` of the bytes of all linear layers are in 16 bit. ``chosen_by``: of ``mixed``, what its groups were chosen by.
+    ``pilot``: the tokens of calibration behind a pilot, 0 of a rung that was made whole."""
 
     name: str
     plan: Plan
@@ -70,6 +78,12 @@ class Rung:
     kept_groups: int = 0
     tokens: int = 0
     chosen_by: str = ""
+    pilot: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether it, and not a part of it, met every limit that was looked at."""
+        return self.report.passed and not self.pilot
 
     @property
     def weight_bytes(self) -> int:
@@ -87,7 +101,7 @@ class Rung:
         """Whether it passed, and the budget lies above what the text leaves in doubt."""
         kl, ratio = self.noise()
         return (
-            self.report.passed
+            self.passed
             and (budget.kl_nats is None or self.kl_nats * (1 + kl) <= budget.kl_nats)
             and (budget.perplexity_ratio is None or self.perplexity_ratio * math.exp(ratio) <= budget.perplexity_ratio)
         )
@@ -103,7 +117,8 @@ class Rung:
             "kept_groups": self.kept_groups,
             "tokens": self.tokens,
             "chosen_by": self.chosen_by,
-            "passed": self.report.passed,
+            "pilot": self.pilot,
+            "passed": self.passed,
             "failed": [check.name for check in self.report.checks if not check.passed],
         }
 
@@ -140,48 +155,71 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
     mixed: Climb | None = None
     for i, name in enumerate(ladder):
         if name == "mixed":
-            best = _best(rungs, target, stages, progress)
-            if best.report.passed:  # what the first tokens said of it was not so on all
+            best = _best(rungs, recipe, target, out, stages, progress)
+            if best.passed:  # what a part said of it was not so of the whole
                 break
             mixed = _mix(recipe, target, out, stages, progress, rungs, best, schemes, device)
-            if mixed.taken.report.passed:
+            if mixed.taken.passed:
                 return mixed
             rungs = list(mixed.rungs)
             continue
         progress.say(f"{target.name}: rung {name}")
-        # A rung on the way is looked at first; what `mixed` begins with, on the tokens on which its choices are measured.
-        look = 0.0 if i == len(ladder) - 1 else 1.0 if ladder[i + 1] == "mixed" else FIRST_LOOK
+        asked, behind = rung_recipe(recipe, target, name), ladder[i + 1 : i + 2]
+        # To pass over a rung costs the time of the next, but bytes where that is `mixed`, and training where it is `recover`.
+        dear = behind in (("mixed",), ("recover",))
+        if behind and not dear and not (first := _first_look(name, asked, out, stages, progress)).report.passed:
+            rungs.append(first)
+            continue
         try:
-            rungs.append(_try(name, rung_recipe(recipe, target, name), out / name, stages, progress, look=look))
+            rungs.append(_try(name, asked, out / name, stages, progress, look=Look(1.0) if dear else NO_LOOK))
         except RecipeError as error:
             # It is the one rung that not every model can take, and there is an artifact already.
             if name != "recover" or not rungs:
                 raise
             progress.say(f"{target.name}: rung recover is left out: {error}")
             break
-        if rungs[-1].report.passed:
+        if rungs[-1].passed:
             break
     taken = _taken(rungs, target.budget)
-    if taken.report.brief:
-        taken = _again(rungs, taken, stages, progress, look=0.0)
+    while taken.report.brief or taken.pilot:
+        _again(rungs, taken, recipe, target, out, stages, progress, look=NO_LOOK)
+        taken = _taken(rungs, target.budget)
     return Climb(tuple(rungs), taken, *((mixed.groups, mixed.curves) if mixed else ()))
 
 
-def _best(rungs: list[Rung], target: Target, stages: Stages, progress: Progress) -> Rung:
-    """The rung that comes closest, looked at on all tokens."""
+def _first_look(name: str, recipe: Recipe, out: Path, stages: Stages, progress: Progress) -> Rung:
+    """A rung on the way, looked at on a few tokens: a pilot of it, where that saves most of the calibration. Experts of a model would see
+    too few tokens in one."""
+    settings, target = recipe.calibration or Calibration(), stages.draft(recipe).targets[0]
+    count = max(math.ceil(PILOT * settings.sequences), math.ceil(PILOT_TOKENS / settings.length))
+    if 2 * count <= settings.sequences and target.calibrated and not any(entry.experts for entry in target.quantized):
+        part = settings.model_copy(update={"sequences": count})
+        pilot = recipe.model_copy(update={"calibration": part})
+        try:
+            rung = _try(f"{name} (pilot)", pilot, out / f"{name}.pilot", stages, progress, look=FIRST_LOOK)
+            return replace(rung, name=name, pilot=part.tokens)
+        except NumericsError as error:  # of more tokens it may not be true
+            progress.say(f"{name}: {error}; so there is no pilot")
+    return _try(name, recipe, out / name, stages, progress, look=FIRST_LOOK)
+
+
+def _best(rungs: list[Rung], recipe: Recipe, target: Target, out: Path, stages: Stages, progress: Progress) -> Rung:
+    """The rung that comes closest, made whole and looked at on all tokens."""
     for _ in rungs:
         best = min(rungs, key=lambda rung: _distance(rung, target.budget))
-        if not best.report.brief or best.tokens >= max(rung.tokens for rung in rungs):
+        if not best.pilot and (not best.report.brief or best.tokens >= max(rung.tokens for rung in rungs)):
             break
-        _again(rungs, best, stages, progress, look=1.0)
+        _again(rungs, best, recipe, target, out, stages, progress, look=Look(1.0))
     return min(rungs, key=lambda rung: _distance(rung, target.budget))
 
 
-def _again(rungs: list[Rung], rung: Rung, stages: Stages, progress: Progress, *, look: float) -> Rung:
-    """A rung whose artifact is there, looked at more closely, in its place."""
-    made = _try(rung.name, rung.plan.recipe, rung.artifact.path.parent, stages, progress, look=look, kept_groups=rung.kept_groups)
-    rungs[rungs.index(rung)] = made
-    return made
+def _again(
+    rungs: list[Rung], rung: Rung, recipe: Recipe, target: Target, out: Path, stages: Stages, progress: Progress, *, look: Look
+) -> None:
+    """Has a rung made whole, if it is not yet, and looked at more closely, in its place."""
+    asked = rung_recipe(recipe, target, rung.name) if rung.pilot else rung.plan.recipe
+    made = _try(rung.name, asked, out / rung.name, stages, progress, look=look, kept_groups=rung.kept_groups)
+    rungs[rungs.index(rung)] = replace(made, chosen_by=rung.chosen_by)
 
 
 def rung_recipe(recipe: Recipe, target: Target, rung: str, *, kept: Sequence[Rule] = (), alone: dict[str, float] | None = None) -> Recipe:
@@ -199,20 +237,21 @@ def _try(
     stages: Stages,
     progress: Progress,
     *,
-    look: float,
+    look: Look,
     kept_groups: int = 0,
     like: Like | None = None,
 ) -> Rung:
     plan, artifact, report = stages.make(recipe, folder, look=look, like=like)
     divergences = [run.divergence for run in report.runtimes]
-    ran = len(divergences) == len(plan.targets[0].runtimes) and all(divergences)
+    ran = len(divergences) == sum(len(RUNTIMES[runtime].modes) for runtime in plan.targets[0].runtimes) and all(divergences)
     kl = max((found.kl_nats for found in divergences if found), default=math.inf) if ran else math.inf
     ratio = max((found.perplexity_ratio for found in divergences if found), default=math.inf) if ran else math.inf
     tokens = min((found.tokens for found in divergences if found), default=0)
     rung = Rung(name, plan, artifact, report, kl, ratio, kept_share(plan), kept_groups, tokens)
+    part = f" after a look at {tokens:,} tokens" if report.brief else ""
     progress.say(
         f"{name}: KL {kl:.4g} nats, perplexity ratio {ratio:.4g}, {rung.weight_bytes / 1e6:.1f} MB, "
-        f"{rung.kept_share:.1%} of the linear bytes in 16 bit: {'passed' if report.passed else 'not enough'}"
+        f"{rung.kept_share:.1%} of the linear bytes in 16 bit: {'passed' if report.passed else 'not enough'}{part}"
     )
     return rung
 
@@ -309,7 +348,7 @@ def _mix(
         alone = {module: item.options[0].loss for item in items for module in item.modules}
         made = rung_recipe(recipe, target, best.name, kept=rules, alone=alone)
         like = _most_alike(stages.draft(made), (best, *(rung for rung, _ in mixed)))
-        rung = _try(name, made, out / name, stages, progress, look=0.0, kept_groups=fates["keep"], like=like)
+        rung = _try(name, made, out / name, stages, progress, look=MEASURED, kept_groups=fates["keep"], like=like)
         rung = replace(rung, chosen_by=chosen_by)
         rungs.append(rung)
         mixed.append((rung, choice))
@@ -318,7 +357,10 @@ def _mix(
         kl.append(Measured(left, rung.kl_nats))
         ratio.append(Measured(left, math.log(rung.perplexity_ratio)))
     taken = _taken(rungs, budget)
-    chosen = next((choice for rung, choice in mixed if rung is taken), [0] * len(items))
+    while taken.passed and taken.report.brief:
+        _again(rungs, taken, recipe, target, out, stages, progress, look=NO_LOOK)
+        taken = _taken(rungs, budget)
+    chosen = next((choice for rung, choice in mixed if rung.name == taken.name), [0] * len(items))
     records = tuple(item.record(j) for item, j in zip(items, chosen, strict=True))
     return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes))
 
@@ -539,7 +581,7 @@ def _taken(rungs: Sequence[Rung], budget: Budget | None) -> Rung:
     """Of those that passed beyond the noise the smallest, else of those that passed, which is one but for repeated choices of ``mixed``;
     else the one that comes closest."""
     assert budget is not None
-    passed = [rung for rung in rungs if rung.report.passed]
+    passed = [rung for rung in rungs if rung.passed]
     if passed:
         return min([rung for rung in passed if rung.certain(budget)] or passed, key=lambda rung: rung.weight_bytes)
     return min(rungs, key=lambda rung: _distance(rung, budget))

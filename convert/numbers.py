@@ -27,8 +27,8 @@ from convert.algorithms import ALGORITHMS, rtn
 from convert.algorithms.rtn import CLIP_RATIOS
 from convert.architecture import Part
 from convert.folds import Fold, folded, read_fold, touching
+from convert.ledger import RESPELL
 from convert.moved import Moved, moved
-from convert.plan import RESPELL
 from convert.quantize import SLAB_ELEMENTS, TRANSPOSED_SLAB_ELEMENTS
 from convert.recipe import parse_recipe
 from convert.report import LayerNumbers

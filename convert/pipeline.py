@@ -22,14 +22,15 @@ from convert.health import remark
 from convert.html import render, render_comparison
 from convert.ladder import Stages, climb, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
+from convert.ledger import Plan, TargetPlan
 from convert.pictures import load_processor, take_pictures
-from convert.plan import Plan, TargetPlan, make_plan
+from convert.plan import make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.ranges import observe
 from convert.recipe import Recipe, Target, parse_recipe
 from convert.recover import training_bytes
-from convert.report import Report, manifest_digest, plain_json, read_report, report_path
+from convert.report import NO_LOOK, Look, Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate, rotation_bytes
 from convert.ruined import Passes, spare
 from convert.source import Checkpoint, SourceDigests, open_source
@@ -237,12 +238,12 @@ def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress,
         # Rungs differ in their rules and in no more.
         return make_plan(recipe, job.checkpoint, job.architecture, machine=this_machine())
 
-    def make(recipe: Recipe, folder: Path, *, look: float, like: Like | None = None) -> tuple[Plan, Artifact, Report]:
+    def make(recipe: Recipe, folder: Path, *, look: Look, like: Like | None = None) -> tuple[Plan, Artifact, Report]:
         rung = draft(recipe)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
         known, reference = _known_report(artifact), folder.parent / REFERENCE
-        if known and (not known.brief or (look and _looked_at(known) >= look)):
+        if known and (not known.brief or _tells(known, look)):
             return rung, artifact, known
         return rung, artifact, prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference, look=look)[0]
 
@@ -271,10 +272,10 @@ def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: P
     return artifact, report
 
 
-def _looked_at(report: Report) -> float:
-    """On which share of the tokens a brief report found that a limit is missed."""
-    tokens = min((run.divergence.tokens for run in report.runtimes if run.divergence), default=0)
-    return tokens / int(report.validation["tokens"])
+def _tells(brief: Report, look: Look) -> bool:
+    """Whether a brief report has what such a look would find."""
+    tokens = min((run.divergence.tokens for run in brief.runtimes if run.divergence), default=0)
+    return 0 < look.share <= tokens / int(brief.validation["tokens"]) and (look.only or not brief.passed)
 
 
 def _whole(folder: Path) -> Artifact | None:
@@ -301,7 +302,7 @@ def prove(
     progress: Progress = QUIET,
     device: str = "cpu",
     reference: Path | None = None,
-    look: float = 0.0,
+    look: Look = NO_LOOK,
 ) -> list[Report]:
     """Checks artifacts of one recipe, or of one each (default: those in their manifests), and writes reports and model cards.
 
@@ -320,7 +321,7 @@ def prove(
 
 
 def _prove(
-    artifacts: Sequence[Path], recipe: Recipe | Sequence[Recipe], *, progress: Progress, device: str, reference: Path | None, look: float
+    artifacts: Sequence[Path], recipe: Recipe | Sequence[Recipe], *, progress: Progress, device: str, reference: Path | None, look: Look
 ) -> list[Report]:
     from convert.check import check
 

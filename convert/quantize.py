@@ -16,7 +16,8 @@ import torch
 
 from convert.algorithms import ALGORITHMS, rtn
 from convert.algorithms.rtn import CLIP_RATIOS
-from convert.plan import RESPELL, cache_sources
+from convert.ledger import RESPELL
+from convert.respell import cache_sources
 from formats import FORMATS
 from formats.dtypes import DTYPES
 from formats.errors import NumericsError
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from convert.architecture import Part
+    from convert.ledger import Entry, TargetPlan
     from convert.observe import Stats
-    from convert.plan import Entry, TargetPlan
     from convert.source import Checkpoint, SafetensorsReader
 
 #: Elements of a slab. On 2 cores with 1 MiB of L2 each, 0.5 to 2 million ran equally fast, 8 million 20 % slower.

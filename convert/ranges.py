@@ -23,8 +23,8 @@ from formats.scheme import SCHEMES
 if TYPE_CHECKING:
     import torch
 
+    from convert.ledger import Plan
     from convert.observe import Observer
-    from convert.plan import Plan
     from convert.progress import Progress
 
 #: Of calibration text, what is looked at.

@@ -32,7 +32,7 @@ from formats.errors import MachineError, NumericsError
 if TYPE_CHECKING:
     from convert.crew import Crew
     from convert.lanes import Stand
-    from convert.plan import Entry, Plan, TargetPlan
+    from convert.ledger import Entry, Plan, TargetPlan
     from convert.progress import Advance, Progress
     from convert.recipe import Recover
     from formats.qtensor import QTensor

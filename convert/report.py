@@ -180,12 +180,24 @@ class RuntimeResult:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A first look at an artifact's quality, in every runtime, on ``share`` of the validation tokens; 0 for none. ``only``: it is not
+    followed by the whole check, whatever it shows."""
+
+    share: float
+    only: bool = False
+
+
+NO_LOOK = Look(0.0)
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured of one artifact. ``manifest_sha256`` ties it to its bytes; ``validation`` says on which text;
     ``passages`` of it are continued as ``prompt`` is;
     ``card_sha256`` is the hash of the model card made from it, which no manifest covers. ``health``, by module, is what calibration saw
-    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`). ``brief``: a
-    first look found that it misses a limit, and nothing else was checked."""
+    (:mod:`convert.health`), from the manifest. ``ladder``: of a target with a budget, how it was met (:mod:`convert.ladder`). ``brief``: it
+    is of a :class:`Look`, and nothing else was checked."""
 
     recipe: str
     target: str

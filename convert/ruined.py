@@ -19,8 +19,9 @@ from typing import Any
 from convert import health
 from convert.calibrate import alike
 from convert.export import Artifact, Like, already_made
+from convert.fusion import fused
 from convert.ladder import pattern, settle
-from convert.plan import Entry, Plan, fused
+from convert.ledger import Entry, Plan
 from convert.progress import Progress
 from convert.recipe import Recipe, Rule, Target
 from convert.runtimes import RUNTIMES

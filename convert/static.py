@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from convert.ledger import RESPELL, Entry, TargetPlan
 from convert.observe import Limit, Observer
-from convert.plan import RESPELL, Entry, TargetPlan
 from convert.runtimes import RUNTIMES
 from formats.errors import NumericsError
 

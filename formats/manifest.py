@@ -110,7 +110,7 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ledger_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry, if it has what an entry has; see ``convert.plan.Entry.record``."""
+    """The entry, if it has what an entry has; see ``convert.ledger.Entry.record``."""
     for key in ("tensor", "dtype", "module", "rule", *(("scheme", "algorithm") if entry["decision"] == "quantize" else ("why",))):
         _is(str, entry, key)
     if entry["decision"] not in ("quantize", "keep", "add", "drop"):

@@ -436,7 +436,7 @@ LADDER = {
             "kept_groups": kept,
             "passed": passed,
         }
-        | {"failed": [] if passed else ["transformers: kl_nats"]}
+        | {"failed": [] if passed else ["transformers: kl_nats"], "pilot": 2048 if name == "gptq" else 0}
         for name, kl, size, kept, passed in (
             ("rtn", None, 160_000_000, 0, False),
             ("gptq", 0.015, 160_000_000, 0, False),
@@ -458,6 +458,7 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert 'Taken: <strong class="name">mixed</strong>' in section
     assert "mixed, 7 groups kept" in section
     assert "not measured" in section, "the rung that did not run"
+    assert section.count("pilot, calibrated on 2,048 tokens") == 1
     assert section.count("<svg ") == 2, "the frontier, and what each group loses"
     assert "var(--accent)" in section
     assert NASTY not in page

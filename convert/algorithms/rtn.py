@@ -114,7 +114,8 @@ def _absmax(tiles: torch.Tensor) -> torch.Tensor:
 def _choices(
     absmax: torch.Tensor, quantization: Quantization, scale_dtype: torch.dtype, clip_search: Sequence[float]
 ) -> Iterator[torch.Tensor]:
-    yield _stored(absmax / quantization.grid.high, quantization, scale_dtype)
+    # By a tensor: CUDA multiplies by the reciprocal of a number of Python, which is not IEEE division.
+    yield _stored(absmax / torch.full_like(absmax, quantization.grid.high), quantization, scale_dtype)
     for ratio in clip_search:
         yield _stored(absmax * (ratio / quantization.grid.high), quantization, scale_dtype)
 

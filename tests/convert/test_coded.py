@@ -23,9 +23,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from convert import pipeline
 from convert.architecture import Part
 from convert.numbers import compare
-from convert.plan import respellable
 from convert.quantize import respell
 from convert.recipe import parse_recipe
+from convert.respell import respellable
 from convert.source import Checkpoint, open_source
 from formats.errors import InputError, NumericsError, SourceError
 from formats.existing import read_quantization

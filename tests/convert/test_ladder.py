@@ -16,7 +16,7 @@ from convert.pipeline import convert, plan
 from convert.progress import QUIET
 from convert.recipe import parse_recipe
 from convert.report import read_report
-from formats.errors import InputError, RecipeError
+from formats.errors import InputError, NumericsError, RecipeError
 
 TEXT = """\
 model: {{model}}
@@ -102,16 +102,116 @@ def test_a_rung_on_the_way_is_looked_at_first(
     assert not outcome.passed
     rungs = outcome.reports[0].ladder["rungs"]
     if "mixed" not in ladder:  # which looks at all tokens of the rung it begins with, be it the first
-        assert rungs[0]["tokens"] == 256, "a quarter of 1,024"
-    assert ("transformers", 4) in asked
+        assert rungs[0]["tokens"] == 128, "an eighth of 1,024"
+    assert ("transformers", 2) in asked
     assert asked[0] == ("source", 16)
     assert [program for program, _ in asked[:3]] == ["source", "transformers", "transformers" if "mixed" in ladder else "numbers"]
-    assert all(rung["tokens"] in (256, 1024) and not rung["passed"] for rung in rungs)
+    assert all(rung["tokens"] in (128, 1024) and not rung["passed"] for rung in rungs)
     # What is left behind was proven whole.
     assert not outcome.reports[0].brief
     assert [check.name for check in outcome.reports[0].checks][:2] == ["promises", "numbers: largest error / bound"]
     assert next(rung for rung in rungs if rung["name"] == outcome.reports[0].ladder["taken"])["tokens"] == 1024
     assert not read_report(tmp_path / "q.report.json").brief
+
+
+@pytest.mark.parametrize(
+    ("kl", "ladder", "pilots", "taken"),
+    [
+        (1e-9, "[gptq, rtn]", {"rtn": 0, "gptq": 0}, "gptq"),  # which comes closest, and so is made whole in the end
+        (1e-9, "[rtn, smoothquant, gptq]", {"rtn": 0, "smoothquant": 512, "gptq": 0}, "gptq"),
+        (5.0, "[gptq, smoothquant+gptq]", {"gptq": 0}, "gptq"),
+    ],
+)
+def test_a_rung_that_a_pilot_rules_out_is_not_made_whole(
+    kl: float,
+    ladder: str,
+    pilots: dict[str, int],
+    taken: str,
+    make_llama: Any,
+    recipe_for: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("convert.ladder.PILOT_TOKENS", 256)
+    monkeypatch.setattr("convert.check.LOOK_TOKENS", 128)
+    folder = make_llama(num_hidden_layers=1, dtype="float32")
+    text = _text(kl, ladder).replace("sequences: 4, length: 32", "sequences: 64, length: 64").replace("tokens: 128", "tokens: 1024")
+    outcome = convert(recipe_for(folder, text=text), tmp_path / "climbed")
+    found = outcome.reports[0].ladder
+    assert (found["taken"], {rung["name"]: rung["pilot"] for rung in found["rungs"]}) == (taken, pilots)
+    assert {rung["tokens"] for rung in found["rungs"][:-1] if rung["name"] != taken} <= {128}
+    # What is taken is proven whole, and is what its rung alone makes.
+    assert outcome.passed == (kl > 1)
+    assert not outcome.reports[0].brief
+    alone = convert(recipe_for(folder, text=text.replace(ladder, f"[{taken}]")), tmp_path / "alone")
+    hashes = [{f.name: f.sha256 for f in each.artifacts[0].manifest.files} for each in (outcome, alone)]
+    assert hashes[0] == hashes[1]
+    calibration = outcome.artifacts[0].manifest.calibration
+    assert calibration is not None
+    assert calibration["tokens"] == 4096
+
+
+def test_an_interrupted_climb_goes_on_where_it_was(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import ladder
+
+    programs: list[str] = []
+    real = ladder._try
+
+    def interrupt(name: str, *args: Any, **more: Any) -> Any:
+        if name == "gptq":
+            raise KeyboardInterrupt
+        return real(name, *args, **more)
+
+    monkeypatch.setattr("convert.check.run", lambda program, *args, **more: (programs.append(program), run(program, *args, **more))[1])
+    monkeypatch.setattr(ladder, "PILOT_TOKENS", 64)
+    text = _text(1e-9, "[rtn, smoothquant, gptq]").replace("sequences: 4", "sequences: 16")
+    recipe = recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text)
+    monkeypatch.setattr(ladder, "_try", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(recipe, tmp_path)
+    monkeypatch.setattr(ladder, "_try", real)
+    assert programs == ["convert.runtimes.source", "convert.runtimes.transformers", "convert.runtimes.transformers"]
+    programs.clear()
+    assert [rung["name"] for rung in convert(recipe, tmp_path).reports[0].ladder["rungs"]] == ["rtn", "smoothquant", "gptq"]
+    assert programs == ["convert.numbers", "convert.runtimes.transformers"], "of the last rung alone"
+
+
+def test_a_graph_is_mixed_too_and_a_rung_is_as_close_as_in_the_worst_mode_of_its_runtime(
+    make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    folder = make_llama(num_hidden_layers=2, dtype="float32")
+    text = _text(1e-9, "[gptq]").replace("compressed-tensors", "onnx\n    runtimes: [onnxruntime]")
+    report = convert(recipe_for(folder, text=text), tmp_path / "gptq").reports[0]
+    kl = report.ladder["rungs"][0]["kl_nats"]
+    assert kl == max(run.divergence.kl_nats for run in report.runtimes if run.divergence)
+    text = text.replace("kl_nats: 1e-09", f"kl_nats: {kl * 0.6}").replace("[gptq]", "[gptq, mixed]")
+    outcome = convert(recipe_for(folder, text=text), tmp_path / "mixed")
+    assert outcome.passed
+    assert outcome.reports[0].ladder["taken"].startswith("mixed")
+
+
+def test_a_pilot_that_cannot_be_made_leaves_its_rung_to_be_tried_whole(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import ladder
+
+    tried: list[str] = []
+    real = ladder._try
+
+    def spy(name: str, *args: Any, **more: Any) -> Any:
+        tried.append(name)
+        if name.endswith("(pilot)"):
+            raise NumericsError("a layer saw nothing")
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(ladder, "_try", spy)
+    monkeypatch.setattr(ladder, "PILOT_TOKENS", 64)
+    text = _text(5.0, "[gptq, smoothquant+gptq]").replace("sequences: 4", "sequences: 16")
+    outcome = convert(recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text), tmp_path)
+    assert outcome.passed
+    assert tried == ["gptq (pilot)", "gptq", "gptq"]
 
 
 def test_smoothed_groups_are_measured_as_they_were_made(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from families import FAMILIES, save_family
 from convert import pipeline
 from convert.architecture import describe
 from convert.export import export
-from convert.plan import Plan, make_plan
+from convert.ledger import Plan
+from convert.plan import make_plan
 from convert.progress import QUIET
 from convert.source import open_source
 from formats.errors import RecipeError, SourceError

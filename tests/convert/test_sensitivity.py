@@ -15,8 +15,8 @@ from convert.algorithms import rtn
 from convert.algorithms.smoothing import fake_quantize
 from convert.crew import Crew
 from convert.differences import pays
+from convert.ledger import Plan
 from convert.pipeline import plan
-from convert.plan import Plan
 from convert.progress import QUIET
 from convert.reference import Reference
 from convert.sensitivity import Trial, groups_of, in_words, measure, round_trials
