@@ -448,6 +448,7 @@ LADDER = {
         {"modules": ["model.layers.0.mlp.down_proj"], "scheme": "int8-dynamic", "alone_nats": 0.001, "extra_bytes": 884_736, "kept": False},
     ],
     "curves": {name: [[160_000_000, 0.015], [170_000_000, 0.01], [268_000_000, 0.001]] for name in ("frontier", "random order")},
+    "measured": "2,048 tokens a group",
 }
 
 
@@ -460,6 +461,7 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert "not measured" in section, "the rung that did not run"
     assert section.count("pilot, calibrated on 2,048 tokens") == 1
     assert section.count("<svg ") == 2, "the frontier, and what each group loses"
+    assert "stay in 16 bit. 2,048 tokens a group.</figcaption>" in section
     assert "var(--accent)" in section
     assert NASTY not in page
     assert render(*make_pair(ladder=LADDER)) == page
