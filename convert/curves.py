@@ -50,7 +50,7 @@ def draw_losses(losses: Sequence[Loss], how: str) -> str:
                 label=f"{kind}, {scheme}",
             )
     axes.set_yscale("log")
-    axes.set_xlabel("layer")
+    axes.set_xlabel("layer, and the head behind them" if any(place(loss.modules[0])[1] is None for loss in losses) else "layer")
     axes.set_ylabel("KL divergence of the output (nats a token)")
     axes.grid(axis="y", color="#dcd8d0", linewidth=0.6)
     axes.legend(fontsize=7, ncols=2, frameon=False)

@@ -173,6 +173,11 @@ def test_where_a_text_parts_from_the_source_is_marked_at_the_word() -> None:
     assert "<h3>vllm</h3><pre>The whale<mark> (ends here)</mark></pre>" in text
     assert "<pre>and the <mark>seal was calm</mark></pre>" in text
     assert "<pre><mark>or not</mark></pre>" in text
+    source, same = replace(source, passages=(" and the sea",)), replace(same, passages=(" and the seal",))
+    page = render(*make_pair(source=source, runtimes=(same,), passages=(" It was night",)))
+    assert "<pre>and the sea</pre>" in page, "the word goes on after the prompt's, and is shown alone"
+    assert "<pre>and the <mark>seal</mark></pre>" in page
+    assert '<pre class="prompt">It was night</pre>' in page
     assert "It was night" in text
 
 
@@ -413,14 +418,15 @@ def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
         second.click();
         const largest = top();
         second.click();
-        return [root.clientWidth, root.scrollWidth, rows.length, page.getElementById("count").textContent, largest, top()].join(" ");
+        const fits = [...rows[0].cells].every(cell => cell.getBoundingClientRect().right <= root.clientWidth);
+        return [root.clientWidth, root.scrollWidth, fits, rows.length, page.getElementById("count").textContent, largest, top()].join(" ");
     }).join("; "); }"""
     (tmp_path / "frames.html").write_text(f"<!doctype html><body>{frames}<script>{measure}</script>", encoding="utf-8")
     written = chromium(tmp_path, "--dump-dom", (tmp_path / "frames.html").as_uri())
     found = re.search(r'data-found="([^"]*)"', written)
     assert found
     sides = "model.layers.2.mlp.down_proj model.layers.0.self_attn.q_proj"
-    assert found[1] == f"360 360 1 1 of 212 tensors {sides}; 1280 1280 1 1 of 212 tensors {sides}"
+    assert found[1] == f"360 360 true 1 1 of 212 tensors {sides}; 1280 1280 true 1 1 of 212 tensors {sides}"
 
 
 LADDER = {

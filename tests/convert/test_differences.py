@@ -94,6 +94,20 @@ def test_a_layer_that_rounding_ruins_is_multiplied_in_float32() -> None:
     assert torch.allclose(found, again, rtol=1e-4, atol=1e-4)
 
 
+def test_what_no_one_has_looked_at_is_multiplied_in_float32() -> None:
+    source, other = _lanes(0.01)
+    block = _Block()
+    apart = Differences(block, "block", Crew(), on=True)
+    with torch.no_grad(), apart.put_in():
+        with apart.source(0):
+            block(source)
+        with apart.beside(0):
+            found = block(other)
+        with apart.beside(0, look=True):
+            assert not torch.equal(block(other), found)
+    assert torch.equal(found, block(other))
+
+
 def test_layers_that_were_changed_compute_as_ever() -> None:
     source, other = _lanes(0.01)
     error, apart, found = _error(block := _Block(), source, other, exact={f"block.{name}" for name in ("gate", "up", "down")})
