@@ -342,9 +342,11 @@ def _passages(report: Report) -> list[_Passage]:
     found = []
     for i, prompt in enumerate((report.prompt, *report.passages)):
         texts = [(run.name, _written(run, i)) for run in (report.source, *report.runtimes)]
+        if all(text.startswith(" ") for _, text in texts if text):  # what goes on in the middle of a line is none the less shown alone
+            texts = [(name, text.removeprefix(" ")) for name, text in texts]
         (_, source), *others = texts
         if any(text for _, text in texts):
-            found.append(_Passage(prompt, source, [_text(name, text, source) for name, text in others]))
+            found.append(_Passage(prompt.strip(), source, [_text(name, text, source) for name, text in others]))
     return found
 
 

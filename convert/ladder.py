@@ -32,7 +32,7 @@ from convert.progress import Progress
 from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
 from convert.report import NO_LOOK, Look, Report, manifest_digest
 from convert.runtimes import RUNTIMES
-from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, measure, spelled, together, weight_error
+from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, in_words, measure, spelled, together, weight_error
 from formats.errors import NumericsError, RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
@@ -139,12 +139,13 @@ class Rung:
 @dataclass(frozen=True)
 class Climb:
     """Every rung that was tried, in order, the one that is taken (the first that passed, or the nearest), and for the report what ``mixed``
-    saw of the groups."""
+    saw of the groups and how it measured them."""
 
     rungs: tuple[Rung, ...]
     taken: Rung
     groups: tuple[dict[str, Any], ...] = ()
     curves: dict[str, list[list[float]]] | None = None
+    measured: str = ""
 
     def record(self, budget: Budget) -> dict[str, Any]:
         """As plain data, for the report."""
@@ -154,6 +155,7 @@ class Climb:
             "rungs": [rung.record(budget) for rung in self.rungs],
             "groups": list(self.groups),
             "curves": self.curves or {},
+            "measured": self.measured,
         }
 
 
@@ -330,7 +332,7 @@ def _mix(
     if not math.isfinite(best.kl_nats) or not math.isfinite(best.perplexity_ratio):
         progress.say(f"{target.name}: no rung ran everywhere with finite logits, so there is nothing to mix")
         return Climb(tuple(rungs), _taken(rungs, budget))
-    losses = _losses(recipe, budget, best, list(schemes), out, progress, device)
+    losses, measured = _losses(recipe, budget, best, list(schemes), out, progress, device)
     items = _items(recipe, target, best, losses, schemes, stages, progress)
     groups = [item.options for item in items]
     most = int(CERTAINTY * sum(entry.plain.size_bytes for entry in best.plan.targets[0].quantized))
@@ -378,7 +380,7 @@ def _mix(
         taken = _taken(rungs, budget)
     chosen = next((choice for rung, choice in mixed if rung.name == taken.name), [0] * len(items))
     records = tuple(item.record(j) for item, j in zip(items, chosen, strict=True))
-    return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes))
+    return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes), measured)
 
 
 #: What groups can be chosen by, for people.
@@ -454,22 +456,25 @@ def _most_alike(plan: Plan, rungs: Sequence[Rung]) -> Like:
     return max(found, key=lambda like: len(like.tensors))
 
 
-def _losses(recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str) -> list[Loss]:
-    """What each group loses alone, as the best rung made it and, behind these, in other schemes; kept by content, for a climb that is taken
-    up again."""
+def _losses(
+    recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str
+) -> tuple[list[Loss], str]:
+    """What each group loses alone, as the best rung made it and, behind these, in other schemes, and how it was measured; kept by content,
+    for a climb that is taken up again."""
     # Of rounding the recipe names no text, but the ladder's does.
     asked = replace(best.plan, recipe=best.plan.recipe.model_copy(update={"calibration": recipe.calibration}))
     text = asked.recipe.calibration.model_dump(mode="json") if asked.recipe.calibration else {}
     facts = [manifest_digest(best.artifact.path), budget.tokens, schemes, text]
-    kept = out / f"groups-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    kept = out / f"losses-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
     if kept.exists():
-        return [Loss(**{**record, "modules": tuple(record["modules"])}) for record in json.loads(kept.read_text())]
+        found = json.loads(kept.read_text())
+        return [Loss(**{**record, "modules": tuple(record["modules"])}) for record in found["losses"]], found["measured"]
     progress.say(f"{best.plan.targets[0].name}: measuring what each group of {best.name} loses alone, on {budget.tokens:,} tokens")
-    losses, _ = measure(asked, artifact_trials(best.plan, best.artifact.path, schemes), progress, tokens=budget.tokens, device=device)
+    losses, how = measure(asked, artifact_trials(best.plan, best.artifact.path, schemes), progress, tokens=budget.tokens, device=device)
     partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(loss) for loss in losses]))
+    partial.write_text(json.dumps({"losses": [asdict(loss) for loss in losses], "measured": in_words(how)}))
     partial.rename(kept)
-    return losses
+    return losses, in_words(how)
 
 
 def _items(

@@ -73,6 +73,7 @@ def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, 
     assert taken["kl_nats"] <= kl * 0.6
     assert 0 < taken["kept_groups"] < 12
     assert taken["kept_share"] < 0.6
+    assert " tokens a group" in ladder["measured"]
     kept = {module for group in ladder["groups"] if group["kept"] for module in group["modules"]}
     ledger = {entry["module"]: entry for entry in outcome.artifacts[0].manifest.ledger if entry["module"].endswith("_proj")}
     assert {module for module, entry in ledger.items() if entry["decision"] == "keep"} == kept
