@@ -725,6 +725,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         few = f" on {rung['tokens']:,} tokens" if 0 < rung.get("tokens", 0) < report.validation["tokens"] else ""
         few += f" of a pilot calibrated on {rung['pilot']:,}" if rung.get("pilot") else ""
         missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
+        missed += ", by no more than the noise of the text" if rung["passed"] and not rung.get("certain", True) else ""
         console.print(
             f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats{few}, {_size(rung['weight_bytes'])}, "
             f"{rung['kept_share']:.1%} of the linear bytes in 16 bit; {missed}",

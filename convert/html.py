@@ -179,6 +179,7 @@ def _rung_row(rung: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     few = rung.get("tokens") if 0 < (rung.get("tokens") or 0) < tokens else 0
     said = [f"on {few:,} tokens"] if few else [f"chosen by {rung['chosen_by']}"] if rung.get("chosen_by") else []
     said += [f"pilot, calibrated on {rung['pilot']:,} tokens"] if rung.get("pilot") else []
+    said += ["by no more than the noise of the text"] if rung["passed"] and not rung.get("certain", True) else []
     return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"]), "said": said}
 
 

@@ -466,6 +466,9 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert "mixed, 7 groups kept" in section
     assert "not measured" in section, "the rung that did not run"
     assert section.count("pilot, calibrated on 2,048 tokens") == 1
+    assert "more than the noise" not in section
+    doubtful = {**LADDER, "rungs": [{**rung, "certain": False} for rung in LADDER["rungs"]]}
+    assert render(*make_pair(ladder=doubtful)).count("by no more than the noise of the text") == 1, "of what passed"
     assert section.count("<svg ") == 2, "the frontier, and what each group loses"
     assert "stay in 16 bit. 2,048 tokens a group.</figcaption>" in section
     assert "var(--accent)" in section
