@@ -11,16 +11,16 @@ from pathlib import Path
 
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import source_sidecars, statistics_bytes, walk_dtype
+from convert.calibrate import calibration_tokens, source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
-from convert.datasets import pin
+from convert.datasets import is_hub_id, pin
 from convert.export import Artifact, Like, cores, export, partial_bytes, require_free, writing
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
-from convert.ladder import Stages, climb, settle
+from convert.ladder import Stages, climb, in_scheme, rung_recipe, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.ledger import Plan, TargetPlan
 from convert.pictures import load_processor, take_pictures
@@ -28,15 +28,16 @@ from convert.plan import make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.ranges import observe
-from convert.recipe import Recipe, Target, parse_recipe
+from convert.recipe import LADDER, Recipe, Target, parse_recipe, reads_calibration
 from convert.recover import training_bytes
 from convert.report import NO_LOOK, Look, Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate, rotation_bytes
-from convert.ruined import Passes, spare
-from convert.source import Checkpoint, SourceDigests, open_source
+from convert.ruined import Passes, all_instead, spare
+from convert.sensitivity import measured_on
+from convert.source import Checkpoint, SourceDigests, open_source, require_sidecars
 from convert.tasks import require_tasks
 from convert.text import load_tokenizer, take_held_out
-from formats.errors import FormatError, InputError, MachineError
+from formats.errors import FormatError, InputError, MachineError, RecipeError
 from formats.manifest import CARD, MANIFEST, read_manifest
 from formats.safetensors import json_bytes
 from formats.verify import verify
@@ -77,6 +78,80 @@ def plan(recipe: Recipe) -> Plan:
     Raises :class:`~formats.errors.RecipeError`, :class:`~formats.errors.SourceError` or :class:`~formats.errors.FormatError`.
     """
     return _plan(recipe, open_source(recipe.model, trust_remote_code=recipe.trust_remote_code))
+
+
+def require_places(job: Plan, *, check: bool) -> None:
+    """Raises :class:`InputError`, with the line of the recipe, where sequences are longer than the model's table of positions."""
+    if job.architecture is None or job.architecture.reads != "input_ids" or job.architecture.context_length is None:
+        return
+    longest = job.architecture.context_length
+    # OPT's and BART's tables begin with two rows for no position.
+    tables = [entry.tensor.shape[0] for entry in job.targets[0].entries if entry.kind == "embedding"]
+    tables = [rows for rows in tables if rows in (longest, longest + 2)]
+    learned = bool(tables) and (tables != [job.checkpoint.config.get("vocab_size")])
+    for key, length in job.lengths().items():
+        if learned and length > longest and (check or key != "validation"):
+            raise InputError(
+                f"{job.recipe.where(key, 'length')}: {key}.length: {length:,} tokens in a sequence, and {job.checkpoint.origin} has "
+                f"a table of {longest:,} positions; set {key}.length to that or less"
+            )
+
+
+def require_files(job: Plan, *, check: bool) -> None:
+    """Raises :class:`InputError`, with the line of the recipe, where a text or a folder that it names cannot be read, and
+    :class:`FormatError` for a small file of the source's that is no JSON: hours before either would be found. ``check``: whether what the
+    check reads is wanted too."""
+    recipe = job.recipe
+    named = [("calibration", "text", job.calibration.text)] if any(map(reads_calibration, recipe.targets)) else []
+    if check:
+        named += [("validation", key, said) for key in ("text", "images", "prompts") if (said := getattr(recipe.validation, key))]
+    for section, key, said in named:
+        if said == "sample" or (key != "prompts" and is_hub_id(said)):
+            continue
+        try:
+            if key != "images" or not Path(said).is_dir():
+                Path(said).open("rb").close()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            hint = "; a dataset on the Hub is named org/name" if key != "prompts" and not Path(said).suffix else ""
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"{recipe.where(section, key)}: {section}.{key}: {said} cannot be read ({why}){hint}") from None
+    if job.checkpoint.folder is not None:
+        require_sidecars(job.checkpoint.folder, job.checkpoint.origin)
+
+
+def require_rungs(job: Plan) -> None:
+    """Plans what a target may become on the way: each rung of its ladder, each choice of ``mixed``, what it gets instead of static scales.
+    Raises :class:`RecipeError` for what its format or a runtime cannot hold, hours before it would be made."""
+
+    def draft(recipe: Recipe) -> Plan:
+        return make_plan(recipe, job.checkpoint, job.architecture, machine=this_machine())
+
+    for i, target in enumerate(job.recipe.targets):
+        if target.ruined is not None and target.ruined.instead != "keep":
+            try:
+                draft(all_instead(job.recipe, target))
+            except RecipeError as error:
+                raise RecipeError(f"{job.recipe.where('targets', i, 'ruined')}: instead: {error}") from None
+        if target.budget is None:
+            continue
+        for rung in (rung for rung in target.ladder or LADDER if rung != "mixed"):
+            try:
+                draft(rung_recipe(job.recipe, target, rung))
+            except RecipeError:
+                # The one rung that not every model can take is left out by who climbs; where it is the only one there is nothing left.
+                if rung != "recover" or target.ladder == ("recover",):
+                    raise
+        if "mixed" not in (target.ladder or LADDER):
+            continue
+        try:
+            measured_on(job)
+        except InputError as error:
+            raise RecipeError(f"{job.recipe.where('targets', i, 'ladder')}: mixed: {error}; give a ladder without mixed") from None
+        for scheme in (choice for choice in target.budget.choices if choice != "keep"):
+            try:
+                draft(in_scheme(job.recipe, target, scheme))
+            except RecipeError as error:
+                raise RecipeError(f"{job.recipe.where('targets', i, 'budget', 'choices')}: {error}") from None
 
 
 def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
@@ -382,6 +457,9 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
     """Says the plan's warnings, and stops where the job could not be carried to its end."""
     from convert.check import require_runtimes
 
+    require_files(job, check=check)
+    require_places(job, check=check)
+    require_rungs(job)
     for target in job.recipe.targets:
         require_free(out / target.name, job.checkpoint)
     for warning in job.warnings():
@@ -417,4 +495,11 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
             raise InputError(f"{where}: {job.checkpoint.origin} predicts no tokens, so it has no score in them")
         for target in job.recipe.targets:
             require_runtimes(target)
+    for target in job.recipe.targets:
+        # The first passes of these may read none of the text, and take hours.
+        read = [job] if (target.budget or target.ruined) and reads_calibration(target) else []
+        read += [measured_on(job, tokens=target.budget.tokens)] if target.budget and "mixed" in (target.ladder or LADDER) else []
+        for reader in read:
+            with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+                calibration_tokens(reader, Path(scratch))
     require(needs(job, out, check=check, device=device), out)
