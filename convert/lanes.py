@@ -40,7 +40,8 @@ WHOLE_SHARE = 0.8
 @dataclass
 class Stand:
     """All batches standing before a block, whose weights are in ``module``: whoever drives the walk may hook and change them, and run the
-    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane."""
+    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane. ``_probe``: where the walk has one,
+    its place behind them."""
 
     name: str
     module: Any
@@ -50,6 +51,7 @@ class Stand:
     _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
     _made: Iterator[Any] | None = None
+    _probe: int | None = None
 
     def run(self, *, keep: bool, observer: Observer | None = None) -> None:
         """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
@@ -83,6 +85,11 @@ class Stand:
         """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept. With
         gradients, where the caller keeps them."""
         return self._run(i, dtype)
+
+    @property
+    def sample(self) -> int:
+        """The shortest there is to see how the block computes, for :meth:`output`: the probe, or the first batch."""
+        return self._probe or 0
 
     def hand_on(self, outputs: Sequence[Any]) -> None:
         """What each batch's block call returns, as the caller made it with :meth:`output`; batches that are alike may share one."""
@@ -118,6 +125,7 @@ def walk(
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
     at_head: bool = False,
+    probe: Mapping[str, Any] | None = None,
     crew: Crew = Crew(),  # noqa: B008  a frozen record
 ) -> Generator[Stand, None, None]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
@@ -127,12 +135,15 @@ def walk(
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
     each batch; without it the walk ends behind the last block, and the output head is never read. With ``at_head`` a head is
-    yielded behind the blocks too, and lies where hidden states do. Of ``crew`` each thread takes a batch
+    yielded behind the blocks too, and lies where hidden states do. ``probe``: the beginning of a batch, which goes along to the last block,
+    through what becomes of each, and is in no statistics (:attr:`Stand.sample`). Of ``crew`` each thread takes a batch
     through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks,
     :class:`NumericsError` for a block with a weight that is not finite.
     """
+    import torch
+
     model = skeleton.model
     blocks = blocks_of(model)
     if not blocks:
@@ -143,7 +154,7 @@ def walk(
     stops = [*blocks, head] if at_head and head is not None else blocks
     seen = 0
     with _Lockstep(skeleton, stops) as lockstep, _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu") as ahead:
-        lockstep.begin(batches, home)
+        lockstep.begin(batches, home, probe)
         while name := lockstep.stop():
             if name == head:
                 lockstep.forwards[name] = _load_head(skeleton, name, home, lockstep.forwards[name])
@@ -155,18 +166,23 @@ def walk(
                 ahead.begin(blocks[seen])
             run = partial(lockstep.run, name, home if name == head else device)
             stand = Stand(name, model.get_submodule(name), lockstep.arguments(), run, lambda out: _mapped(out, park), crew)
+            stand._probe = lockstep.probe
             yield stand
             if not stand.kept:
                 stand.run(keep=True)
+            last = seen == len(blocks)
+            if last:
+                lockstep.leave_probe()
+            with torch.no_grad():
+                probed = None if lockstep.probe is None else _mapped(run(lockstep.probe), park)
             if stand._made is None:
                 skeleton.free(name)
-            last = seen == len(blocks)
             if last and finish is None:
                 return
             if last and head is not None and head not in stops:
                 module = model.get_submodule(head)
                 module.forward = _load_head(skeleton, head, home, module.forward)
-            lockstep.hand_on(stand.take(), finish)
+            lockstep.hand_on(stand.take(), finish, probed)
 
 
 class _Lockstep:
@@ -181,6 +197,9 @@ class _Lockstep:
         self._greenlets: list[Any] = []
         # Of each batch the stop it stands before and what that is called with; at its end "" and what the model returned.
         self._states: list[Any] = []
+        self._count = 0
+        #: The place of a probe behind the batches, while there is one.
+        self.probe: int | None = None
         #: What each stop computes with.
         self.forwards: dict[str, Callable[..., Any]] = {}
 
@@ -205,14 +224,17 @@ class _Lockstep:
             del self._skeleton.model.get_submodule(name).forward
             self._skeleton.free(name)
 
-    def begin(self, batches: Sequence[Mapping[str, Any]], home: str) -> None:
-        """Every batch to the first stop."""
+    def begin(self, batches: Sequence[Mapping[str, Any]], home: str, probe: Mapping[str, Any] | None) -> None:
+        """Every batch to the first stop, and the probe with them."""
         from greenlet import greenlet
 
         def start(batch: Mapping[str, Any]) -> tuple[str, Any, Any]:
             arguments = {key: _mapped(value, lambda tensor: tensor.to(home)) for key, value in batch.items()}
             return "", self._skeleton.model(**arguments), None
 
+        self._count = len(batches)
+        if probe:
+            batches, self.probe = [*batches, probe], self._count
         self._greenlets = [greenlet(start, self._scheduler) for _ in batches]
         self._states = [self._switch(started, batch) for started, batch in zip(self._greenlets, batches, strict=True)]
 
@@ -224,7 +246,7 @@ class _Lockstep:
         return name
 
     def arguments(self) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-        return [state[1:] for state in self._states]
+        return [state[1:] for state in self._states[: self._count]]
 
     def run(self, name: str, where: str, i: int, dtype: torch.dtype | None = None) -> Any:
         """What the stop makes of a batch, on the device ``where``; floats in ``dtype`` if that is given."""
@@ -232,9 +254,19 @@ class _Lockstep:
         args, kwargs = _mapped((args, kwargs), lambda x: x.to(where, dtype if x.is_floating_point() else None))
         return self.forwards[name](*args, **kwargs)
 
-    def hand_on(self, outputs: Iterable[Any], finish: Callable[[int, Any], None] | None) -> None:
-        """Every batch to the next stop, or to its end, with what the stop it stands before made of it."""
-        for i, (standing, output) in enumerate(zip(self._greenlets, outputs, strict=True)):
+    def leave_probe(self) -> None:
+        from greenlet import GreenletExit
+
+        if self.probe is not None:
+            self._states.pop()
+            self._greenlets.pop().throw(GreenletExit)
+            self.probe = None
+
+    def hand_on(self, outputs: Iterable[Any], finish: Callable[[int, Any], None] | None, probed: Any) -> None:
+        """Every batch to the next stop, or to its end, with what the stop it stands before made of it; the probe before them."""
+        if self.probe is not None:
+            self._states[self.probe] = self._switch(self._greenlets[self.probe], probed)
+        for i, (standing, output) in enumerate(zip(self._greenlets[: self._count], outputs, strict=True)):
             self._states[i] = None
             self._states[i] = self._switch(standing, output)
             if self._states[i][0] == "":
