@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.answers import describe as describe_questions
 from convert.answers import encode, read_questions
 from convert.architecture import describe
 from convert.calibrate import calibration_tokens, source_sidecars, statistics_bytes, walk_dtype
@@ -225,11 +226,11 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
-        _require_all(job, out, progress, check=check, device=device)
+        compared_on = _require_all(job, out, progress, check=check, device=device)
         if check:
             require_tasks(job.recipe)
         if budgeted:
-            return _climb_all(job, out, digests, progress, device=device)
+            return _climb_all(job, out, digests, progress, compared_on, device=device)
         made = _export_all(job, checkpoint, out, digests, progress, device=device)
     artifacts = [artifact for _, artifact in made]
     for artifact in artifacts:
@@ -301,8 +302,8 @@ def _export_all(
     return [found[target.name] for target in job.recipe.targets]
 
 
-def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
-    """Targets without a budget together, then each that has one."""
+def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, compared_on: Mapping[str, str], *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one; what was proven of a rung before counts where it was on the same text."""
     found: dict[str, tuple[Artifact, Report]] = {}
     plain = tuple(target for target in job.recipe.targets if target.budget is None)
     if plain:
@@ -317,24 +318,27 @@ def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress,
         rung = draft(recipe)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
-        known, reference = _known_report(artifact), folder.parent / REFERENCE
+        known, reference = _known_report(artifact, compared_on), folder.parent / REFERENCE
         if known and (not known.brief or _tells(known, look)):
             return rung, artifact, known
         return rung, artifact, prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference, look=look)[0]
 
     for target in job.recipe.targets:
         if target.budget is not None:
-            found[target.name] = _climb_one(job, target, out, Stages(draft, make), progress, device=device)
+            found[target.name] = _climb_one(job, target, out, Stages(draft, make), progress, compared_on, device=device)
     pairs = [found[target.name] for target in job.recipe.targets]
     return Outcome(job, tuple(artifact for artifact, _ in pairs), tuple(report for _, report in pairs))
 
 
-def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
+def _climb_one(
+    job: Plan, target: Target, out: Path, stages: Stages, progress: Progress, compared_on: Mapping[str, str], *, device: str
+) -> tuple[Artifact, Report]:
     """Climbs, or finds that it was climbed: ``<target>.ladder`` beside the artifact says for which job."""
     assert target.budget is not None
     final, note = out / target.name, out / f"{target.name}.ladder"
     asked = hashlib.sha256(f"{job.digest} {target.name}".encode()).hexdigest()
-    if note.exists() and note.read_text().strip() == asked and (artifact := _whole(final)) and (report := _known_report(artifact)):
+    climbed = note.exists() and note.read_text().strip() == asked
+    if climbed and (artifact := _whole(final)) and (report := _known_report(artifact, compared_on)):
         return artifact, report
     note.unlink(missing_ok=True)
     scratch = out / f".{target.name}.rungs"
@@ -361,13 +365,17 @@ def _whole(folder: Path) -> Artifact | None:
         return None
 
 
-def _known_report(artifact: Artifact) -> Report | None:
-    """The report beside an artifact, if it is about these bytes."""
+def _known_report(artifact: Artifact, compared_on: Mapping[str, str]) -> Report | None:
+    """The report beside an artifact, if it is about these bytes and was made on what has these hashes."""
     try:
         report = read_report(report_path(artifact.path))
     except FormatError:
         return None
-    return report if report.manifest_sha256 == manifest_digest(artifact.path) else None
+    if report.manifest_sha256 != manifest_digest(artifact.path) or any(
+        report.validation.get(key) != compared_on[key] for key in compared_on
+    ):
+        return None
+    return report
 
 
 def prove(
@@ -412,7 +420,7 @@ def _prove(
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
         # How a budget was met is no measurement of this check's: it stays with the bytes.
-        known = _known_report(Artifact(path, manifest, reused=True))
+        known = _known_report(Artifact(path, manifest, reused=True), {})
         report = replace(report, card_sha256=hashlib.sha256(card).hexdigest(), ladder=known.ladder if known else {})
         (path / CARD).write_bytes(card)
         report_path(path).write_bytes(report.to_bytes())
@@ -453,8 +461,8 @@ def _pinned(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changed) if changed else recipe
 
 
-def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:
-    """Says the plan's warnings, and stops where the job could not be carried to its end."""
+def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> dict[str, str]:
+    """Says the plan's warnings, and stops where the job could not be carried to its end. Returns the hashes of what reports are made on."""
     from convert.check import require_runtimes
 
     require_files(job, check=check)
@@ -464,37 +472,9 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
         require_free(out / target.name, job.checkpoint)
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
-    if check:
-        if job.architecture is None:
-            raise InputError(
-                f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
-                "convert it with --no-check"
-            )
-        reads = job.architecture.reads
-        if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and job.recipe.validation.images is None):
-            remedy = "convert it with --no-check, and compare it on data of yours"
-            if reads == "pixel_values":
-                remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
-            raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
-        with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
-            folder = source_sidecars(job, Path(scratch))
-            trust = job.recipe.trust_remote_code
-            if reads == "pixel_values":
-                take_pictures(job.recipe.validation, load_processor(folder, trust_remote_code=trust))
-            else:
-                tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
-                take_held_out(job.recipe.validation, tokenizer)
-        if job.recipe.validation.prompts is not None:
-            if not job.predicts:
-                raise InputError(
-                    f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
-                )
-            encode(read_questions(Path(job.recipe.validation.prompts)), tokenizer)
-        if job.recipe.validation.tasks and not job.predicts:
-            where = job.recipe.where("validation", "tasks")
-            raise InputError(f"{where}: {job.checkpoint.origin} predicts no tokens, so it has no score in them")
-        for target in job.recipe.targets:
-            require_runtimes(target)
+    compared_on = _require_comparable(job) if check else {}
+    for target in job.recipe.targets if check else ():
+        require_runtimes(target)
     for target in job.recipe.targets:
         # The first passes of these may read none of the text, and take hours.
         read = [job] if (target.budget or target.ruined) and reads_calibration(target) else []
@@ -503,3 +483,37 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
             with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
                 calibration_tokens(reader, Path(scratch))
     require(needs(job, out, check=check, device=device), out)
+    return compared_on
+
+
+def _require_comparable(job: Plan) -> dict[str, str]:
+    """Reads what source and artifacts are compared on, once, and forgets it but for its hashes. Raises :class:`InputError` where there is
+    nothing to compare, or nothing to compare it on."""
+    architecture, validation, trust = job.architecture, job.recipe.validation, job.recipe.trust_remote_code
+    if architecture is None:
+        raise InputError(
+            f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
+            "convert it with --no-check"
+        )
+    reads = architecture.reads
+    if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and validation.images is None):
+        remedy = "convert it with --no-check, and compare it on data of yours"
+        if reads == "pixel_values":
+            remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
+        raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
+    for key in ("prompts", "tasks"):
+        if getattr(validation, key) and not job.predicts:
+            nothing = {"prompts": "it answers nothing", "tasks": "it has no score in them"}[key]
+            raise InputError(f"{job.recipe.where('validation', key)}: {job.checkpoint.origin} predicts no tokens, so {nothing}")
+    with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+        folder = source_sidecars(job, Path(scratch))
+        if reads == "pixel_values":
+            _, record = take_pictures(validation, load_processor(folder, trust_remote_code=trust))
+        else:
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
+            _, record = take_held_out(validation, tokenizer)
+    if validation.prompts is not None:
+        questions = read_questions(path := Path(validation.prompts))
+        encode(questions, tokenizer)
+        record |= describe_questions(path, questions)
+    return {key: record[key] for key in ("tokens_sha256", "prompts_sha256") if key in record}

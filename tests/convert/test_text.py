@@ -144,3 +144,17 @@ def test_validation_text_is_looked_at_before_any_work(make_llama: Any, recipe_fo
     with pytest.raises(InputError, match=r"short\.txt: \d+ tokens, 256 are needed"):
         pipeline.convert(recipe_for(make_llama(), **{"validation.text": str(tmp_path / "short.txt")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_climb_is_proven_anew_where_its_text_is_another(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """The artifact may stay what it is, but not what is said of it."""
+    corpus = tmp_path / "corpus.txt"
+    budget = {"targets.0.budget": "{kl_nats: 9.0}", "targets.0.ladder": "[rtn]", "targets.0.limits": "{top1: 0.0, perplexity_ratio: 99.0}"}
+    recipe = recipe_for(make_llama(), **{"validation.text": str(corpus), **budget})
+    found = []
+    for content in (TEXT, TEXT, TEXT.upper()):
+        corpus.write_text(content)
+        outcome = pipeline.convert(recipe, tmp_path / "out")
+        found.append((outcome.reports[0].validation["tokens_sha256"], outcome.reports[0].runtimes[0].load_seconds))
+    assert found[0] == found[1], "climbed once"
+    assert found[2][0] != found[1][0]
