@@ -570,10 +570,11 @@ def require_sidecars(folder: Path, origin: str) -> None:
 
 def _gguf_sidecars(gguf: GgufFile) -> dict[str, bytes]:
     """Tokenizer, chat template and generation config out of a GGUF's metadata, rebuilt by transformers."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     config = gguf.config()
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.path.parent), gguf_file=gguf.path.name)
+    # The class that AutoTokenizer ends at for this family, behind a config for which it parses the file twice more: ten times as long.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(gguf.path.parent), gguf_file=gguf.path.name)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}

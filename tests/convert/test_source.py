@@ -15,6 +15,7 @@ from hub_server import Fault, Hub, hub_fixture  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from convert import pipeline
 from convert.source import SafetensorsReader, SourceDigests, open_source
@@ -320,12 +321,17 @@ def test_a_shard_missing_on_the_hub_is_named(hub: Hub, repo: Any, tmp_path: Path
     assert "1 shard(s) named by the index are missing: model-00002-of-00002.safetensors" in ask(hub, tmp_path, "org/model")["error"]
 
 
-def test_the_sample_opens_and_brings_its_tokenizer() -> None:
+def test_the_sample_opens_and_brings_its_tokenizer(tmp_path: Path) -> None:
     checkpoint = open_source("sample:smollm2-135m-instruct")
     assert checkpoint.float_dtype == "BF16"
     assert checkpoint.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    settings_file = json.loads(checkpoint.sidecars()["tokenizer_config.json"])
-    assert settings_file["model_max_length"] == 8192
+    files = checkpoint.sidecars()
+    assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 8192
+    (name,) = [file.name for file in checkpoint.files]
+    path = checkpoint.reader.path(name)
+    AutoTokenizer.from_pretrained(str(path.parent), gguf_file=name).save_pretrained(tmp_path)  # the class that transformers itself chooses
+    for written in ("tokenizer.json", "chat_template.jinja"):
+        assert files[written] == (tmp_path / written).read_bytes()
 
 
 def test_gguf_that_is_no_gguf(tmp_path: Path) -> None:

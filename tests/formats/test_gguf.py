@@ -355,6 +355,27 @@ def put(key: str, value: object) -> Callable[[GGUFWriter], None]:
     return change
 
 
+ARRAYS = {
+    "strings": ["", "a", "\u00fc" * 300],
+    "numbers": [1, 2, 3],
+    "fractions": [0.5, -1.0],
+    "truths": [True, False],
+    "one": [7],
+}
+
+
+def test_metadata_is_what_the_package_itself_reads(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        for name, values in ARRAYS.items():
+            writer.add_key_value(f"general.{name}", values, gguf.GGUFValueType.ARRAY)
+
+    path = write(tmp_path / "tiny.gguf", Llama(layers=1), change=add)
+    fields = open_gguf(path).fields
+    theirs = gguf.GGUFReader(path).fields
+    assert {name: fields[name] for name in theirs if name in fields} == {name: theirs[name].contents() for name in theirs if name in fields}
+    assert {f"general.{name}" for name in ARRAYS} <= fields.keys()
+
+
 # Refusals
 
 ROW = np.zeros((1, 64), np.float32)
@@ -476,6 +497,16 @@ def number(value: int, size_bytes: int) -> bytes:
 HEAD = b"GGUF" + number(3, 4) + number(0, 8)
 HOSTILE = {
     "an array of 2**60 numbers": HEAD + number(1, 8) + number(1, 8) + b"k" + number(9, 4) + number(0, 4) + number(2**60, 8),
+    "an array of 2**60 strings": HEAD + number(1, 8) + number(1, 8) + b"k" + number(9, 4) + number(8, 4) + number(2**60, 8),
+    "a string in an array that is longer than the file": HEAD
+    + number(1, 8)
+    + number(1, 8)
+    + b"k"
+    + number(9, 4)
+    + number(8, 4)
+    + number(1, 8)
+    + number(2**62, 8)
+    + b"k",
     "arrays within arrays, ten thousand deep": HEAD
     + number(1, 8)
     + number(1, 8)
