@@ -51,9 +51,11 @@ class Group:
 def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[str, Place] | None = None) -> tuple[Group, ...]:
     """The groups of a block, in the order in which their consumers are called. Runs its first batch a few times; leaves it as it was.
 
-    ``likely``: those of a block before it, which are only proved anew, all at once, where they all hold here too. The block computes in the
-    dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does not. ``experts`` of the
-    block (:meth:`convert.loading.Skeleton.experts_in`) are consumers and producers like linears; it is proved on those that tokens go to.
+    ``likely``: those of a block before it. Where they all hold here too they are only proved anew, all at once, on the shortest that the
+    stand has (:attr:`convert.lanes.Stand.sample`); to find groups takes a batch, for a channel that is zero at every token tells nothing.
+    The block computes in the dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does
+    not. ``experts`` of the block (:meth:`convert.loading.Skeleton.experts_in`) are consumers and producers like linears; it is proved on
+    those that tokens go to.
     """
     experts = experts or {}
     block = stand.module
@@ -61,10 +63,12 @@ def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[s
     tolerance = TOLERANCE.get(dtype, COARSE)
     modules = {name: module for name, module in block.named_modules() if name}
     linears = {name: module for name, module in modules.items() if type(module) is torch.nn.Linear}
-    seen = _observe(stand, modules, linears, experts)
+    if likely:
+        seen = _observe(stand, stand.sample, modules, linears, experts)
+        if _same_names(likely, seen) and _commutes(stand, stand.sample, likely, seen.output, tolerance, experts):
+            return likely
+    seen = _observe(stand, 0, modules, linears, experts)
     expected, inputs = seen.output, seen.inputs
-    if likely and _same_names(likely, seen) and _commutes(stand, likely, expected, tolerance, experts):
-        return likely
     found: list[Group] = []
     for consumers in seen.together:
         candidates: list[Group] = []
@@ -73,17 +77,17 @@ def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[s
         if maker is not None and weight is not None and weight.dim() == 1:
             routers = seen.routers.get(consumers[0], ())
             candidates = [Group(maker, consumers, offset=offset, routers=routers) for offset in (0.0, 1.0)]
-        proved = next((group for group in candidates if _commutes(stand, [group], expected, tolerance, experts)), None)
+        proved = next((group for group in candidates if _commutes(stand, 0, [group], expected, tolerance, experts)), None)
         found.append(proved or Group("", consumers))
     for feeding in seen.pairs:
         pairs = [Group(producer, (consumer,), of_expert=True) for producer, consumer in feeding.items()]
-        if _commutes(stand, pairs, expected, tolerance, experts):
+        if _commutes(stand, 0, pairs, expected, tolerance, experts):
             found += pairs
     open_ = {group.consumers[0]: group for group in found if not group.producer and group.consumers[0] in linears}
     for producer, module in linears.items():
         for consumer, channels in _traced(stand, module, {name: modules[name] for name in open_}, inputs, tolerance).items():
             group = Group(producer, open_[consumer].consumers, channels)
-            if producer not in group.consumers and _commutes(stand, [group], expected, tolerance, experts):
+            if producer not in group.consumers and _commutes(stand, 0, [group], expected, tolerance, experts):
                 found[found.index(open_.pop(consumer))] = group
     return tuple(group for group in found if group.producer)
 
@@ -152,11 +156,11 @@ class _Seen:
     output: torch.Tensor
 
 
-def _observe(stand: Stand, modules: dict[str, Any], linears: dict[str, Any], experts: Mapping[str, Place]) -> _Seen:
-    """Runs the first batch through the block once and sees what goes where."""
+def _observe(stand: Stand, i: int, modules: dict[str, Any], linears: dict[str, Any], experts: Mapping[str, Place]) -> _Seen:
+    """Runs a batch through the block once and sees what goes where."""
     eye = _Eye(stand.module, modules, linears, experts)
     with eye:
-        output = first_tensor(stand.output(0, next(stand.module.parameters()).dtype))
+        output = first_tensor(stand.output(i, next(stand.module.parameters()).dtype))
     return eye.seen(output)
 
 
@@ -277,11 +281,10 @@ def _traced(
     base = max(2, int(rows**0.5) + 1)
     number = torch.arange(rows, device=producer.weight.device)
     factors = torch.logspace(-1, 1, base, base=2.0, device=producer.weight.device)
-    digits = [
-        _digit(stand, producer, factors[digit], factors, consumers, inputs, min(tolerance, 0.2 / base))
-        for digit in (number % base, number // base)
-    ]
-    found = {name: low + base * digits[1][name] for name, low in digits[0].items() if name in digits[1]}
+    tolerance = min(tolerance, 0.2 / base)
+    low = _digit(stand, producer, factors[number % base], factors, consumers, inputs, tolerance)
+    high = _digit(stand, producer, factors[number // base], factors, consumers, inputs, tolerance) if low else {}
+    found = {name: digits + base * high[name] for name, digits in low.items() if name in high}
     return {name: channels for name, channels in found.items() if len(torch.unique(channels)) == rows and int(channels.max()) < rows}
 
 
@@ -342,9 +345,9 @@ class _scaled:  # noqa: N801  reads as a verb where it is used
 
 
 def _commutes(
-    stand: Stand, groups: Sequence[Group], expected: torch.Tensor, tolerance: float, experts: Mapping[str, Place] | None = None
+    stand: Stand, i: int, groups: Sequence[Group], expected: torch.Tensor, tolerance: float, experts: Mapping[str, Place] | None = None
 ) -> bool:
-    """Whether the block returns what it returned, with random scales folded into all of ``groups``."""
+    """Whether the block returns what it returned for a batch, with random scales folded into all of ``groups``."""
     block = stand.module
     experts = experts or {}
     names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers, *group.routers))
@@ -359,7 +362,7 @@ def _commutes(
             of_producer = torch.exp2(torch.rand(len(weight), generator=generator) * 4 - 2).to(weight.device)
             of_producer = powers_of_two(of_producer) if group.exact else of_producer
             fold(block, group, of_producer if group.channels is None else of_producer[group.channels], experts=experts)
-        now = first_tensor(stand.output(0, weight.dtype))
+        now = first_tensor(stand.output(i, weight.dtype))
     finally:
         for parameter, before in was:
             parameter.copy_(before)

@@ -3,10 +3,10 @@
 A rung is a recipe of its own, with algorithms in its rules and the budget among its limits; the one that wins is what the manifest records,
 so that the artifact can be made again without climbing. Of a rung on the way a pilot is made first, calibrated on a part of the tokens and
 looked at on a part of the text: where that misses the budget, the rung is passed over, and made whole only if it is the one that came
-closest. ``mixed`` takes the best rung below it, measures on its artifact what each group
-of layers loses alone, and keeps in 16 bit, or quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses
-do not add exactly, what comes of it is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last,
-trains the model with every layer quantized.
+closest. ``mixed`` takes the best rung below it, measures on its artifact what each group of layers loses alone, and keeps in 16 bit, or
+quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes of it is
+measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every layer
+quantized.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _try(
 ) -> Rung:
     plan, artifact, report = stages.make(recipe, folder, look=look, like=like)
     divergences = [run.divergence for run in report.runtimes]
-    ran = len(divergences) == len(plan.targets[0].runtimes) and all(divergences)
+    ran = len(divergences) == sum(len(RUNTIMES[runtime].modes) for runtime in plan.targets[0].runtimes) and all(divergences)
     kl = max((found.kl_nats for found in divergences if found), default=math.inf) if ran else math.inf
     ratio = max((found.perplexity_ratio for found in divergences if found), default=math.inf) if ran else math.inf
     tokens = min((found.tokens for found in divergences if found), default=0)

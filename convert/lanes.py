@@ -39,7 +39,8 @@ WHOLE_SHARE = 0.8
 @dataclass
 class Stand:
     """All batches standing before a block, whose weights are in ``module``: whoever drives the walk may hook and change them, and run the
-    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane."""
+    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane. ``_probe``: where the walk has one,
+    its place behind them."""
 
     name: str
     module: Any
@@ -49,6 +50,7 @@ class Stand:
     _crew: Crew
     _outputs: list[Any] = field(default_factory=list)
     _made: Iterator[Any] | None = None
+    _probe: int | None = None
 
     def run(self, *, keep: bool, observer: Observer | None = None) -> None:
         """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
@@ -82,6 +84,11 @@ class Stand:
         """What the block as it is now makes of one batch, whose floats are cast to ``dtype`` if that is given; nothing is kept. With
         gradients, where the caller keeps them."""
         return self._run(i, dtype)
+
+    @property
+    def sample(self) -> int:
+        """The shortest there is to see how the block computes, for :meth:`output`: the probe, or the first batch."""
+        return self._probe or 0
 
     def hand_on(self, outputs: Sequence[Any]) -> None:
         """What each batch's block call returns, as the caller made it with :meth:`output`; batches that are alike may share one."""
@@ -117,6 +124,7 @@ def walk(
     read: Callable[[str], torch.Tensor] | None = None,
     finish: Callable[[int, Any], None] | None = None,
     at_head: bool = False,
+    probe: Mapping[str, Any] | None = None,
     crew: Crew = Crew(),  # noqa: B008  a frozen record
 ) -> Generator[Stand, None, None]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
@@ -126,7 +134,8 @@ def walk(
     of the model lie where ``place`` says: ``device``, ``host``, or ``disk``, in files in ``scratch`` that vanish when they are not needed.
     ``read``: where weights of blocks come from, the checkpoint unless given. ``finish(i, output)`` is handed what the model returns for
     each batch; without it the walk ends behind the last block, and the output head is never read. With ``at_head`` a head is
-    yielded behind the blocks too, and lies where hidden states do. Of ``crew`` each thread takes a batch
+    yielded behind the blocks too, and lies where hidden states do. ``probe``: the beginning of a batch, which goes along to the last block,
+    through what becomes of each, and is in no statistics (:attr:`Stand.sample`). Of ``crew`` each thread takes a batch
     through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
@@ -161,6 +170,8 @@ def walk(
         with torch.no_grad():
             return run.switch(handed)  # type: ignore[no-any-return]
 
+    count = len(batches)
+    batches = [*batches, *([probe] if probe else [])]
     runs = [greenlet(start, scheduler) for _ in batches]
     seen = 0
     try:
@@ -183,19 +194,29 @@ def walk(
                     args, kwargs = _mapped((args, kwargs), lambda x: x.to(where, dtype if x.is_floating_point() else None))
                     return originals[name](*args, **kwargs)
 
-                stand = Stand(name, model.get_submodule(name), [state[1:] for state in states], run, lambda out: _mapped(out, park), crew)
+                arguments = [state[1:] for state in states[:count]]
+                stand = Stand(name, model.get_submodule(name), arguments, run, lambda out: _mapped(out, park), crew)
+                stand._probe = count if probe else None
                 yield stand
                 if not stand.kept:
                     stand.run(keep=True)
+                last = seen == len(blocks)
+                if last and probe:
+                    states.pop()
+                    runs.pop().throw(GreenletExit)
+                    probe = None
+                with torch.no_grad():
+                    probed = _mapped(run(count), park) if probe else None
                 if stand._made is None:
                     skeleton.free(name)
-                last = seen == len(blocks)
                 if last and finish is None:
                     return
                 if last and head is not None and head not in stops:
                     module = model.get_submodule(head)
                     module.forward = _load_head(skeleton, head, home, module.forward)
-                for i, (switched, output) in enumerate(zip(runs, stand.take(), strict=True)):
+                if probe:
+                    states[count] = forward(runs[count], probed)
+                for i, (switched, output) in enumerate(zip(runs[:count], stand.take(), strict=True)):
                     states[i] = None
                     states[i] = forward(switched, output)
                     if states[i][0] == "":

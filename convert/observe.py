@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from threading import local
 from traceback import clear_frames
@@ -283,12 +283,17 @@ class Observer:
 
         Raises :class:`MachineError` for an input that the model has overwritten since.
         """
+        import torch
+
+        from convert.statistics import multiplies_bfloat16, sixteen_bit_factors
+
         inputs: dict[str, list[torch.Tensor]] = {}
         for shown in (shown for batch in batches for shown in batch):
             if shown.x._version != shown.version:
                 raise MachineError(f"{shown.leader}: the model overwrites what this layer reads, so that nothing can be known of it")
             inputs.setdefault(shown.leader, []).append(shown.x)
         parts: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
+        of_halves: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
         for leader, each in inputs.items():
             rows = [x.reshape(-1, x.shape[-1]) for x in each]
             self._tokens[leader] += sum(map(len, rows))
@@ -296,10 +301,15 @@ class Observer:
                 accumulator = self._seen[leader][kind] = self._seen[leader][kind] or _begun(kind, rows[0])
                 if kind == "rows":
                     parts.append((accumulator.update, [sequence for x in each for sequence in (x if x.dim() == 3 else [x])]))
+                elif kind == "hessian":
+                    into = of_halves if all(x.dtype == torch.bfloat16 and not x.is_cuda for x in rows) else parts
+                    into += [(part, rows) for part in accumulator.parts()]
                 else:
-                    parts += [(part, rows) for part in (accumulator.parts() if kind == "hessian" else [accumulator.update])]
-        for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], parts):
-            pass
+                    parts.append((accumulator.update, rows))
+        for products, context in ((parts, nullcontext()), (of_halves, sixteen_bit_factors() if multiplies_bfloat16() else nullcontext())):
+            with context:
+                for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], products):
+                    pass
         for batch in batches:
             batch.clear()
 

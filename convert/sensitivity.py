@@ -185,12 +185,13 @@ def artifact_trials(plan: Plan, artifact: Path, schemes: Sequence[str] = ()) -> 
     from convert.folds import folded, read_fold, touching
     from convert.source import SafetensorsReader
     from formats.manifest import read_manifest
-    from formats.safetensors import read_folder
+    from formats.tensors import GRAPHS, read_tensors
 
     target = plan.targets[0]
     calibration = read_manifest(artifact).calibration or {}
     folds = [read_fold(record) for record in calibration.get("folds", [])]
-    reader = SafetensorsReader(read_folder(artifact), lambda file: artifact / file)
+    located = read_tensors(artifact, target.format)
+    reader = SafetensorsReader(located, lambda file: artifact / file, headers=target.format not in GRAPHS)
     entries = {entry.module(part): (entry, part) for entry in target.quantized for part in entry.parts}
 
     walked = getattr(torch, calibration.get("dtype", "float32"))

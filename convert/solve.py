@@ -79,9 +79,16 @@ class Chosen:
 
 
 def smooth_block(
-    target: TargetPlan, entries: Sequence[Entry], stand: Stand, groups: Sequence[Group], skeleton: Skeleton, observer: Observer
+    target: TargetPlan,
+    entries: Sequence[Entry],
+    stand: Stand,
+    groups: Sequence[Group],
+    skeleton: Skeleton,
+    observer: Observer,
+    crew: Crew,
 ) -> tuple[dict[str, Smoothed], dict[str, str]]:
-    """Moves what is large in inputs into weights, in every group of a block with a layer whose rule asks for it.
+    """Moves what is large in inputs into weights, in every group of a block with a layer whose rule asks for it. A group's weights hang on
+    what was folded before, so the crew shares out the strengths that are tried on it.
 
     Returns, by the module that its group's statistics are kept under, what was done, and the tensors that are kept but changed by it, with
     the parameter that each is. The block computes what it computed before.
@@ -108,7 +115,7 @@ def smooth_block(
         reading = _by_leader(consumers, skeleton, observer)
         if not any(observer.has(leader, "rows" if _searched(step) else "channels") for leader in reading):
             continue  # an expert that no token came to
-        strength, scales = _strength(entry, step, reading, observer, group.channels)
+        strength, scales = _strength(entry, step, reading, observer, group.channels, crew)
         scales = powers_of_two(scales) if group.exact else scales
         stored = kept.get(str(skeleton.own_tensor(f"{producer}.weight"))) if producer not in skeleton.experts else None
         dtype = getattr(torch, DTYPES[stored.plain.dtype].torch_name) if stored else None
@@ -134,7 +141,12 @@ def _searched(step: Step) -> bool:
 
 
 def _strength(
-    entry: Entry, step: Step, reading: Mapping[str, Sequence[torch.Tensor]], observer: Observer, channels: torch.Tensor | None
+    entry: Entry,
+    step: Step,
+    reading: Mapping[str, Sequence[torch.Tensor]],
+    observer: Observer,
+    channels: torch.Tensor | None,
+    crew: Crew,
 ) -> tuple[float, torch.Tensor]:
     """How strongly a group is scaled, and by what (in,), as the step of one of its layers says; ``reading``: all that read the input, by
     leader. Of experts the largest magnitude counts, and the mean of all tokens; a strength is tried on each with what came to it."""
@@ -156,6 +168,7 @@ def _strength(
             scale_dtype=scale_dtype,
             channels=channels,
             others=pairs[1:],
+            mapped=crew.map,
         )
         return found.strength or 0.0, found.scales
     assert step.smoothquant is not None
@@ -166,7 +179,7 @@ def _strength(
         return alpha, smoothing.smoothing_scales(absmax, weights, alpha=alpha, channels=channels)
     found = smoothing.search_alpha(
         *pairs[0], input_absmax=absmax, weight_quantization=entry.scheme.weight, activation_quantization=entry.scheme.activation,
-        scale_dtype=scale_dtype, channels=channels, others=pairs[1:],
+        scale_dtype=scale_dtype, channels=channels, others=pairs[1:], mapped=crew.map,
     )  # fmt: skip
     return found.strength or 0.0, found.scales
 
@@ -224,7 +237,9 @@ def solve_block(
     together = _together(entries, known.observer)
     later = {leader for each in passes for leader in each}
     chosen: dict[str, Chosen] = {}
-    for found in crew.map(partial(_solve, known=known), [group for leader, group in together if leader not in later]):
+    first = [group for leader, group in together if leader not in later]
+    # The longest begin first, so that no thread ends with one alone.
+    for found in crew.map(partial(_solve, known=known), sorted(first, key=_work, reverse=True)):
         chosen |= found
     for each in passes:
         with seen_in(each):
@@ -276,6 +291,12 @@ def _together(entries: Sequence[Entry], observer: Observer) -> list[tuple[str, l
             key = (leader, repr(entry.scheme), repr(entry.steps), entry.scale_dtype, *entry.alongside)
             groups.setdefault(key, []).append((entry, part))
     return [(key[0], members) for key, members in groups.items()]
+
+
+def _work(members: Sequence[tuple[Entry, Part]]) -> int:
+    """What layers that are solved together take, in proportion: their Hessian's cube, and its square for every row."""
+    shapes = [part.shape(entry.tensor) for entry, part in members]
+    return shapes[0][1] ** 2 * (shapes[0][1] + sum(rows for rows, _ in shapes))
 
 
 def _solve(members: Sequence[tuple[Entry, Part]], *, known: Known) -> dict[str, Chosen]:

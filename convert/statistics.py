@@ -8,15 +8,16 @@ NaN and Inf are not looked for: they stay visible in every result. An update wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 
+from convert.hardware import instructions
+
 #: A bin for each magnitude of a bfloat16: eight bits of exponent, seven of mantissa.
 MAGNITUDES = 1 << 15
-#: Tokens to a product of bfloat16 matrices on a CPU, whose result is rounded to bfloat16 before it is summed in float32.
-_CHUNK = 512
 #: Features to a panel of a Hessian on a CPU: 96 to 1,536 were tried, 384 was the fastest for 576 and 1,536 features.
 _PANEL = 384
 
@@ -132,15 +133,11 @@ def magnitudes(device: torch.device | str = "cpu") -> torch.Tensor:
 class Hessian:
     """``X^T X`` over all ``tokens``, not divided by their number.
 
-    On CUDA the product of 16-bit matrices is taken in float32 at the speed of 16 bits. A CPU has no such product in torch, and inputs are
-    multiplied in float32. With ``coarse``, bfloat16 inputs on a CPU are multiplied as they are in chunks of 512 tokens, each summed in
-    float32 and rounded to bfloat16 once before it is added in float32: twice as fast where the CPU has bfloat16 instructions, but no longer
-    sure to be positive definite. On the sample's first attention output, 4,096 tokens, it took ten times the damping and doubled the
-    error that GPTQ left.
+    On CUDA the product of 16-bit matrices is taken in float32 at the speed of 16 bits. On a CPU inputs are multiplied in float32, which
+    :func:`sixteen_bit_factors` makes the same for those of bfloat16.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu", *, coarse: bool = False) -> None:
-        self.coarse = coarse
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self._upper = torch.zeros(features, features, device=device)
         self.tokens = 0
@@ -158,17 +155,13 @@ class Hessian:
             self.tokens += len(x)
         if not x.numel():
             return
-        half = x.dtype in (torch.bfloat16, torch.float16) if x.is_cuda else self.coarse and x.dtype == torch.bfloat16
         upper, x = self._upper[panel, panel.start :], x[:, panel.start :]
-        x = x if half else x.float()
-        for chunk in torch.split(x, _CHUNK if half and not x.is_cuda else len(x)):
-            left = chunk[:, : panel.stop - panel.start].T
-            if not half:
-                upper.addmm_(left, chunk)
-            elif x.is_cuda:
-                upper += torch.mm(left, chunk, out_dtype=torch.float32)
-            else:
-                upper += torch.mm(left, chunk)
+        left = slice(panel.stop - panel.start)
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            upper += torch.mm(x[:, left].T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            upper.addmm_(x[:, left].T, x)
 
     def merge(self, other: Hessian) -> None:
         self._upper += other._upper.to(self._upper.device)
@@ -188,6 +181,27 @@ class Hessian:
         features = len(self._upper)
         size = max(_PANEL, -(-features // 4) if self._upper.is_cuda else 0)
         return [slice(start, min(start + size, features)) for start in range(0, features, size)]
+
+
+@contextmanager
+def sixteen_bit_factors() -> Iterator[None]:
+    """While it lasts, factors of float32 products on a CPU are rounded to bfloat16, and still summed in float32 (oneDNN's ``fpmath`` mode):
+    exact for inputs that were bfloat16, at the speed of :func:`multiplies_bfloat16`.
+
+    It holds for all threads of the process, so nothing else may multiply meanwhile, and is entered by one at a time.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    was, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = was
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    return bool(instructions() & {"amx_bf16", "avx512_bf16"})
 
 
 class Rows:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 NOTHING_FEEDS_IT = "nothing was found that feeds it and could take up the factors"
 #: Tokens that a GPU takes through a block at once: 8 sequences of 2,048.
 GPU_TOKENS = 16_384
+#: Tokens on which groups that a block before had are proved to scale together here too.
+PROBE_TOKENS = 128
 #: What an interrupted run has written already: (target, entry, part, or None for what is kept) -> the values it stands for.
 Recall = Callable[[str, Entry, "Part | None"], torch.Tensor]
 
@@ -172,7 +174,7 @@ class Walk:
         def finish(*_: object) -> None:
             observer.take([shown], run.hands)
 
-        stands = walk(self._skeleton, batches, finish=finish if self._outside else None, **way)
+        stands = walk(self._skeleton, batches, finish=finish if self._outside else None, probe=self._probe(), **way)
         by_block = any(run.recoveries[target.name].mode == "blocks" for target in self._targets if target.name in run.recoveries)
         source = Skeleton(plan.checkpoint, dtype="float32", trust_remote_code=plan.recipe.trust_remote_code) if by_block else None
         teachers = walk(source, batches, **way) if source else None
@@ -198,6 +200,14 @@ class Walk:
         elif self._skeleton.model.can_generate():
             batches = [{**batch, "use_cache": False} for batch in batches]
         return batches
+
+    def _probe(self) -> dict[str, Any] | None:
+        """The beginning of the text, where groups are looked for; not where experts are, for few tokens come to few of them."""
+        asked = any(entry.asks(*TRANSFORMS) for target in self._targets for entry in target.quantized)
+        if not asked or self._skeleton.experts or len(self._run.tokens[0]) <= PROBE_TOKENS:
+            return None
+        without = {"use_cache": False} if self._skeleton.model.can_generate() else {}
+        return {"input_ids": self._run.tokens[0][None, :PROBE_TOKENS], **without}
 
     def _place(self) -> str:
         """Where the lane lies."""
@@ -333,7 +343,7 @@ class Walk:
         if not block.todo.smoothing:
             return {}, {}
         entries = block.todo.again[target.name]
-        smoothed, changed = solve.smooth_block(target, entries, block.stand, self._groups, self._skeleton, self._observer)
+        smoothed, changed = solve.smooth_block(target, entries, block.stand, self._groups, self._skeleton, self._observer, self._run.hands)
         reached = {module for module, leader in self._observer.leader.items() if leader in smoothed} | smoothed.keys()
         self._bare += _uncovered(self._run.plan, target, entries, reached)
         return smoothed, changed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from convert.algorithms.smoothing import Search, Shown, search, tied
+from convert.algorithms.smoothing import Mapped, Search, Shown, search, tied
 from formats.scheme import Quantization
 
 #: Exponents of the input's mean magnitude that are tried (paper, section 3.2: a grid of 20 from 0 to 1).
@@ -37,8 +37,10 @@ def search_scales(
     ratios: Sequence[float] = RATIOS,
     channels: torch.Tensor | None = None,
     others: Sequence[Shown] = (),
+    mapped: Mapped = map,
 ) -> Search:
     """The exponent whose scales leave the smallest output error on ``inputs`` (tokens, in), a few hundred rows of X; ``input_mean`` (in,)
-    is E|x|. Scales are folded as those of smoothing are. ``others`` share them and see other rows, as experts do."""
+    is E|x|. Scales are folded as those of smoothing are. ``others`` share them and see other rows, as experts do. Exponents are tried by
+    ``mapped``."""
     candidates = {ratio: awq_scales(input_mean, ratio=ratio, channels=channels) for ratio in ratios}
-    return search(candidates, [(inputs, weights), *others], weight_quantization, None, scale_dtype)
+    return search(candidates, [(inputs, weights), *others], weight_quantization, None, scale_dtype, mapped)

@@ -68,7 +68,8 @@ def factorise(hessian: torch.Tensor, *, damping: float = 0.01, activation_order:
     mean = torch.where(mean == 0, torch.ones_like(mean), mean)
     order = torch.argsort(energy, descending=True, stable=True) if activation_order else None
     backwards = torch.arange(len(energy) - 1, -1, -1, device=hessian.device) if order is None else order.flip(0)
-    damped = hessian.float()[backwards[:, None], backwards]
+    # Rows and then columns: a fifth of the time of both at once.
+    damped = hessian.float().index_select(0, backwards).index_select(1, backwards)
     diagonal = torch.where(dead, mean, energy)[backwards]
     for factor in ESCALATION:
         damped.diagonal().copy_(diagonal + damping * factor * mean)
@@ -145,8 +146,10 @@ def quantize_together(
         for weight in weights
     ]
     joined = torch.cat([weight.float() for weight in weights]).masked_fill_(factor.dead, 0)
+    # From here on a CPU has a column in one piece.
+    joined = joined if joined.is_cuda else joined.T.contiguous().T
     if factor.order is not None:
-        joined = joined[:, factor.order]
+        joined = _pick_columns(joined, factor.order)
     tile_rows = quantization.tile.rows
 
     def spread(scales: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -169,7 +172,7 @@ def quantize_together(
         block_size=group if on_the_way and group else block_size, take=take if on_the_way else None,
     )  # fmt: skip
     if factor.order is not None:
-        codes = codes[:, torch.argsort(factor.order)]
+        codes = _pick_columns(codes, torch.argsort(factor.order))
     if on_the_way:
         scales = [torch.cat([parts[i] for parts in taken], dim=1) for i in range(len(weights))]
     dead = int(factor.dead.sum())
@@ -190,7 +193,8 @@ def solve(
     take: Callable[[torch.Tensor], torch.Tensor] | None = None,
     fused: bool | None = None,
 ) -> torch.Tensor:
-    """The codes (out, in) of a weight (out, in) float32 whose columns are in the order in which they are rounded; fused, it is overwritten.
+    """The codes (out, in) of a weight (out, in) float32 whose columns are in the order in which they are rounded. It may be overwritten;
+    codes lie as it does.
 
     Column i is rounded with ``scale[groups[i]]`` (out,), its error e times ``steps[i, j]`` is taken from each later column j: at once
     within ``block_size`` columns, for the others by one product a block (paper, section 3.4). ``take`` gives the scales of a block, as it
@@ -210,7 +214,12 @@ def solve(
         step(block, steps[start:stop, start:stop], grid, scale, of_block, error)
         if stop < columns:
             by_column[stop:].addmm_(steps[start:stop, stop:].T, error[: stop - start], alpha=-1)
-    return rtn.round_to_grid(by_column.T, grid).contiguous()
+    return rtn.round_to_grid(by_column.T, grid)
+
+
+def _pick_columns(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Columns of ``values`` (out, in), which then lie as they did: in rows, or each in one piece, where whole pieces are copied."""
+    return values.index_select(1, places) if values.is_contiguous() else values.T.index_select(0, places).T
 
 
 def _block(block: torch.Tensor, steps: torch.Tensor, grid: Grid, scale: torch.Tensor, groups: torch.Tensor, error: torch.Tensor) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+#: Rows of a Hessian that are multiplied at once, at least.
+_PANEL = 384
+
 
 def output_errors(weight: torch.Tensor, others: Sequence[torch.Tensor], *, hessian: torch.Tensor) -> list[torch.Tensor]:
     """``tr(dW H dW^T) / tr(W H W^T)``, ``dW = other - weight`` (out, in), ``H = X^T X`` (in, in), of each of ``others``: the squared error
@@ -26,5 +29,14 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, *, hessian: torc
 
 
 def _energy(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    product = torch.mm(weight.bfloat16(), hessian, out_dtype=torch.float32) if hessian.is_cuda else weight @ hessian
-    return (product * weight).sum().clamp(min=0)
+    """``tr(W H W^T)``: of each run of rows of H only the part from the diagonal on is multiplied, for H is symmetric."""
+    columns = len(hessian)
+    size = max(_PANEL, -(-columns // 4))
+    factor = weight.to(hessian.dtype)
+    energies = [hessian.new_zeros((), dtype=torch.float32)]
+    for start in range(0, columns, size):
+        left, right = factor[:, start : start + size], hessian[start : start + size, start:]
+        product = torch.mm(left, right, out_dtype=torch.float32) if hessian.is_cuda else left @ right
+        product[:, size:].mul_(2)
+        energies.append((product * weight[:, start:]).sum())
+    return torch.stack(energies).sum().clamp(min=0)

@@ -137,6 +137,29 @@ def test_groups_are_found_by_observation_alone(family: str, tmp_path: Path) -> N
         assert {group.offset for group in groups if "norm" in group.producer} <= {1.0 if family.startswith("gemma") else 0.0}
 
 
+def test_groups_of_a_block_before_are_proved_on_a_probe_alone_and_refused_where_they_do_not_hold(tmp_path: Path) -> None:
+    folder = save_family("llama", tmp_path)
+    ids = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(2))
+    asked, probe = ({"input_ids": each, "use_cache": False} for each in (ids, ids[:1, :6]))
+    stands = walk(Skeleton(open_source(str(folder)), dtype="float32"), [asked], probe=probe)
+    stand = next(stands)
+    found = find_groups(stand)
+    stand = next(stands)
+    ran: list[int] = []
+    run = stand._run
+    stand._run = lambda i, dtype=None: (ran.append(i), run(i, dtype))[1]
+    assert find_groups(stand, found) is found
+    assert set(ran) == {stand.sample} == {1}
+    wrong = (Group("self_attn.q_proj", ("self_attn.o_proj",)), *(group for group in found if group.producer != "self_attn.v_proj"))
+    assert {(group.producer, *group.consumers) for group in find_groups(stand, wrong)} == EXPECTED["llama"]
+    stand.module.mlp.act_fn = torch.nn.Tanh()
+    stand.module.mlp.gate_proj.register_forward_hook(lambda _m, _a, output: output.tanh())
+    stand.module.mlp.up_proj.register_forward_hook(lambda _m, _a, output: output.tanh())
+    assert {(group.producer, *group.consumers) for group in find_groups(stand, found)} == {
+        each for each in EXPECTED["llama"] if each[0] != "mlp.up_proj"
+    }
+
+
 def test_values_behind_several_query_heads_are_traced_to_their_channel(tmp_path: Path) -> None:
     stands = _stands(save_family("llama", tmp_path))
     stand = next(stands)

@@ -151,6 +151,47 @@ def test_a_rung_that_a_pilot_rules_out_is_not_made_whole(
     assert calibration["tokens"] == 4096
 
 
+def test_an_interrupted_climb_goes_on_where_it_was(
+    make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert import ladder
+
+    programs: list[str] = []
+    real = ladder._try
+
+    def interrupt(name: str, *args: Any, **more: Any) -> Any:
+        if name == "gptq":
+            raise KeyboardInterrupt
+        return real(name, *args, **more)
+
+    monkeypatch.setattr("convert.check.run", lambda program, *args, **more: (programs.append(program), run(program, *args, **more))[1])
+    monkeypatch.setattr(ladder, "PILOT_TOKENS", 64)
+    text = _text(1e-9, "[rtn, smoothquant, gptq]").replace("sequences: 4", "sequences: 16")
+    recipe = recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text)
+    monkeypatch.setattr(ladder, "_try", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(recipe, tmp_path)
+    monkeypatch.setattr(ladder, "_try", real)
+    assert programs == ["convert.runtimes.source", "convert.runtimes.transformers", "convert.runtimes.transformers"]
+    programs.clear()
+    assert [rung["name"] for rung in convert(recipe, tmp_path).reports[0].ladder["rungs"]] == ["rtn", "smoothquant", "gptq"]
+    assert programs == ["convert.numbers", "convert.runtimes.transformers"], "of the last rung alone"
+
+
+def test_a_graph_is_mixed_too_and_a_rung_is_as_close_as_in_the_worst_mode_of_its_runtime(
+    make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    folder = make_llama(num_hidden_layers=2, dtype="float32")
+    text = _text(1e-9, "[gptq]").replace("compressed-tensors", "onnx\n    runtimes: [onnxruntime]")
+    report = convert(recipe_for(folder, text=text), tmp_path / "gptq").reports[0]
+    kl = report.ladder["rungs"][0]["kl_nats"]
+    assert kl == max(run.divergence.kl_nats for run in report.runtimes if run.divergence)
+    text = text.replace("kl_nats: 1e-09", f"kl_nats: {kl * 0.6}").replace("[gptq]", "[gptq, mixed]")
+    outcome = convert(recipe_for(folder, text=text), tmp_path / "mixed")
+    assert outcome.passed
+    assert outcome.reports[0].ladder["taken"].startswith("mixed")
+
+
 def test_a_pilot_that_cannot_be_made_leaves_its_rung_to_be_tried_whole(
     make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

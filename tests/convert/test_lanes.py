@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 
-from convert import lanes
+from convert import groups, lanes
 from convert.architecture import blocks_of
 from convert.crew import crew
 from convert.lanes import place_for, walk
@@ -86,6 +86,32 @@ def test_block_by_block_is_the_plain_forward_to_the_bit(family: str, dtype: str,
     for got, expected in zip(walked, _plain(folder, dtype, batches), strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("to_the_end", [True, False])
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_probe_goes_along_and_changes_nothing(family_folder: Any, tmp_path: Path, to_the_end: bool, place: str) -> None:
+    """It sees what its batch sees at these tokens, behind blocks that were changed too."""
+    folder, batches, outputs = family_folder("llama"), _batches(), dict[int, torch.Tensor]()
+    asked = [{**batch, "use_cache": False} for batch in batches]
+    probe = {"input_ids": batches[0]["input_ids"][:, :5], "use_cache": False}
+    skeleton = Skeleton(open_source(str(folder)), dtype="float32")
+    finish = (lambda i, out: outputs.update({i: out[0]})) if to_the_end else None
+    for number, stand in enumerate(walk(skeleton, asked, finish=finish, probe=probe, place=place, scratch=tmp_path)):
+        assert len(stand.arguments) == len(batches)
+        whole, beginning = (groups.first_tensor(stand.output(i)) for i in (0, stand.sample))
+        torch.testing.assert_close(beginning, whole[:, :5], rtol=1e-5, atol=1e-5)
+        assert beginning.shape[1] == 5
+        if number == 0:
+            stand.module.mlp.down_proj.weight.mul_(-3)
+    if to_the_end:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(-3)
+            for i, batch in enumerate(asked):
+                assert torch.equal(outputs[i], model(**batch)[0])
 
 
 def test_a_head_in_slabs_is_the_whole_head(family_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:

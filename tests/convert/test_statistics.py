@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -48,19 +51,16 @@ def test_in_pieces_and_merged_is_the_same_as_at_once(seed: int, shape: tuple[int
 
 
 @pytest.mark.parametrize("features", [1, 17, 384, 385, 801])
-@pytest.mark.parametrize(
-    ("dtype", "coarse", "tolerance"),
-    [(torch.float32, False, 5e-6), (torch.bfloat16, False, 5e-6), (torch.bfloat16, True, 2.0**-8), (torch.float64, True, 5e-6)],
-)
-def test_a_hessian_is_the_explicit_product(features: int, dtype: torch.dtype, coarse: bool, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_hessian_is_the_explicit_product(features: int, dtype: torch.dtype) -> None:
     x = inputs((1500, features), dtype=dtype)
-    hessian = seen(lambda: statistics.Hessian(features, coarse=coarse), x, [3, 600])
+    hessian = seen(lambda: statistics.Hessian(features), x, [3, 600])
     expected = x.double().T @ x.double()
-    assert (hessian.value.double() - expected).norm() < tolerance * expected.norm()
+    assert (hessian.value.double() - expected).norm() < 5e-6 * expected.norm()
     assert torch.equal(hessian.value, hessian.value.T)
     # reading it does not disturb what comes after
     hessian.update(x)
-    assert (hessian.value.double() - 2 * expected).norm() < tolerance * 2 * expected.norm()
+    assert (hessian.value.double() - 2 * expected).norm() < 5e-6 * 2 * expected.norm()
     assert hessian.tokens == 3000
 
 
@@ -95,6 +95,45 @@ def test_rows_are_spaced_over_each_update() -> None:
     assert rows.value.flatten().tolist() == [0, 3, 6, 0, 1]
     with pytest.raises(ValueError, match="no row"):
         statistics.Rows(3).value  # noqa: B018
+
+
+@pytest.mark.parametrize("features", [1, 13, 700])
+def test_factors_of_sixteen_bits_change_nothing_of_inputs_that_have_them(features: int) -> None:
+    """Beside inputs in float32, and the setting is what it was behind it."""
+    was = torch.backends.mkldnn.matmul.fp32_precision
+    x = inputs((600, features), dtype=torch.bfloat16)
+    kept = statistics.Hessian(features)
+    with statistics.sixteen_bit_factors():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        kept.update(x)
+    assert torch.backends.mkldnn.matmul.fp32_precision == was
+    expected = x.double().T @ x.double()
+    assert (kept.value.double() - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "has", "expected"), [("bfloat16", True, "bf16"), ("float32", True, "none"), ("bfloat16", False, "none")])
+def test_an_observer_multiplies_inputs_of_bfloat16_alone_by_their_instructions(
+    dtype: str, has: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert.crew import Crew
+    from convert.observe import Observer, Shown
+
+    seen: list[tuple[int, str]] = []
+    update = statistics.Hessian._update
+
+    def spy(self: Any, panel: slice, x: torch.Tensor) -> None:
+        seen.append((len(x), torch.backends.mkldnn.matmul.fp32_precision))
+        update(self, panel, x)
+
+    monkeypatch.setattr(statistics.Hessian, "_update", spy)
+    monkeypatch.setattr(statistics, "multiplies_bfloat16", lambda: has)
+    model = torch.nn.Module()
+    model.layer, model.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    observer = Observer(SimpleNamespace(model=model, experts={}), None)  # type: ignore[arg-type]
+    observer.want(["layer", "other"], "hessian")
+    read = {"layer": inputs((5, 4), dtype=getattr(torch, dtype)), "other": inputs((6, 4))}
+    observer.take([[Shown(leader, x, x._version) for leader, x in read.items()]], Crew())
+    assert sorted(seen) == [(5, expected), (6, "none")]
 
 
 @pytest.mark.gpu

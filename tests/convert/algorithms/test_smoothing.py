@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from convert.algorithms import awq, smoothing
 from convert.algorithms.bias_correction import correct_bias
 from convert.algorithms.rtn import quantize
+from convert.crew import crew
+from formats.qtensor import QTensor
 from formats.scheme import SCHEMES
 
 
@@ -95,6 +97,47 @@ def test_the_searched_strength_is_the_best_tried_and_helps_with_outliers(name: s
     if name.startswith("int8"):
         assert found.strength is not None
         assert found.errors[found.strength] < 0.25 * found.errors[None]
+
+
+@pytest.mark.parametrize(
+    "name", ["int8-dynamic", "int8-dynamic-asymmetric", "int8-static", "fp8-dynamic", "fp8-block", "int8-weight-only-g32"]
+)
+@pytest.mark.parametrize(("tokens", "features", "out"), [(1, 128, 128), (17, 256, 128), (64, 128, 128), (5, 32, 1), (33, 96, 13)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_output_of_codes_is_that_of_what_they_stand_for(name: str, tokens: int, features: int, out: int, device: str) -> None:
+    scheme = SCHEMES[name]
+    if name == "fp8-block" and features % 128:
+        pytest.skip("blocks of 128")
+    x, weight = outliers(tokens, features).to(device), torch.randn(out, features, generator=torch.Generator().manual_seed(7)).to(device)
+    codes = quantize(weight, scheme.weight, scale_dtype=torch.bfloat16)
+    shown = smoothing._quantized(x, scheme.activation)
+    expected = smoothing.fake_quantize(x, scheme.activation).double() @ codes.dequantize().double().T
+    found = smoothing.quantized_output(shown, codes)
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.skipif(not smoothing._multiplies_codes(), reason="this CPU has no instructions for it")
+def test_products_of_int8_are_exact_at_their_largest() -> None:
+    values = torch.full((3, 4096), 127, dtype=torch.int8)
+    values[1] = -127
+    codes = QTensor(values, torch.ones(3, 1), SCHEMES["int8-dynamic"].weight)
+    assert smoothing.quantized_output(codes, codes).tolist() == (values.double() @ values.double().T).tolist()
+
+
+def test_strengths_that_are_tried_by_several_threads_are_the_same() -> None:
+    x = outliers(200, 96)
+    weights = [torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    scheme = SCHEMES["int8-dynamic"]
+    with crew(2) as hands:
+        found = [
+            smoothing.search_alpha(
+                x, weights, input_absmax=x.abs().amax(dim=0), weight_quantization=scheme.weight,
+                activation_quantization=scheme.activation, scale_dtype=torch.bfloat16, mapped=mapped,
+            )
+            for mapped in (map, hands.map)
+        ]  # fmt: skip
+    assert found[0].errors == found[1].errors
+    assert torch.equal(found[0].scales, found[1].scales)
 
 
 def test_nothing_to_gain_is_no_smoothing() -> None:
