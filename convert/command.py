@@ -124,8 +124,9 @@ def sensitivity(
     """Measure how much each group of layers loses alone: KL of the model's output, with a drawing."""
     from convert import pipeline
     from convert.curves import draw_losses
+    from convert.hardware import keep_freed_memory
     from convert.progress import choose
-    from convert.sensitivity import records, sensitivity_of
+    from convert.sensitivity import in_words, records, sensitivity_of
     from formats.safetensors import json_bytes
 
     job = pipeline.plan(_recipe(recipe, model, overrides))
@@ -133,13 +134,15 @@ def sensitivity(
     numbers, drawing = json_file or folder / "sensitivity.json", folder / "sensitivity.svg"
     for file in (numbers, drawing):  # minutes before they are written
         _require_writable(file)
-    losses, record = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
+    keep_freed_memory()
+    losses, how = sensitivity_of(job, choose(quiet=quiet), schemes=scheme, tokens=tokens, seconds=seconds, device=_device(device))
     for file in (numbers, drawing):
         file.parent.mkdir(parents=True, exist_ok=True)
-    numbers.write_bytes(json_bytes({"model": job.checkpoint.pinned, "text": record, "groups": records(losses)}))
-    drawing.write_text(draw_losses(losses), encoding="utf-8")
+    numbers.write_bytes(json_bytes({"model": job.checkpoint.pinned, **how, "groups": records(losses)}))
+    drawing.write_text(draw_losses(losses, in_words(how)), encoding="utf-8")
     if not quiet:
         _show_losses(losses)
+        print(in_words(how))
         print(f"numbers {numbers}, drawing {drawing}")
 
 
@@ -725,6 +728,7 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
         few = f" on {rung['tokens']:,} tokens" if 0 < rung.get("tokens", 0) < report.validation["tokens"] else ""
         few += f" of a pilot calibrated on {rung['pilot']:,}" if rung.get("pilot") else ""
         missed = "passed" if rung["passed"] else f"missed {', '.join(rung['failed'])}"
+        missed += ", by no more than the noise of the text" if rung["passed"] and not rung.get("certain", True) else ""
         console.print(
             f"  rung       {rung['name']}{taken}: KL {kl:.4g} nats{few}, {_size(rung['weight_bytes'])}, "
             f"{rung['kept_share']:.1%} of the linear bytes in 16 bit; {missed}",

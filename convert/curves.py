@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ _MARKERS = ("o", "s", "^", "D")
 _NARROW = (5.0, 3.4)
 
 
-def draw_losses(losses: Sequence[Loss]) -> str:
-    """An SVG file: the loss of every group by layer, on a logarithmic axis, a colour a kind of group and a marker a scheme."""
+def draw_losses(losses: Sequence[Loss], how: str) -> str:
+    """An SVG file: the loss of every group by layer, on a logarithmic axis, a colour a kind of group and a marker a scheme; below it
+    ``how`` they were measured."""
     schemes = list(dict.fromkeys(loss.scheme for loss in losses))
     kinds = list(dict.fromkeys(_kind(loss.modules) for loss in losses))
     last = max((index for loss in losses if (index := place(loss.modules[0])[1]) is not None), default=0)
@@ -48,10 +50,11 @@ def draw_losses(losses: Sequence[Loss]) -> str:
                 label=f"{kind}, {scheme}",
             )
     axes.set_yscale("log")
-    axes.set_xlabel("layer")
+    axes.set_xlabel("layer, and the head behind them" if any(place(loss.modules[0])[1] is None for loss in losses) else "layer")
     axes.set_ylabel("KL divergence of the output (nats a token)")
     axes.grid(axis="y", color="#dcd8d0", linewidth=0.6)
     axes.legend(fontsize=7, ncols=2, frameon=False)
+    figure.supxlabel(textwrap.fill(how, 130), fontsize=7, color="#5d5a54")
     return _svg(figure)
 
 

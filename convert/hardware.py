@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 #: What eight-bit arithmetic on a CPU lives on, as Linux names it.
@@ -30,6 +32,16 @@ def let_segments_grow() -> None:
     """Before torch first uses a GPU: its allocator shall grow pieces of memory rather than keep some of every size, which for one block of
     Llama-8B takes 17 GB where 12 are in use. What the user has set stays."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's allocator hand what is freed to the next that asks, rather than back to the system, which clears every page of it again:
+    of threads that make and drop many arrays of a megabyte that was a tenth of the time. Another C library is left as it is."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for size in (32 << 20, 1 << 30):  # the largest that glibc before 2.35 takes
+            mallopt(-3, size)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def instructions() -> set[str]:

@@ -179,6 +179,7 @@ def _rung_row(rung: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     few = rung.get("tokens") if 0 < (rung.get("tokens") or 0) < tokens else 0
     said = [f"on {few:,} tokens"] if few else [f"chosen by {rung['chosen_by']}"] if rung.get("chosen_by") else []
     said += [f"pilot, calibrated on {rung['pilot']:,} tokens"] if rung.get("pilot") else []
+    said += ["by no more than the noise of the text"] if rung["passed"] and not rung.get("certain", True) else []
     return {**rung, "kl_nats": shown(rung["kl_nats"]), "perplexity_ratio": shown(rung["perplexity_ratio"]), "said": said}
 
 
@@ -341,9 +342,11 @@ def _passages(report: Report) -> list[_Passage]:
     found = []
     for i, prompt in enumerate((report.prompt, *report.passages)):
         texts = [(run.name, _written(run, i)) for run in (report.source, *report.runtimes)]
+        if all(text.startswith(" ") for _, text in texts if text):  # what goes on in the middle of a line is none the less shown alone
+            texts = [(name, text.removeprefix(" ")) for name, text in texts]
         (_, source), *others = texts
         if any(text for _, text in texts):
-            found.append(_Passage(prompt, source, [_text(name, text, source) for name, text in others]))
+            found.append(_Passage(prompt.strip(), source, [_text(name, text, source) for name, text in others]))
     return found
 
 

@@ -2,10 +2,10 @@
 
 A rung is a recipe of its own, with algorithms in its rules and the budget among its limits; the one that wins is what the manifest records,
 so that the artifact can be made again without climbing. Of a rung on the way a pilot is made first, calibrated on a part of the tokens and
-looked at on a part of the text: where that misses the budget, the rung is passed over, and made whole only if it is the one that came
-closest. ``mixed`` takes the best rung below it, measures on its artifact what each group of layers loses alone, and keeps in 16 bit, or
-quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes of it is
-measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every layer
+looked at on a part of the text: where that misses the budget, the rung is passed over, and made whole only if no other passes and noise may
+be why it did not. ``mixed`` takes the best rung below it, measures on its artifact what each group of layers loses alone, and keeps in 16
+bit, or quantizes in another scheme, the groups that meet the budget with the fewest bytes; as losses do not add exactly, what comes of it
+is measured, the model of how they add is corrected, and the choice made again. ``recover``, the last, trains the model with every layer
 quantized.
 """
 
@@ -32,7 +32,7 @@ from convert.progress import Progress
 from convert.recipe import LADDER, Budget, Calibration, Recipe, Rounding, Rule, Step, Target, rung_steps
 from convert.report import NO_LOOK, Look, Report, manifest_digest
 from convert.runtimes import RUNTIMES
-from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, measure, spelled, together, weight_error
+from convert.sensitivity import Loss, Trial, artifact_trials, entries_of, in_words, measure, spelled, together, weight_error
 from formats.errors import NumericsError, RecipeError
 
 #: A choice that is expected to take this share of the bytes of one that met the budget, or less, is worth converting.
@@ -86,6 +86,11 @@ class Rung:
         return self.report.passed and not self.pilot
 
     @property
+    def in_part(self) -> bool:
+        """Whether it was made, or looked at, on a part of the tokens."""
+        return self.pilot > 0 or self.tokens < int(self.report.validation["tokens"])
+
+    @property
     def weight_bytes(self) -> int:
         return self.plan.targets[0].weight_bytes
 
@@ -97,6 +102,13 @@ class Rung:
         ratio = [math.log(one.ratio_interval.high / one.perplexity_ratio) for one in found if one.ratio_interval]
         return max(kl, default=0.0), max(ratio, default=0.0)
 
+    def may_pass(self, budget: Budget) -> bool:
+        """Whether the budget is missed by no more than the noise."""
+        kl, ratio = self.noise()
+        return (budget.kl_nats is None or self.kl_nats <= budget.kl_nats * (1 + kl)) and (
+            budget.perplexity_ratio is None or self.perplexity_ratio <= budget.perplexity_ratio * math.exp(ratio)
+        )
+
     def certain(self, budget: Budget) -> bool:
         """Whether it passed, and the budget lies above what the text leaves in doubt."""
         kl, ratio = self.noise()
@@ -106,7 +118,7 @@ class Rung:
             and (budget.perplexity_ratio is None or self.perplexity_ratio * math.exp(ratio) <= budget.perplexity_ratio)
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self, budget: Budget) -> dict[str, Any]:
         """For the report."""
         return {
             "name": self.name,
@@ -119,6 +131,7 @@ class Rung:
             "chosen_by": self.chosen_by,
             "pilot": self.pilot,
             "passed": self.passed,
+            "certain": self.certain(budget),
             "failed": [check.name for check in self.report.checks if not check.passed],
         }
 
@@ -126,21 +139,23 @@ class Rung:
 @dataclass(frozen=True)
 class Climb:
     """Every rung that was tried, in order, the one that is taken (the first that passed, or the nearest), and for the report what ``mixed``
-    saw of the groups."""
+    saw of the groups and how it measured them."""
 
     rungs: tuple[Rung, ...]
     taken: Rung
     groups: tuple[dict[str, Any], ...] = ()
     curves: dict[str, list[list[float]]] | None = None
+    measured: str = ""
 
     def record(self, budget: Budget) -> dict[str, Any]:
         """As plain data, for the report."""
         return {
             "budget": budget.model_dump(include={"kl_nats", "perplexity_ratio"}, exclude_none=True),
             "taken": self.taken.name,
-            "rungs": [rung.record() for rung in self.rungs],
+            "rungs": [rung.record(budget) for rung in self.rungs],
             "groups": list(self.groups),
             "curves": self.curves or {},
+            "measured": self.measured,
         }
 
 
@@ -155,8 +170,9 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
     mixed: Climb | None = None
     for i, name in enumerate(ladder):
         if name == "mixed":
-            best = _best(rungs, recipe, target, out, stages, progress)
-            if best.passed:  # what a part said of it was not so of the whole
+            _settle_doubts(rungs, recipe, target, out, stages, progress)
+            best = _taken(rungs, target.budget)
+            if best.passed:
                 break
             mixed = _mix(recipe, target, out, stages, progress, rungs, best, schemes, device)
             if mixed.taken.passed:
@@ -180,6 +196,7 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
             break
         if rungs[-1].passed:
             break
+    _settle_doubts(rungs, recipe, target, out, stages, progress)
     taken = _taken(rungs, target.budget)
     while taken.report.brief or taken.pilot:
         _again(rungs, taken, recipe, target, out, stages, progress, look=NO_LOOK)
@@ -203,14 +220,15 @@ def _first_look(name: str, recipe: Recipe, out: Path, stages: Stages, progress: 
     return _try(name, recipe, out / name, stages, progress, look=FIRST_LOOK)
 
 
-def _best(rungs: list[Rung], recipe: Recipe, target: Target, out: Path, stages: Stages, progress: Progress) -> Rung:
-    """The rung that comes closest, made whole and looked at on all tokens."""
-    for _ in rungs:
-        best = min(rungs, key=lambda rung: _distance(rung, target.budget))
-        if not best.pilot and (not best.report.brief or best.tokens >= max(rung.tokens for rung in rungs)):
-            break
-        _again(rungs, best, recipe, target, out, stages, progress, look=Look(1.0))
-    return min(rungs, key=lambda rung: _distance(rung, target.budget))
+def _settle_doubts(rungs: list[Rung], recipe: Recipe, target: Target, out: Path, stages: Stages, progress: Progress) -> None:
+    """Where no rung passed, makes those whole that may have missed the budget by the noise of a part, the closest first, until one does."""
+    budget = target.budget
+    assert budget is not None
+    doubtful = sorted((rung for rung in rungs if rung.in_part and rung.may_pass(budget)), key=lambda rung: _distance(rung, budget))
+    for rung in doubtful:
+        if any(each.passed for each in rungs):
+            return
+        _again(rungs, rung, recipe, target, out, stages, progress, look=Look(1.0))
 
 
 def _again(
@@ -314,7 +332,7 @@ def _mix(
     if not math.isfinite(best.kl_nats) or not math.isfinite(best.perplexity_ratio):
         progress.say(f"{target.name}: no rung ran everywhere with finite logits, so there is nothing to mix")
         return Climb(tuple(rungs), _taken(rungs, budget))
-    losses = _losses(recipe, budget, best, list(schemes), out, progress, device)
+    losses, measured = _losses(recipe, budget, best, list(schemes), out, progress, device)
     items = _items(recipe, target, best, losses, schemes, stages, progress)
     groups = [item.options for item in items]
     most = int(CERTAINTY * sum(entry.plain.size_bytes for entry in best.plan.targets[0].quantized))
@@ -362,7 +380,7 @@ def _mix(
         taken = _taken(rungs, budget)
     chosen = next((choice for rung, choice in mixed if rung.name == taken.name), [0] * len(items))
     records = tuple(item.record(j) for item, j in zip(items, chosen, strict=True))
-    return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes))
+    return Climb(tuple(rungs), taken, records, _curves(items, line_through(kl), best.weight_bytes), measured)
 
 
 #: What groups can be chosen by, for people.
@@ -438,22 +456,25 @@ def _most_alike(plan: Plan, rungs: Sequence[Rung]) -> Like:
     return max(found, key=lambda like: len(like.tensors))
 
 
-def _losses(recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str) -> list[Loss]:
-    """What each group loses alone, as the best rung made it and, behind these, in other schemes; kept by content, for a climb that is taken
-    up again."""
+def _losses(
+    recipe: Recipe, budget: Budget, best: Rung, schemes: Sequence[str], out: Path, progress: Progress, device: str
+) -> tuple[list[Loss], str]:
+    """What each group loses alone, as the best rung made it and, behind these, in other schemes, and how it was measured; kept by content,
+    for a climb that is taken up again."""
     # Of rounding the recipe names no text, but the ladder's does.
     asked = replace(best.plan, recipe=best.plan.recipe.model_copy(update={"calibration": recipe.calibration}))
     text = asked.recipe.calibration.model_dump(mode="json") if asked.recipe.calibration else {}
     facts = [manifest_digest(best.artifact.path), budget.tokens, schemes, text]
-    kept = out / f"groups-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    kept = out / f"losses-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
     if kept.exists():
-        return [Loss(**{**record, "modules": tuple(record["modules"])}) for record in json.loads(kept.read_text())]
+        found = json.loads(kept.read_text())
+        return [Loss(**{**record, "modules": tuple(record["modules"])}) for record in found["losses"]], found["measured"]
     progress.say(f"{best.plan.targets[0].name}: measuring what each group of {best.name} loses alone, on {budget.tokens:,} tokens")
-    losses, _ = measure(asked, artifact_trials(best.plan, best.artifact.path, schemes), progress, tokens=budget.tokens, device=device)
+    losses, how = measure(asked, artifact_trials(best.plan, best.artifact.path, schemes), progress, tokens=budget.tokens, device=device)
     partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(loss) for loss in losses]))
+    partial.write_text(json.dumps({"losses": [asdict(loss) for loss in losses], "measured": in_words(how)}))
     partial.rename(kept)
-    return losses
+    return losses, in_words(how)
 
 
 def _items(
@@ -579,12 +600,12 @@ def _distance(rung: Rung, budget: Budget | None) -> float:
 
 def _taken(rungs: Sequence[Rung], budget: Budget | None) -> Rung:
     """Of those that passed beyond the noise the smallest, else of those that passed, which is one but for repeated choices of ``mixed``;
-    else the one that comes closest."""
+    else the one that comes closest, of those that were made and measured as a whole."""
     assert budget is not None
     passed = [rung for rung in rungs if rung.passed]
     if passed:
         return min([rung for rung in passed if rung.certain(budget)] or passed, key=lambda rung: rung.weight_bytes)
-    return min(rungs, key=lambda rung: _distance(rung, budget))
+    return min([rung for rung in rungs if not rung.in_part] or rungs, key=lambda rung: _distance(rung, budget))
 
 
 def _curves(items: Sequence[_Item], line: Line, base_bytes: int) -> dict[str, list[list[float]]]:
@@ -618,4 +639,4 @@ def settle(artifact: Artifact, final: Path, scratch: Path) -> Artifact:
     artifact.path.rename(final)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(scratch, ignore_errors=True)
-    return replace(artifact, path=final)
+    return replace(artifact, path=final, reused=False)

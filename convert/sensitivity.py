@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from convert.crew import Crew
+    from convert.differences import Differences
     from convert.lanes import Stand
     from convert.loading import Skeleton
     from convert.progress import Progress
@@ -41,7 +42,7 @@ SCHEMES_TRIED = ("int8-dynamic", "fp8-dynamic")
 #: Lanes of which logits are computed at a time.
 LANES = 64
 #: Memory on a CPU for the lanes of one pass; what more trials cost is the source's way through the model, once a pass.
-LANES_BYTES = 2 << 30
+LANES_BYTES = 5 << 29
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,21 @@ def spelled(modules: Sequence[str]) -> str:
     if len(modules) == 1 or len(parents) > 1:
         return ", ".join(modules)
     return f"{parents.pop()}.{{{', '.join(module.rpartition('.')[2] for module in modules)}}}"
+
+
+def in_words(how: Mapping[str, Any]) -> str:
+    """A line on how losses were measured, from what :func:`measure` says of it."""
+    logits, products = how.get("logits", {}), how.get("products")
+    compared, vocabulary = logits.get("compared", 0), logits.get("vocabulary", 0)
+    words = [f"{how['text']['tokens']:,} tokens a group"]
+    if compared < vocabulary:
+        words.append(
+            f"KL from {compared:,} of {vocabulary:,} logits a token (every one likelier than 1 in {PLACES:,}, and a sample for the rest; "
+            f"{100 * logits['left_out']:.2g} % of the probability is left out)"
+        )
+    if products:
+        words.append(f"effects on later layers multiplied in INT8, wrong by at most {100 * products['wrong']:.2g} % of each")
+    return "; ".join(words)
 
 
 def records(losses: Sequence[Loss]) -> list[dict[str, Any]]:
@@ -264,7 +280,9 @@ def measure(
     seconds: float | None = None,
     device: str = "cpu",
 ) -> tuple[list[Loss], dict[str, Any]]:
-    """The loss of every trial, in their order, on calibration text that calibration itself does not begin with; and what that was.
+    """The loss of every trial, in their order, and how it was measured: the ``text``, which calibration itself does not begin with; of
+    a token's ``logits`` how many are ``compared``, the mean, and the probability ``left_out``; and ``products`` of differences: of how many
+    layers of all walks in INT8, how wrong the worst was, and of how many in float32 after all, see :mod:`convert.differences`.
 
     With ``seconds`` the error that each makes in its own block is taken first, in one pass, and only as many as that time allows are
     followed to the output, those with the largest errors.
@@ -276,6 +294,7 @@ def measure(
     if model is None or not model.predicts or not model.blocks or model.encoder_decoder:
         raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
     from convert.calibrate import calibration_tokens
+    from convert.differences import MOST_WRONG
     from convert.recipe import Calibration
 
     count = math.ceil(tokens / length)
@@ -292,6 +311,8 @@ def measure(
             errors = _Pass(plan, trials, batches, progress, Path(scratch), device).run("ordering groups", to_output=False).errors
             chosen = _affordable(plan, trials, errors, spent=time.perf_counter() - started, seconds=seconds)
         values: dict[int, tuple[float, float]] = {}
+        how: dict[str, Any] = {"text": record}
+        wrong: list[float] = []
         most = _lanes_at_once(plan, sum(batch.numel() for batch in batches), device)
         passes = math.ceil(len(chosen) / most)
         each = math.ceil(len(chosen) / max(1, passes))
@@ -301,6 +322,10 @@ def measure(
             done = _Pass(plan, [trials[i] for i in part], batches, progress, Path(scratch), device).run(name, to_output=True)
             errors |= {part[i]: error for i, error in done.errors.items()}
             values |= {i: done.kl(j) for j, i in enumerate(part)}
+            wrong += done.wrong
+            how["logits"] = done.logits
+    if right := [share for share in wrong if share <= MOST_WRONG]:
+        how["products"] = {"int8": len(right), "wrong": float(f"{max(right):.3g}"), "float32": len(wrong) - len(right)}
     for i, (kl, _) in values.items():
         if not math.isfinite(kl):
             raise NumericsError(f"{trials[i].modules[0]} in {trials[i].scheme}: the logits are not finite")
@@ -312,7 +337,7 @@ def measure(
             ratios = [values[j][0] / errors[j] ** 2 for j in values if trials[j].scheme == trial.scheme and errors.get(j, 0) > 0]
             kl, error = errors[i] ** 2 * statistics.median(ratios or [1.0]), math.nan
         losses.append(Loss(trial.modules, trial.scheme, trial.parameters, kl, error, errors.get(i, math.nan), measured=i in values))
-    return losses, record
+    return losses, how
 
 
 def _affordable(plan: Plan, trials: Sequence[Trial], errors: Mapping[int, float], *, spent: float, seconds: float) -> list[int]:
@@ -384,6 +409,9 @@ class _Pass:
         self._reference: Reference | None = None
         self._kl: dict[int, list[torch.Tensor]] = {}
         self._in_places = False
+        self.wrong: list[float] = []
+        self.logits: dict[str, Any] = {}
+        self._looked: list[tuple[int, int, float]] = []
         self.errors: dict[int, float] = {}
 
     def kl(self, trial: int) -> tuple[float, float]:
@@ -398,6 +426,7 @@ class _Pass:
         import torch
 
         from convert.crew import crew
+        from convert.differences import Differences, pays
         from convert.export import cores, one_thread
         from convert.lanes import place_for, walk
 
@@ -422,28 +451,51 @@ class _Pass:
                 if i == len(blocks):
                     stand.hand_on_as_made(self._logits(stand, lanes))
                     continue
-                mine = [self._forms_in(trial, i) for trial in self._trials]
-                source = self._through(stand, mine, hands, range(0, count * lanes, lanes))
-                mine = [self._forms_in(trial, i) for trial in self._trials]
-                advance(size)
-                plain = [j for j, begin in enumerate(begins) if to_output and begin < i and not mine[j]]
-                through = hands.map(stand.output, [batch * lanes + self.SOURCES + j for j in plain for batch in range(count)])
-                outputs = {}
-                for j in plain:
-                    outputs[j] = [next(through) for _ in range(count)]
-                    advance(size)
-                for j in range(len(self._trials)):
-                    if mine[j] and (begins[j] == i or to_output):
-                        with _put_in(self._skeleton, mine[j]):
-                            first = self.SOURCES + j if to_output else 0
-                            outputs[j] = list(hands.map(stand.output, range(first, count * lanes, lanes)))
-                        if begins[j] == i:
-                            self.errors[j] = _mean_error(source, outputs[j])
-                        advance(size)
+                apart = Differences(stand.module, stand.name, hands, on=pays(self._device))
+                with apart.put_in():
+                    source, outputs = self._block(stand, i, begins, apart, lanes, to_output=to_output)
+                self.wrong += apart.wrong
                 if to_output:
                     all_lanes = [source] * self.SOURCES + [outputs.get(j, source) for j in range(len(self._trials))]
                     stand.hand_on([lane[batch] for batch in range(count) for lane in all_lanes])
         return self
+
+    def _block(
+        self, stand: Stand, i: int, begins: Sequence[int], apart: Differences, lanes: int, *, to_output: bool
+    ) -> tuple[list[Any], dict[int, list[Any]]]:
+        """What a block returns for the source's batches, and for each trial that has begun."""
+        count = len(self._tokens)
+        size = sum(batch.numel() for batch in self._tokens)
+
+        def through(numbers: Sequence[int], exact: Set[str] = frozenset()) -> Iterator[Any]:
+            def one(number: int, *, look: bool = False) -> Any:
+                with apart.beside(number // lanes, exact=exact, look=look):
+                    return stand.output(number)
+
+            look = apart.unlooked
+            if look:
+                yield one(numbers[0], look=True)
+            yield from self._hands.map(one, numbers[look:])
+
+        source = self._through(stand, [self._forms_in(trial, i) for trial in self._trials], apart, range(0, count * lanes, lanes))
+        mine = [self._forms_in(trial, i) for trial in self._trials]
+        self._advance(size)
+        outputs: dict[int, list[Any]] = {}
+        if plain := [j for j, begin in enumerate(begins) if to_output and begin < i and not mine[j]]:
+            # Batch by batch: what the source has shown of one is then in cache for all.
+            made = through([batch * lanes + self.SOURCES + j for batch in range(count) for j in plain])
+            for batch in range(count):
+                for j in plain:
+                    outputs.setdefault(j, []).append(next(made))
+                self._advance(len(plain) * self._tokens[batch].numel())
+        for j in range(len(self._trials)):
+            if mine[j] and (begins[j] == i or to_output):
+                with _put_in(self._skeleton, mine[j]):
+                    outputs[j] = list(through(range(self.SOURCES + j if to_output else 0, count * lanes, lanes), mine[j].keys()))
+                if begins[j] == i:
+                    self.errors[j] = _mean_error(source, outputs[j])
+                self._advance(size)
+        return source, outputs
 
     def _lies_in(self, module: str) -> int:
         """The number of a layer's block, beyond the last where it lies in none."""
@@ -454,7 +506,7 @@ class _Pass:
     def _forms_in(self, trial: Trial, block: int) -> dict[str, Form]:
         return {module: form for module, form in trial.forms.items() if self._lies_in(module) == block}
 
-    def _through(self, stand: Stand, mine: Sequence[Mapping[str, Form]], hands: Crew, source: Sequence[int]) -> list[Any]:
+    def _through(self, stand: Stand, mine: Sequence[Mapping[str, Form]], apart: Differences, source: Sequence[int]) -> list[Any]:
         """What the source's block returns for each batch of its lane, ``source``; of forms that round statically and do not say by what,
         the largest input that the source shows becomes the limit."""
         divisors = {module: form.divisor for forms in mine for module, form in forms.items() if form.lacks_limit}
@@ -465,8 +517,12 @@ class _Pass:
             if x.numel():
                 seen[name].append(float((x if divisor is None else x / divisor.to(x.device)).abs().max()))
 
+        def plain(batch: int) -> Any:
+            with apart.source(batch):
+                return stand.output(source[batch])
+
         with _inputs(self._skeleton, divisors, look):
-            outputs = list(hands.map(stand.output, source))
+            outputs = list(self._hands.map(plain, range(len(source))))
         if divisors:
             limits = {module: max(found, default=0.0) for module, found in seen.items()}
             self._trials = [
@@ -502,6 +558,9 @@ class _Pass:
             if not self._reference.is_like(logits):
                 self._in_places = False
                 self._reference = Reference(self._source, most=self._source.shape[-1])
+            reference, whole = self._reference, self._source.shape[-1]
+            self._looked.append((len(logits), sum(reference.counts) or whole * len(logits), reference.left_out))
+            self.logits = {"vocabulary": whole, **_compared(self._looked)}
             del self._source
             return
         self._kl.setdefault(lane - self.SOURCES, []).append(self._reference.kl(logits, self._hands).cpu())
@@ -570,6 +629,13 @@ class _Head:
 
         list(self._hands.map(of_token, range(len(places))))
         return logits if self._bias is None else logits.add_(self._bias[places])
+
+
+def _compared(batches: Sequence[tuple[int, int, float]]) -> dict[str, float]:
+    """Of batches of (tokens, logits that are compared, probability of the others)."""
+    tokens = sum(count for count, *_ in batches)
+    left_out = sum(count * share for count, _, share in batches) / tokens
+    return {"compared": round(sum(logits for _, logits, _ in batches) / tokens), "left_out": float(f"{left_out:.3g}")}
 
 
 def _limited(form: Form, inputs: Iterable[torch.Tensor]) -> Form:

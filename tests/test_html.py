@@ -173,6 +173,11 @@ def test_where_a_text_parts_from_the_source_is_marked_at_the_word() -> None:
     assert "<h3>vllm</h3><pre>The whale<mark> (ends here)</mark></pre>" in text
     assert "<pre>and the <mark>seal was calm</mark></pre>" in text
     assert "<pre><mark>or not</mark></pre>" in text
+    source, same = replace(source, passages=(" and the sea",)), replace(same, passages=(" and the seal",))
+    page = render(*make_pair(source=source, runtimes=(same,), passages=(" It was night",)))
+    assert "<pre>and the sea</pre>" in page, "the word goes on after the prompt's, and is shown alone"
+    assert "<pre>and the <mark>seal</mark></pre>" in page
+    assert '<pre class="prompt">It was night</pre>' in page
     assert "It was night" in text
 
 
@@ -413,14 +418,15 @@ def test_browser_lays_it_out_on_a_phone_and_a_desk(tmp_path: Path) -> None:
         second.click();
         const largest = top();
         second.click();
-        return [root.clientWidth, root.scrollWidth, rows.length, page.getElementById("count").textContent, largest, top()].join(" ");
+        const fits = [...rows[0].cells].every(cell => cell.getBoundingClientRect().right <= root.clientWidth);
+        return [root.clientWidth, root.scrollWidth, fits, rows.length, page.getElementById("count").textContent, largest, top()].join(" ");
     }).join("; "); }"""
     (tmp_path / "frames.html").write_text(f"<!doctype html><body>{frames}<script>{measure}</script>", encoding="utf-8")
     written = chromium(tmp_path, "--dump-dom", (tmp_path / "frames.html").as_uri())
     found = re.search(r'data-found="([^"]*)"', written)
     assert found
     sides = "model.layers.2.mlp.down_proj model.layers.0.self_attn.q_proj"
-    assert found[1] == f"360 360 1 1 of 212 tensors {sides}; 1280 1280 1 1 of 212 tensors {sides}"
+    assert found[1] == f"360 360 true 1 1 of 212 tensors {sides}; 1280 1280 true 1 1 of 212 tensors {sides}"
 
 
 LADDER = {
@@ -448,6 +454,7 @@ LADDER = {
         {"modules": ["model.layers.0.mlp.down_proj"], "scheme": "int8-dynamic", "alone_nats": 0.001, "extra_bytes": 884_736, "kept": False},
     ],
     "curves": {name: [[160_000_000, 0.015], [170_000_000, 0.01], [268_000_000, 0.001]] for name in ("frontier", "random order")},
+    "measured": "2,048 tokens a group",
 }
 
 
@@ -459,7 +466,11 @@ def test_how_a_budget_was_met_is_told_and_drawn() -> None:
     assert "mixed, 7 groups kept" in section
     assert "not measured" in section, "the rung that did not run"
     assert section.count("pilot, calibrated on 2,048 tokens") == 1
+    assert "more than the noise" not in section
+    doubtful = {**LADDER, "rungs": [{**rung, "certain": False} for rung in LADDER["rungs"]]}
+    assert render(*make_pair(ladder=doubtful)).count("by no more than the noise of the text") == 1, "of what passed"
     assert section.count("<svg ") == 2, "the frontier, and what each group loses"
+    assert "stay in 16 bit. 2,048 tokens a group.</figcaption>" in section
     assert "var(--accent)" in section
     assert NASTY not in page
     assert render(*make_pair(ladder=LADDER)) == page

@@ -13,10 +13,16 @@ import pytest
 
 from convert.child import run
 from convert.pipeline import convert, plan
-from convert.progress import QUIET
+from convert.progress import QUIET, Quiet
 from convert.recipe import parse_recipe
 from convert.report import read_report
 from formats.errors import InputError, NumericsError, RecipeError
+
+
+class Said(Quiet):
+    def __init__(self, lines: list[str]) -> None:
+        self.say = lines.append  # type: ignore[method-assign]
+
 
 TEXT = """\
 model: {{model}}
@@ -67,6 +73,7 @@ def test_mixed_keeps_what_it_must_and_no_more(make_llama: Any, recipe_for: Any, 
     assert taken["kl_nats"] <= kl * 0.6
     assert 0 < taken["kept_groups"] < 12
     assert taken["kept_share"] < 0.6
+    assert " tokens a group" in ladder["measured"]
     kept = {module for group in ladder["groups"] if group["kept"] for module in group["modules"]}
     ledger = {entry["module"]: entry for entry in outcome.artifacts[0].manifest.ledger if entry["module"].endswith("_proj")}
     assert {module for module, entry in ledger.items() if entry["decision"] == "keep"} == kept
@@ -101,8 +108,7 @@ def test_a_rung_on_the_way_is_looked_at_first(
     outcome = convert(recipe_for(make_llama(num_hidden_layers=1, dtype="float32"), text=text), tmp_path)
     assert not outcome.passed
     rungs = outcome.reports[0].ladder["rungs"]
-    if "mixed" not in ladder:  # which looks at all tokens of the rung it begins with, be it the first
-        assert rungs[0]["tokens"] == 128, "an eighth of 1,024"
+    assert rungs[0]["tokens"] == 128, "an eighth of 1,024"
     assert ("transformers", 2) in asked
     assert asked[0] == ("source", 16)
     assert [program for program, _ in asked[:3]] == ["source", "transformers", "transformers" if "mixed" in ladder else "numbers"]
@@ -117,7 +123,7 @@ def test_a_rung_on_the_way_is_looked_at_first(
 @pytest.mark.parametrize(
     ("kl", "ladder", "pilots", "taken"),
     [
-        (1e-9, "[gptq, rtn]", {"rtn": 0, "gptq": 0}, "gptq"),  # which comes closest, and so is made whole in the end
+        (1e-9, "[gptq, smoothquant+gptq]", {"gptq": 512, "smoothquant+gptq": 0}, "smoothquant+gptq"),
         (1e-9, "[rtn, smoothquant, gptq]", {"rtn": 0, "smoothquant": 512, "gptq": 0}, "gptq"),
         (5.0, "[gptq, smoothquant+gptq]", {"gptq": 0}, "gptq"),
     ],
@@ -149,6 +155,23 @@ def test_a_rung_that_a_pilot_rules_out_is_not_made_whole(
     calibration = outcome.artifacts[0].manifest.calibration
     assert calibration is not None
     assert calibration["tokens"] == 4096
+
+
+def test_a_pilot_that_misses_by_noise_is_made_whole_before_bytes_are_spent(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = make_llama(num_hidden_layers=1, dtype="float32")
+    text = (
+        _text(1e-9, "[smoothquant, rtn]")
+        .replace("sequences: 4, length: 32", "sequences: 256, length: 32")
+        .replace("tokens: 128", "tokens: 4096")
+    )
+    pilot = convert(recipe_for(folder, text=text), tmp_path / "far").reports[0].ladder["rungs"][0]
+    assert (pilot["pilot"], pilot["tokens"]) == (2048, 512)
+    near = text.replace("kl_nats: 1e-09", f"kl_nats: {pilot['kl_nats'] * 0.999}").replace("[smoothquant, rtn]", "[smoothquant, rtn, mixed]")
+    said: list[str] = []
+    found = convert(recipe_for(folder, text=near), tmp_path / "near", progress=Said(said)).reports[0].ladder
+    tried = [line.partition(":")[0] for line in said if ": KL " in line]
+    assert tried[:3] == ["smoothquant (pilot)", "rtn", "smoothquant"]
+    assert next(rung for rung in found["rungs"] if rung["name"] == "smoothquant")["pilot"] == 0
 
 
 def test_an_interrupted_climb_goes_on_where_it_was(
