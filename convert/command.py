@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import json
 import logging
 import math
@@ -409,6 +411,7 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    atexit.register(gc.freeze)  # else Python looks through all of torch and transformers for garbage before it ends: a second
     # A polite kill is an interruption like any other: workers end their slab, the journal stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # typer carries click inside itself or depends on it, by version; either way this is its UsageError.

@@ -111,6 +111,13 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo_process("--help").stdout
 
 
+def test_the_end_of_a_command_is_no_search_for_garbage() -> None:
+    tell = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); sys.argv[1:] = ['--help']"
+    program = f"{tell}; from convert.command import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("\nTrue\n"), done.stderr
+
+
 COMMANDS = [
     "",
     *["plan", "convert", "sensitivity", "push", "reproduce", "check", "compare", "verify", "inspect", "schema", "doctor", "runtimes"],
