@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.datasets import parse_row
 from convert.intervals import wilson
 from convert.report import Answers
 from formats.errors import InputError
@@ -54,7 +54,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def _parse(line: str, where: str, number: int) -> Question:
     try:
-        row = json.loads(line)
+        row = parse_row(line)
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     keys = set(row) if isinstance(row, dict) else set()

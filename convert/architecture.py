@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.imports import uncollected
 from formats.errors import SourceError
 from formats.layer import Attention
 from formats.safetensors import TensorSpec
@@ -103,7 +104,9 @@ def describe(
     Returns None when transformers does not know the architecture. Raises :class:`SourceError` when the config cannot be
     built from, or asks for code of its own that the recipe does not allow.
     """
-    from transformers.quantizers.base import get_keys_to_not_convert
+    with uncollected():
+        import transformers.modeling_utils  # noqa: F401  which brings most of what a model is built of
+        from transformers.quantizers.base import get_keys_to_not_convert
 
     model = build(config, folder=folder, trust_remote_code=trust_remote_code)
     if model is None:

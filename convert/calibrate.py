@@ -169,7 +169,7 @@ def source_tokenizer(plan: Plan, scratch: Path) -> Any:
     """The tokenizer of the source, from a copy in ``scratch`` of the small files beside its weights. Raises :class:`InputError`."""
     from convert.text import load_tokenizer
 
-    return load_tokenizer(source_sidecars(plan, scratch), trust_remote_code=plan.recipe.trust_remote_code)
+    return load_tokenizer(source_sidecars(plan, scratch), trust_remote_code=plan.recipe.trust_remote_code, of=plan.checkpoint.origin)
 
 
 def source_sidecars(plan: Plan, scratch: Path) -> Path:

@@ -26,7 +26,7 @@ from convert import environments, tasks
 from convert.ailments import REPEATED_SHARE, last_lines, repeated_share
 from convert.answers import Question, describe, encode, judge, read_questions
 from convert.architecture import build
-from convert.child import request, run
+from convert.child import prepare, request, run
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
@@ -156,6 +156,7 @@ def check(
     one. Raises :class:`InputError` when the text is too short or the model has no tokenizer, :class:`MachineError` when the source does not
     fit in memory; a runtime that fails is a failed check, not an error.
     """
+    prepare(device)
     recipes = [recipes] * len(artifacts) if isinstance(recipes, Recipe) else list(recipes)
     manifests = [read_manifest(path) for path in artifacts]
     with _scratch(artifacts[0].parent) as scratch:

@@ -56,16 +56,10 @@ def run_program(
     (scratch / "request.json").write_text(json.dumps(request))
     answer = scratch / "answer.json"
     answer.unlink(missing_ok=True)
-    # transformers puts what went wrong with a weight into a warning, and raises an error that only points to it.
-    variables = {
-        **(surroundings() | dict(environment.variables) if environment else os.environ),
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "warning",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
+    variables, device = _variables(environment), str(request.get("device", "cpu"))
     arguments = [str(scratch / "request.json"), str(answer)]
-    if environment is None and program in _FORKED and request.get("device", "cpu") == "cpu":
-        code, output = _server.run(program, arguments, scratch / "output.txt", variables)
+    if environment is None and program in _FORKED and _server.serves(device):
+        code, output = _server.run(program, arguments, scratch / "output.txt", variables, device)
     else:
         start = [*environment.start, _file(program)] if environment else [sys.executable, "-m", program]
         code, output = _alone([*start, *arguments], variables)
@@ -77,14 +71,29 @@ def run_program(
     return None, output + killed
 
 
+def prepare(device: str) -> None:
+    """Lets what a check's programs share be imported while other things are done; nothing waits for it."""
+    if _server.serves(device):
+        _server.begin(_variables(None), device)
+
+
+def _variables(environment: Environment | None) -> dict[str, str]:
+    # transformers puts what went wrong with a weight into a warning, and raises an error that only points to it.
+    return {
+        **(surroundings() | dict(environment.variables) if environment else os.environ),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "warning",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
 def _alone(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
     """A command's exit code (negative: the signal that killed it) and what it printed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     return done.returncode, done.stdout + done.stderr
 
 
-#: Programs that begin with the same imports, four of the five seconds that a small model takes. A CUDA context does not survive a fork, and
-#: torchao, which transformers imports, begins one, so on a GPU these begin afresh too.
+#: Programs that begin with the same imports, four of the five seconds that a small model takes.
 _FORKED = frozenset(("convert.numbers", *(f"convert.runtimes.{name}" for name in ("source", "transformers", "bitsandbytes", "harness"))))
 
 
@@ -92,11 +101,18 @@ class _Server:
     """The :mod:`convert.forkserver` of this process, begun where it is first needed."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._process: subprocess.Popen[str] | None = None
         self._began: tuple[int, dict[str, str]] | None = None
+        self._gpu = False
+        #: Whether programs on a GPU begin by themselves, because something that is imported here begins it and no fork survives that.
+        self._gpu_alone = False
 
-    def run(self, program: str, arguments: Sequence[str], output: Path, variables: dict[str, str]) -> tuple[int, str]:
+    def serves(self, device: str) -> bool:
+        """Whether programs for ``device`` can be forked here."""
+        return hasattr(os, "pidfd_open") and not (device != "cpu" and self._gpu_alone)
+
+    def run(self, program: str, arguments: Sequence[str], output: Path, variables: dict[str, str], device: str) -> tuple[int, str]:
         """A program's exit code (negative: the signal that killed it) and what it printed."""
         output.unlink(missing_ok=True)
         order = {
@@ -106,7 +122,7 @@ class _Server:
             "output": str(output.absolute()),
         }
         with self._lock:
-            server = self._begin(variables)
+            server = self.begin(variables, device)
             pid = 0
             try:
                 assert server.stdin is not None
@@ -119,6 +135,7 @@ class _Server:
                 # It is gone: what keeps it from starting keeps a process of its own from it too, and there it is said. A program that it
                 # left behind would write to the same files.
                 self._kill(pid)
+                self._gpu_alone |= self._gpu and not pid
                 self.end()
                 return _alone([sys.executable, "-m", program, *arguments], variables)
             except BaseException:
@@ -127,16 +144,19 @@ class _Server:
                 raise
         return code, output.read_text(errors="replace") if output.exists() else ""
 
-    def _begin(self, variables: dict[str, str]) -> subprocess.Popen[str]:
-        """Begins it again where the environment has changed, which libraries read while they are imported; or behind a fork."""
-        if self._process is None or self._began != (os.getpid(), variables):
-            self.end()
-            command = [sys.executable, "-m", "convert.forkserver"]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
-            )
-            self._began = (os.getpid(), dict(variables))
-        return self._process
+    def begin(self, variables: dict[str, str], device: str) -> subprocess.Popen[str]:
+        """Begins it again where the environment has changed, which libraries read while they are imported; where a GPU is asked for that it
+        may have begun; or behind a fork."""
+        with self._lock:
+            if self._process is None or self._began != (os.getpid(), variables) or (device != "cpu" and not self._gpu):
+                self.end()
+                self._gpu = device != "cpu"
+                command = [sys.executable, "-m", "convert.forkserver", *(["gpu"] if self._gpu else [])]
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
+                )
+                self._began = (os.getpid(), dict(variables))
+            return self._process
 
     @staticmethod
     def _kill(pid: int) -> None:

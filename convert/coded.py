@@ -164,7 +164,7 @@ def decode(
         coded[f"{layer.module}.weight"] = _describe(existing, shaped, specs)
     transposed = frozenset(name for name in layers if existing.format == "bitsandbytes" and is_conv1d(config, name.removesuffix(".weight")))
     return Decoded(
-        config=_without_section(config),
+        config=without_section(config),
         tensors=_float_specs(existing, layers, transposed, specs, dtype),
         coded=coded,
         layers=layers,
@@ -281,11 +281,11 @@ def _kept_dtype(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> s
     return counted.most_common(1)[0][0] if counted.total() else "BF16"
 
 
-def _without_section(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config that says nothing of quantization, nor in the part that is about text."""
     text = config.get("text_config")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return {**plain, "text_config": _without_section(text)} if isinstance(text, Mapping) else plain
+    return {**plain, "text_config": without_section(text)} if isinstance(text, Mapping) else plain
 
 
 def _unreadable(origin: str, module: str, why: str, more: int) -> SourceError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import json
 import logging
 import math
@@ -60,6 +62,9 @@ def plan(
     from convert import pipeline
 
     job = pipeline.plan(_recipe(recipe, model, overrides))
+    pipeline.require_files(job, check=True)
+    pipeline.require_places(job, check=True)
+    pipeline.require_rungs(job)
     folder = out or Path("artifacts") / job.recipe.name
     found = pipeline.needs(job, folder, check=True)
     if as_json:
@@ -406,6 +411,7 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    atexit.register(gc.freeze)  # else Python looks through all of torch and transformers for garbage before it ends: a second
     # A polite kill is an interruption like any other: workers end their slab, the journal stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # typer carries click inside itself or depends on it, by version; either way this is its UsageError.
@@ -559,6 +565,7 @@ def _plan_record(job: Plan, found: Needs) -> dict[str, Any]:
 
 def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from convert.compatibility import loads_in, parts_of
@@ -571,13 +578,14 @@ def _show_plan(job: Plan, found: Needs, *, ledger: bool) -> None:
     name = job.architecture.name if job.architecture else "an architecture transformers does not know"
     console.print(
         f"{job.checkpoint.origin}{at}: {name}, {len(job.checkpoint.tensors):,} tensors, "
-        f"{_size(job.checkpoint.size_bytes)} in {len(job.checkpoint.files)} file(s)"
+        f"{_size(job.checkpoint.size_bytes)} in {len(job.checkpoint.files)} file(s)",
+        markup=False,
     )
     for target in job.targets:
         console.print(f"\n[bold]{target.name}[/] {target.format} for {', '.join(target.runtimes)}")
         table = Table("", _right("tensors"), _right("before"), _right("after"), "why", box=None, header_style="bold", padding=(0, 2, 0, 0))
         for what, count, before, after, reason in summarize(target.entries):
-            table.add_row(what, f"{count:,}", _size(before), _size(after), reason)
+            table.add_row(what, f"{count:,}", _size(before), _size(after), escape(reason))  # a pattern may have [qkv] in it
         before = sum(entry.plain.size_bytes for entry in target.entries)
         table.add_row(
             "total",
@@ -675,6 +683,7 @@ def _show_comparison(found: Comparison, out: Path) -> None:
 def _show_losses(losses: Any) -> None:
     """A line a group, the worst first, a column a scheme."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from convert.sensitivity import spelled
@@ -692,7 +701,7 @@ def _show_losses(losses: Any) -> None:
             else f"about {of[name].kl_nats:.1g}"
             for name in schemes
         ]  # fmt: skip
-        table.add_row(spelled(modules), f"{next(iter(of.values())).parameters:,}", *shown)
+        table.add_row(escape(spelled(modules)), f"{next(iter(of.values())).parameters:,}", *shown)
     sums = [sum(loss.kl_nats for loss in losses if loss.scheme == name) for name in schemes]
     table.add_row("sum", "", *(f"{value:.3g}" for value in sums), style="bold")
     # Where there is no terminal a name stays on one line, for whoever searches the lines.
@@ -701,6 +710,7 @@ def _show_losses(losses: Any) -> None:
 
 def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from convert.health import remark, summary
     from formats.manifest import read_manifest
@@ -710,14 +720,14 @@ def _show_artifact(path: Path, before: int | None, report: Any, *, reused: bool)
     weights = manifest.weight_bytes
     quantized = sum(entry["decision"] == "quantize" for entry in manifest.ledger)
     verdict = "" if report is None else "  [bold green]passed[/]" if report.passed else "  [bold red]failed[/]"
-    console.print(f"\n[bold]{path}[/]{verdict}" + ("  (was already made)" if reused else ""))
+    console.print(f"\n[bold]{escape(str(path))}[/]{verdict}" + ("  (was already made)" if reused else ""))
     of = f" of {_size(before)} unquantized ({weights / before:.0%})" if before else ""
     console.print(f"  size       {_size(weights)}{of}; {quantized} of {len(manifest.ledger)} tensors quantized")
     health = (manifest.calibration or {}).get("health", {})
     for what, said in [*summary(health), *([("static", text)] if (text := remark(health)) else [])]:
         console.print(f"  {what:<10} {said}", markup=False)
     if report is None:
-        console.print(f"  unproven   prove it with: octavo check {path}")
+        console.print(f"  unproven   prove it with: octavo check {path}", markup=False)
         return
     for rung in report.ladder.get("rungs", []):
         taken = " (taken)" if rung["name"] == report.ladder["taken"] else ""

@@ -66,6 +66,17 @@ def is_hub_id(text: str) -> bool:
     return matched is not None and not text.startswith(".") and Path(text).suffix not in SUFFIXES and not Path(text).exists()
 
 
+def parse_row(line: str) -> Any:
+    """The JSON of a line. Raises :class:`ValueError`, also for what cannot be text: half a surrogate pair."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in line.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def pin(text: str) -> str:
     """A Hub id with the commit that its revision is now; any other text as it is. Raises :class:`InputError` or its kin."""
     matched = HUB_ID.fullmatch(text)
@@ -261,8 +272,19 @@ def _parquet_rows(stream: Any, name: str, column: str, shuffle: random.Random | 
         raise InputError(f"text {name}: no column {column!r}; say column: with one of {', '.join(file.schema_arrow.names)}")
     groups = list(range(file.num_row_groups))
     for group in shuffle.sample(groups, len(groups)) if shuffle else groups:
-        for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-            yield from batch.column(0).to_pylist()
+        batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[column])
+        while True:
+            try:
+                batch = next(batches, None)
+                values = [] if batch is None else batch.column(0).to_pylist()
+            except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+                # Arrow's own word for a page it cannot read is an OSError without a number; others are the network's.
+                if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
+                    raise
+                raise InputError(f"text {name}: row group {group} is damaged ({' '.join(str(error).split())})") from None
+            if batch is None:
+                break
+            yield from values
 
 
 def _jsonl_rows(stream: io.RawIOBase, name: str, column: str, shuffle: random.Random | None) -> Iterator[Any]:  # noqa: ARG001
@@ -270,7 +292,7 @@ def _jsonl_rows(stream: io.RawIOBase, name: str, column: str, shuffle: random.Ra
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_row(line)
         except ValueError as error:
             raise InputError(f"text {name}: line {i + 1} is no JSON ({error})") from None
         if not isinstance(row, dict) or column not in row:

@@ -1,14 +1,17 @@
 """A process that has imported what the check's programs share, and forks one for each: they start in milliseconds, not in seconds.
 
-Run as ``python -m convert.forkserver``. It reads a line of JSON for each program: ``program`` (a module with a ``main``), ``arguments`` of
-that, ``folder`` in which to run, and ``output``, a file that takes what the program prints. It answers with a line when the program runs,
-its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where its standard input does, and
-its program with it.
+Run as ``python -m convert.forkserver``, for programs that use a GPU with the argument ``gpu``: nothing of a GPU survives a fork, so then it
+imports only what begins none, and ends where that cannot be had. It reads a line of JSON for each program: ``program`` (a module with a
+``main``), ``arguments`` of that, ``folder`` in which to run, and ``output``, a file that takes what the program prints. It answers with a
+line when the program runs, its process id, and one when it has ended, its exit code (negative: the signal that killed it). It ends where
+its standard input does, and its program with it.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
+import importlib.util
 import json
 import os
 import select
@@ -17,19 +20,42 @@ import sys
 import traceback
 from typing import Any
 
+from convert.imports import uncollected
+
 #: What every program here imports anyway, so that none holds more than in a process that it began itself.
 SHARED = ("transformers", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto", "convert.source")
 
 
-def main() -> None:
+#: Of these, and of what they import, what does not import torchao, which begins CUDA: six of every seven seconds.
+WITHOUT_TORCHAO = (
+    *("torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "accelerate", "transformers.models.auto.configuration_auto"),
+    *("transformers.tokenization_utils_tokenizers", "transformers.loss.loss_utils", "transformers.masking_utils", "convert.source"),
+)
+#: With it torch asks NVML whether there is a GPU, and begins nothing.
+_ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
+def main(*arguments: str) -> None:
     """Serves until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import prints is no answer
-    import torch
+    gpu = arguments == ("gpu",)
+    nvml = os.environ.get(_ASK_NVML)
+    if gpu:
+        os.environ[_ASK_NVML] = "1"
+    with uncollected():
+        import torch
 
-    torch.set_num_threads(1)  # OpenMP's threads would not be there any more behind a fork
-    for name in SHARED:
-        importlib.import_module(name)
+        torch.set_num_threads(1)  # OpenMP's threads would not be there any more behind a fork
+        for name in WITHOUT_TORCHAO if gpu and importlib.util.find_spec("torchao") else SHARED:
+            importlib.import_module(name)
+    gc.freeze()  # or the first collection of each program would write to, and so copy, every page that it shares
+    if gpu:
+        del os.environ[_ASK_NVML]
+        if nvml is not None:
+            os.environ[_ASK_NVML] = nvml
+        if not _gpu_survives():
+            sys.exit("an import has begun a GPU")
     try:
         for line in sys.stdin:
             pid = os.fork()
@@ -44,6 +70,20 @@ def main() -> None:
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     except KeyboardInterrupt:
         pass  # the terminal's, which whoever asked has got too
+
+
+def _gpu_survives() -> bool:
+    """Whether a GPU can be used behind a fork."""
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            os._exit(0)
+        except BaseException:  # noqa: BLE001  there are many reasons, and one answer
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def _become(order: dict[str, Any]) -> None:
@@ -70,4 +110,4 @@ def _become(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

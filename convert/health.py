@@ -32,9 +32,12 @@ ROWS = 64
 RUINED = 0.6
 
 
-def look(entry: Entry, module: str, weight: torch.Tensor, observer: Observer, limit: float | None) -> dict[str, Any]:
+def look(
+    entry: Entry, module: str, weight: torch.Tensor, observer: Observer, limit: float | None, absmax: torch.Tensor | None = None
+) -> dict[str, Any]:
     """``inputs``, what went into a layer (:func:`describe`), and ``errors``, what rounding its weight (out, in) as it is would lose. Empty
-    where nothing came to it. ``limit``: what the input's static scale can hold, where it has one."""
+    where nothing came to it. ``limit``: what the input's static scale can hold, where it has one; ``absmax``: of weights that have one
+    scale together, the largest magnitude."""
     import torch
 
     from convert.algorithms import rtn
@@ -45,7 +48,8 @@ def look(entry: Entry, module: str, weight: torch.Tensor, observer: Observer, li
         return {}
     limit = limit if entry.scheme.static else None
     rows, maxima = observer.get(module, "rows").value, torch.stack(observer.get(module, "maxima").kept)
-    rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=getattr(torch, DTYPES[entry.scale_dtype].torch_name))
+    dtype = getattr(torch, DTYPES[entry.scale_dtype].torch_name)
+    rounded = rtn.quantize(weight.clone(), entry.scheme.weight, scale_dtype=dtype, absmax=absmax)
     return {
         "inputs": {**describe(observer.get(module, "channels").value, rows, limit), "drift": _short(drift(maxima))},
         "errors": [lost("rtn", weight, rounded, few(rows), entry.scheme.activation, limit)],

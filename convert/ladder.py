@@ -166,7 +166,7 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
     rungs: list[Rung] = []
     others = [choice for choice in target.budget.choices if choice != "keep"] if "mixed" in ladder else []
     # What the format or a runtime cannot hold is an error before the first rung.
-    schemes = {name: stages.draft(_in_scheme(recipe, target, name)) for name in others}
+    schemes = {name: stages.draft(in_scheme(recipe, target, name)) for name in others}
     mixed: Climb | None = None
     for i, name in enumerate(ladder):
         if name == "mixed":
@@ -281,7 +281,7 @@ def kept_share(plan: Plan) -> float:
     return sum(entry.plain.size_bytes for entry in linear if not entry.scheme) / whole if whole else 0.0
 
 
-def _in_scheme(recipe: Recipe, target: Target, scheme: str) -> Recipe:
+def in_scheme(recipe: Recipe, target: Target, scheme: str) -> Recipe:
     """With everything that rules quantize in another scheme, rounded."""
     made = rung_recipe(recipe, target, "rtn")
     rules = tuple(

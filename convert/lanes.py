@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,10 @@ def walk(
     through what becomes of each, and is in no statistics (:attr:`Stand.sample`). Of ``crew`` each thread takes a batch
     through the block; greenlets, and with them all other code of the model, stay in the caller's.
 
-    Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks.
+    Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks,
+    :class:`NumericsError` for a block with a weight that is not finite.
     """
     import torch
-    from greenlet import GreenletExit, getcurrent, greenlet
 
     model = skeleton.model
     blocks = blocks_of(model)
@@ -150,86 +151,136 @@ def walk(
     home = device if place == "device" else "cpu"
     park = _parked(scratch) if place == "disk" else (lambda tensor: tensor.to(home))
     head = _prepare(skeleton, blocks, batches, home, head=finish is not None)
-    scheduler = getcurrent()
-    ahead = _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu")
     stops = [*blocks, head] if at_head and head is not None else blocks
-    originals = {name: model.get_submodule(name).forward for name in stops}
+    seen = 0
+    with _Lockstep(skeleton, stops) as lockstep, _Ahead(skeleton, read or skeleton.read, pinned=device != "cpu") as ahead:
+        lockstep.begin(batches, home, probe)
+        while name := lockstep.stop():
+            if name == head:
+                lockstep.forwards[name] = _load_head(skeleton, name, home, lockstep.forwards[name])
+            else:
+                skeleton.load(name, device, read=ahead.read)
+                skeleton.require_finite(name)
+            seen += 1
+            if seen < len(blocks):
+                ahead.begin(blocks[seen])
+            run = partial(lockstep.run, name, home if name == head else device)
+            stand = Stand(name, model.get_submodule(name), lockstep.arguments(), run, lambda out: _mapped(out, park), crew)
+            stand._probe = lockstep.probe
+            yield stand
+            if not stand.kept:
+                stand.run(keep=True)
+            last = seen == len(blocks)
+            if last:
+                lockstep.leave_probe()
+            with torch.no_grad():
+                probed = None if lockstep.probe is None else _mapped(run(lockstep.probe), park)
+            if stand._made is None:
+                skeleton.free(name)
+            if last and finish is None:
+                return
+            if last and head is not None and head not in stops:
+                module = model.get_submodule(head)
+                module.forward = _load_head(skeleton, head, home, module.forward)
+            lockstep.hand_on(stand.take(), finish, probed)
 
-    def stand_before(name: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: getcurrent().parent.switch((name, args, kwargs))
 
-    for name in stops:
-        model.get_submodule(name).forward = stand_before(name)
+class _Lockstep:
+    """The model's forward for every batch, each in a greenlet of its own that stands before the same of the ``stops``, or is at its end."""
 
-    def start(batch: Mapping[str, Any]) -> tuple[str, Any, Any]:
-        arguments = {key: _mapped(value, lambda tensor: tensor.to(home)) for key, value in batch.items()}
-        return "", model(**arguments), None
+    def __init__(self, skeleton: Skeleton, stops: Sequence[str]) -> None:
+        from greenlet import getcurrent
 
-    def forward(run: greenlet, handed: Any) -> tuple[str, Any, Any]:
+        self._skeleton = skeleton
+        self._stops = stops
+        self._scheduler = getcurrent()
+        self._greenlets: list[Any] = []
+        # Of each batch the stop it stands before and what that is called with; at its end "" and what the model returned.
+        self._states: list[Any] = []
+        self._count = 0
+        #: The place of a probe behind the batches, while there is one.
+        self.probe: int | None = None
+        #: What each stop computes with.
+        self.forwards: dict[str, Callable[..., Any]] = {}
+
+    def __enter__(self) -> _Lockstep:
+        from greenlet import getcurrent
+
+        def stand_before(name: str) -> Callable[..., Any]:
+            return lambda *args, **kwargs: getcurrent().parent.switch((name, args, kwargs))
+
+        for name in self._stops:
+            module: Any = self._skeleton.model.get_submodule(name)
+            self.forwards[name], module.forward = module.forward, stand_before(name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        from greenlet import GreenletExit
+
+        for standing in self._greenlets:
+            if not standing.dead:
+                standing.throw(GreenletExit)
+        for name in self._stops:
+            del self._skeleton.model.get_submodule(name).forward
+            self._skeleton.free(name)
+
+    def begin(self, batches: Sequence[Mapping[str, Any]], home: str, probe: Mapping[str, Any] | None) -> None:
+        """Every batch to the first stop, and the probe with them."""
+        from greenlet import greenlet
+
+        def start(batch: Mapping[str, Any]) -> tuple[str, Any, Any]:
+            arguments = {key: _mapped(value, lambda tensor: tensor.to(home)) for key, value in batch.items()}
+            return "", self._skeleton.model(**arguments), None
+
+        self._count = len(batches)
+        if probe:
+            batches, self.probe = [*batches, probe], self._count
+        self._greenlets = [greenlet(start, self._scheduler) for _ in batches]
+        self._states = [self._switch(started, batch) for started, batch in zip(self._greenlets, batches, strict=True)]
+
+    def stop(self) -> str:
+        """Before which all batches stand; empty at the end. Raises :class:`MachineError` where they do not stand before the same."""
+        name: str = self._states[0][0]
+        if any(state[0] != name for state in self._states):
+            raise MachineError(f"{type(self._skeleton.model).__name__}: some batches call {name} where others call another block")
+        return name
+
+    def arguments(self) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+        return [state[1:] for state in self._states[: self._count]]
+
+    def run(self, name: str, where: str, i: int, dtype: torch.dtype | None = None) -> Any:
+        """What the stop makes of a batch, on the device ``where``; floats in ``dtype`` if that is given."""
+        _, args, kwargs = self._states[i]
+        args, kwargs = _mapped((args, kwargs), lambda x: x.to(where, dtype if x.is_floating_point() else None))
+        return self.forwards[name](*args, **kwargs)
+
+    def leave_probe(self) -> None:
+        from greenlet import GreenletExit
+
+        if self.probe is not None:
+            self._states.pop()
+            self._greenlets.pop().throw(GreenletExit)
+            self.probe = None
+
+    def hand_on(self, outputs: Iterable[Any], finish: Callable[[int, Any], None] | None, probed: Any) -> None:
+        """Every batch to the next stop, or to its end, with what the stop it stands before made of it; the probe before them."""
+        if self.probe is not None:
+            self._states[self.probe] = self._switch(self._greenlets[self.probe], probed)
+        for i, (standing, output) in enumerate(zip(self._greenlets[: self._count], outputs, strict=True)):
+            self._states[i] = None
+            self._states[i] = self._switch(standing, output)
+            if self._states[i][0] == "":
+                if finish is not None:
+                    finish(i, self._states[i][1])
+                self._states[i] = ("", None, None)
+
+    @staticmethod
+    def _switch(to: Any, handed: Any) -> tuple[str, Any, Any]:
+        import torch
+
         # Gradients are off only while the model computes: a generator that yielded within would leave them off in its caller.
         with torch.no_grad():
-            return run.switch(handed)  # type: ignore[no-any-return]
-
-    count = len(batches)
-    batches = [*batches, *([probe] if probe else [])]
-    runs = [greenlet(start, scheduler) for _ in batches]
-    seen = 0
-    try:
-        with ahead:
-            states: list[Any] = [forward(run, batch) for run, batch in zip(runs, batches, strict=True)]
-            while (name := states[0][0]) != "":
-                if any(state[0] != name for state in states):
-                    raise MachineError(f"{type(model).__name__}: some batches call {name} where others call another block")
-                where = home if name == head else device
-                if name == head:
-                    originals[name] = _load_head(skeleton, name, home, originals[name])
-                else:
-                    skeleton.load(name, device, read=ahead.read)
-                seen += 1
-                if seen < len(blocks):
-                    ahead.begin(blocks[seen])
-
-                def run(i: int, dtype: torch.dtype | None = None, name: str = name, states: list[Any] = states, where: str = where) -> Any:
-                    _, args, kwargs = states[i]
-                    args, kwargs = _mapped((args, kwargs), lambda x: x.to(where, dtype if x.is_floating_point() else None))
-                    return originals[name](*args, **kwargs)
-
-                arguments = [state[1:] for state in states[:count]]
-                stand = Stand(name, model.get_submodule(name), arguments, run, lambda out: _mapped(out, park), crew)
-                stand._probe = count if probe else None
-                yield stand
-                if not stand.kept:
-                    stand.run(keep=True)
-                last = seen == len(blocks)
-                if last and probe:
-                    states.pop()
-                    runs.pop().throw(GreenletExit)
-                    probe = None
-                with torch.no_grad():
-                    probed = _mapped(run(count), park) if probe else None
-                if stand._made is None:
-                    skeleton.free(name)
-                if last and finish is None:
-                    return
-                if last and head is not None and head not in stops:
-                    module = model.get_submodule(head)
-                    module.forward = _load_head(skeleton, head, home, module.forward)
-                if probe:
-                    states[count] = forward(runs[count], probed)
-                for i, (switched, output) in enumerate(zip(runs[:count], stand.take(), strict=True)):
-                    states[i] = None
-                    states[i] = forward(switched, output)
-                    if states[i][0] == "":
-                        if finish is not None:
-                            finish(i, states[i][1])
-                        states[i] = ("", None, None)
-    finally:
-        for switched in runs:
-            if not switched.dead:
-                switched.throw(GreenletExit)
-        for name in stops:
-            del model.get_submodule(name).forward
-            skeleton.free(name)
+            return to.switch(handed)  # type: ignore[no-any-return]
 
 
 def place_for(lane_bytes: int, *, on_gpu: bool, gpu_free_bytes: int, host_free_bytes: int) -> str:

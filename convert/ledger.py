@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from convert import __version__
 from convert.algorithms import ALGORITHMS
 from convert.architecture import Architecture, Parameter, Part
+from convert.datasets import is_hub_id
 from convert.onnx.artifact import inline_template
-from convert.recipe import HEAD_WHY, Calibration, Recipe, Step, Target, calibrated
+from convert.recipe import HEAD_WHY, Calibration, Recipe, Step, Target, Validation, calibrated, reads_calibration
 from convert.runtimes import RUNTIMES
 from convert.source import Checkpoint
 from formats.dtypes import DTYPES
@@ -239,7 +242,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        facts = [__version__, self.resolved(), self.checkpoint.fingerprint()]
+        facts = [__version__, self.resolved(), self.checkpoint.fingerprint(), *self._text()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -255,6 +258,18 @@ class Plan:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default that applies to this model. Without ``push``: where an artifact goes is not what it is."""
         return {**self.recipe.resolved(predicts=self.predicts), "push": None}
+
+    def lengths(self) -> dict[str, int]:
+        """How many tokens the model is given in one sequence, by the section of the recipe that says so."""
+        calibrated = any(map(reads_calibration, self.recipe.targets))
+        return {**({"calibration": self.calibration.length} if calibrated else {}), "validation": self.recipe.validation.length}
+
+    def _text(self) -> list[Any]:
+        """Of calibration text that is a file, what changes when it does."""
+        path = Path(self.calibration.text)
+        if not any(map(reads_calibration, self.recipe.targets)) or not os.path.isfile(path):
+            return []
+        return [str(path), path.stat().st_size, path.stat().st_mtime_ns]
 
     def warnings(self) -> list[str]:
         """What a user should know and is no error."""
@@ -279,6 +294,12 @@ def _warnings_of_source(plan: Plan) -> Iterator[str]:
         yield f"transformers does not know the architecture {kind!r}: only tensors that rules name are quantized"
     elif architecture.groups is None:
         yield f"{architecture.name} could not be run on the meta device: which layers share an input was not observed"
+    longest = architecture.context_length if architecture is not None and architecture.reads == "input_ids" else None
+    for key, length in plan.lengths().items():
+        if longest is not None and length > longest:
+            yield f"{key}.length: sequences of {length:,} tokens are longer than the {longest:,} that {plan.checkpoint.origin} was made for"
+    if "calibration" in plan.lengths() and _is_same_text(plan.calibration, plan.recipe.validation):
+        yield f"validation.text is what calibration reads, {plan.calibration.text}: an artifact looks better on that than on other text"
     again = [entry.tensor for target in plan.targets for entry in target.quantized if entry.again == REQUANTIZED]
     if again:
         was = checkpoint.coded[again[0].name].description
@@ -321,6 +342,13 @@ def _warnings_of_target(target: TargetPlan, asked: Target, checkpoint: Checkpoin
         share = sum(entry.tensor.size_bytes for entry in unnamed) / max(checkpoint.size_bytes, 1)
         yield f"no rule names {len(unnamed)} linear layers ({share:.0%} of the bytes), first {unnamed[0].tensor.name}"
     yield from target.cautions
+
+
+def _is_same_text(calibration: Calibration, validation: Validation) -> bool:
+    """Whether both read one file, or one split of a dataset; unless named they are different splits, and samples are different texts."""
+    if calibration.text == "sample" or calibration.text != validation.text:
+        return False
+    return not is_hub_id(calibration.text) or (calibration.split is not None and calibration.split == validation.split)
 
 
 def _will_round(entry: Entry, dtype: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from convert.architecture import build
-from formats.errors import SourceError
+from formats.errors import NumericsError, SourceError
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +160,18 @@ class Skeleton:
         if there.shape != value.shape:
             raise SourceError(f"{name}: {list(value.shape)} in the checkpoint, {list(there.shape)} in {type(self.model).__name__}")
         setattr(owner, last, value if last in owner._buffers else torch.nn.Parameter(value, requires_grad=False))
+
+    def require_finite(self, module: str) -> None:
+        """Raises :class:`NumericsError` naming a tensor inside ``module`` with a value that is not finite: what comes of it is NaN, in
+        layers that are not to blame."""
+        import torch
+
+        for name, parameter in self.model.get_submodule(module).named_parameters(prefix=module):
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if not torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all():
+                where, dtype = self.own_tensor(name) or name, str(parameter.dtype).removeprefix("torch.")
+                raise NumericsError(f"{where}: NaN or Inf among its values in {dtype}; the checkpoint is damaged, fetch or train it again")
 
     def free(self, module: str) -> None:
         """Empties every parameter inside ``module``."""

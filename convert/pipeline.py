@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.answers import describe as describe_questions
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import source_sidecars, statistics_bytes, walk_dtype
+from convert.calibrate import calibration_tokens, source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
-from convert.datasets import pin
+from convert.datasets import is_hub_id, pin
 from convert.export import Artifact, Like, cores, export, partial_bytes, require_free, writing
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
-from convert.ladder import Stages, climb, settle
+from convert.ladder import Stages, climb, in_scheme, rung_recipe, settle
 from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
 from convert.ledger import Plan, TargetPlan
 from convert.pictures import load_processor, take_pictures
@@ -28,15 +29,16 @@ from convert.plan import make_plan
 from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.ranges import observe
-from convert.recipe import Recipe, Target, parse_recipe
+from convert.recipe import LADDER, Recipe, Target, parse_recipe, reads_calibration
 from convert.recover import training_bytes
 from convert.report import NO_LOOK, Look, Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate, rotation_bytes
-from convert.ruined import Passes, spare
-from convert.source import Checkpoint, SourceDigests, open_source
+from convert.ruined import Passes, all_instead, spare
+from convert.sensitivity import measured_on
+from convert.source import Checkpoint, SourceDigests, open_source, require_sidecars
 from convert.tasks import require_tasks
 from convert.text import load_tokenizer, take_held_out
-from formats.errors import FormatError, InputError, MachineError
+from formats.errors import FormatError, InputError, MachineError, RecipeError
 from formats.manifest import CARD, MANIFEST, read_manifest
 from formats.safetensors import json_bytes
 from formats.verify import verify
@@ -77,6 +79,80 @@ def plan(recipe: Recipe) -> Plan:
     Raises :class:`~formats.errors.RecipeError`, :class:`~formats.errors.SourceError` or :class:`~formats.errors.FormatError`.
     """
     return _plan(recipe, open_source(recipe.model, trust_remote_code=recipe.trust_remote_code))
+
+
+def require_places(job: Plan, *, check: bool) -> None:
+    """Raises :class:`InputError`, with the line of the recipe, where sequences are longer than the model's table of positions."""
+    if job.architecture is None or job.architecture.reads != "input_ids" or job.architecture.context_length is None:
+        return
+    longest = job.architecture.context_length
+    # OPT's and BART's tables begin with two rows for no position.
+    tables = [entry.tensor.shape[0] for entry in job.targets[0].entries if entry.kind == "embedding"]
+    tables = [rows for rows in tables if rows in (longest, longest + 2)]
+    learned = bool(tables) and (tables != [job.checkpoint.config.get("vocab_size")])
+    for key, length in job.lengths().items():
+        if learned and length > longest and (check or key != "validation"):
+            raise InputError(
+                f"{job.recipe.where(key, 'length')}: {key}.length: {length:,} tokens in a sequence, and {job.checkpoint.origin} has "
+                f"a table of {longest:,} positions; set {key}.length to that or less"
+            )
+
+
+def require_files(job: Plan, *, check: bool) -> None:
+    """Raises :class:`InputError`, with the line of the recipe, where a text or a folder that it names cannot be read, and
+    :class:`FormatError` for a small file of the source's that is no JSON: hours before either would be found. ``check``: whether what the
+    check reads is wanted too."""
+    recipe = job.recipe
+    named = [("calibration", "text", job.calibration.text)] if any(map(reads_calibration, recipe.targets)) else []
+    if check:
+        named += [("validation", key, said) for key in ("text", "images", "prompts") if (said := getattr(recipe.validation, key))]
+    for section, key, said in named:
+        if said == "sample" or (key != "prompts" and is_hub_id(said)):
+            continue
+        try:
+            if key != "images" or not Path(said).is_dir():
+                Path(said).open("rb").close()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            hint = "; a dataset on the Hub is named org/name" if key != "prompts" and not Path(said).suffix else ""
+            why = getattr(error, "strerror", None) or error
+            raise InputError(f"{recipe.where(section, key)}: {section}.{key}: {said} cannot be read ({why}){hint}") from None
+    if job.checkpoint.folder is not None:
+        require_sidecars(job.checkpoint.folder, job.checkpoint.origin)
+
+
+def require_rungs(job: Plan) -> None:
+    """Plans what a target may become on the way: each rung of its ladder, each choice of ``mixed``, what it gets instead of static scales.
+    Raises :class:`RecipeError` for what its format or a runtime cannot hold, hours before it would be made."""
+
+    def draft(recipe: Recipe) -> Plan:
+        return make_plan(recipe, job.checkpoint, job.architecture, machine=this_machine())
+
+    for i, target in enumerate(job.recipe.targets):
+        if target.ruined is not None and target.ruined.instead != "keep":
+            try:
+                draft(all_instead(job.recipe, target))
+            except RecipeError as error:
+                raise RecipeError(f"{job.recipe.where('targets', i, 'ruined')}: instead: {error}") from None
+        if target.budget is None:
+            continue
+        for rung in (rung for rung in target.ladder or LADDER if rung != "mixed"):
+            try:
+                draft(rung_recipe(job.recipe, target, rung))
+            except RecipeError:
+                # The one rung that not every model can take is left out by who climbs; where it is the only one there is nothing left.
+                if rung != "recover" or target.ladder == ("recover",):
+                    raise
+        if "mixed" not in (target.ladder or LADDER):
+            continue
+        try:
+            measured_on(job)
+        except InputError as error:
+            raise RecipeError(f"{job.recipe.where('targets', i, 'ladder')}: mixed: {error}; give a ladder without mixed") from None
+        for scheme in (choice for choice in target.budget.choices if choice != "keep"):
+            try:
+                draft(in_scheme(job.recipe, target, scheme))
+            except RecipeError as error:
+                raise RecipeError(f"{job.recipe.where('targets', i, 'budget', 'choices')}: {error}") from None
 
 
 def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
@@ -150,11 +226,11 @@ def convert(recipe: Recipe, out: Path | None = None, *, device: str = "cpu", che
     checkpoint = open_source(recipe.model, trust_remote_code=recipe.trust_remote_code)
     with SourceDigests(checkpoint) as digests:
         job = _plan(recipe, checkpoint)
-        _require_all(job, out, progress, check=check, device=device)
+        compared_on = _require_all(job, out, progress, check=check, device=device)
         if check:
             require_tasks(job.recipe)
         if budgeted:
-            return _climb_all(job, out, digests, progress, device=device)
+            return _climb_all(job, out, digests, progress, compared_on, device=device)
         made = _export_all(job, checkpoint, out, digests, progress, device=device)
     artifacts = [artifact for _, artifact in made]
     for artifact in artifacts:
@@ -226,8 +302,8 @@ def _export_all(
     return [found[target.name] for target in job.recipe.targets]
 
 
-def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, *, device: str) -> Outcome:
-    """Targets without a budget together, then each that has one."""
+def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress, compared_on: Mapping[str, str], *, device: str) -> Outcome:
+    """Targets without a budget together, then each that has one; what was proven of a rung before counts where it was on the same text."""
     found: dict[str, tuple[Artifact, Report]] = {}
     plain = tuple(target for target in job.recipe.targets if target.budget is None)
     if plain:
@@ -242,24 +318,27 @@ def _climb_all(job: Plan, out: Path, digests: SourceDigests, progress: Progress,
         rung = draft(recipe)
         require(needs(rung, folder, check=True, device=device), folder)
         artifact = export(rung, folder, progress, digests=digests, device=device, like=like, keep_notes=True)[0]
-        known, reference = _known_report(artifact), folder.parent / REFERENCE
+        known, reference = _known_report(artifact, compared_on), folder.parent / REFERENCE
         if known and (not known.brief or _tells(known, look)):
             return rung, artifact, known
         return rung, artifact, prove([artifact.path], rung.recipe, progress=progress, device=device, reference=reference, look=look)[0]
 
     for target in job.recipe.targets:
         if target.budget is not None:
-            found[target.name] = _climb_one(job, target, out, Stages(draft, make), progress, device=device)
+            found[target.name] = _climb_one(job, target, out, Stages(draft, make), progress, compared_on, device=device)
     pairs = [found[target.name] for target in job.recipe.targets]
     return Outcome(job, tuple(artifact for artifact, _ in pairs), tuple(report for _, report in pairs))
 
 
-def _climb_one(job: Plan, target: Target, out: Path, stages: Stages, progress: Progress, *, device: str) -> tuple[Artifact, Report]:
+def _climb_one(
+    job: Plan, target: Target, out: Path, stages: Stages, progress: Progress, compared_on: Mapping[str, str], *, device: str
+) -> tuple[Artifact, Report]:
     """Climbs, or finds that it was climbed: ``<target>.ladder`` beside the artifact says for which job."""
     assert target.budget is not None
     final, note = out / target.name, out / f"{target.name}.ladder"
     asked = hashlib.sha256(f"{job.digest} {target.name}".encode()).hexdigest()
-    if note.exists() and note.read_text().strip() == asked and (artifact := _whole(final)) and (report := _known_report(artifact)):
+    climbed = note.exists() and note.read_text().strip() == asked
+    if climbed and (artifact := _whole(final)) and (report := _known_report(artifact, compared_on)):
         return artifact, report
     note.unlink(missing_ok=True)
     scratch = out / f".{target.name}.rungs"
@@ -286,13 +365,17 @@ def _whole(folder: Path) -> Artifact | None:
         return None
 
 
-def _known_report(artifact: Artifact) -> Report | None:
-    """The report beside an artifact, if it is about these bytes."""
+def _known_report(artifact: Artifact, compared_on: Mapping[str, str]) -> Report | None:
+    """The report beside an artifact, if it is about these bytes and was made on what has these hashes."""
     try:
         report = read_report(report_path(artifact.path))
     except FormatError:
         return None
-    return report if report.manifest_sha256 == manifest_digest(artifact.path) else None
+    if report.manifest_sha256 != manifest_digest(artifact.path) or any(
+        report.validation.get(key) != compared_on[key] for key in compared_on
+    ):
+        return None
+    return report
 
 
 def prove(
@@ -337,7 +420,7 @@ def _prove(
         manifest = read_manifest(path)
         card = render_card(report, manifest).encode()
         # How a budget was met is no measurement of this check's: it stays with the bytes.
-        known = _known_report(Artifact(path, manifest, reused=True))
+        known = _known_report(Artifact(path, manifest, reused=True), {})
         report = replace(report, card_sha256=hashlib.sha256(card).hexdigest(), ladder=known.ladder if known else {})
         (path / CARD).write_bytes(card)
         report_path(path).write_bytes(report.to_bytes())
@@ -378,43 +461,59 @@ def _pinned(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changed) if changed else recipe
 
 
-def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> None:
-    """Says the plan's warnings, and stops where the job could not be carried to its end."""
+def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, device: str) -> dict[str, str]:
+    """Says the plan's warnings, and stops where the job could not be carried to its end. Returns the hashes of what reports are made on."""
     from convert.check import require_runtimes
 
+    require_files(job, check=check)
+    require_places(job, check=check)
+    require_rungs(job)
     for target in job.recipe.targets:
         require_free(out / target.name, job.checkpoint)
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
-    if check:
-        if job.architecture is None:
-            raise InputError(
-                f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
-                "convert it with --no-check"
-            )
-        reads = job.architecture.reads
-        if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and job.recipe.validation.images is None):
-            remedy = "convert it with --no-check, and compare it on data of yours"
-            if reads == "pixel_values":
-                remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
-            raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
-        with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
-            folder = source_sidecars(job, Path(scratch))
-            trust = job.recipe.trust_remote_code
-            if reads == "pixel_values":
-                take_pictures(job.recipe.validation, load_processor(folder, trust_remote_code=trust))
-            else:
-                tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
-                take_held_out(job.recipe.validation, tokenizer)
-        if job.recipe.validation.prompts is not None:
-            if not job.predicts:
-                raise InputError(
-                    f"{job.recipe.where('validation', 'prompts')}: {job.checkpoint.origin} predicts no tokens, so it answers nothing"
-                )
-            encode(read_questions(Path(job.recipe.validation.prompts)), tokenizer)
-        if job.recipe.validation.tasks and not job.predicts:
-            where = job.recipe.where("validation", "tasks")
-            raise InputError(f"{where}: {job.checkpoint.origin} predicts no tokens, so it has no score in them")
-        for target in job.recipe.targets:
-            require_runtimes(target)
+    compared_on = _require_comparable(job) if check else {}
+    for target in job.recipe.targets if check else ():
+        require_runtimes(target)
+    for target in job.recipe.targets:
+        # The first passes of these may read none of the text, and take hours.
+        read = [job] if (target.budget or target.ruined) and reads_calibration(target) else []
+        read += [measured_on(job, tokens=target.budget.tokens)] if target.budget and "mixed" in (target.ladder or LADDER) else []
+        for reader in read:
+            with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+                calibration_tokens(reader, Path(scratch))
     require(needs(job, out, check=check, device=device), out)
+    return compared_on
+
+
+def _require_comparable(job: Plan) -> dict[str, str]:
+    """Reads what source and artifacts are compared on, once, and forgets it but for its hashes. Raises :class:`InputError` where there is
+    nothing to compare, or nothing to compare it on."""
+    architecture, validation, trust = job.architecture, job.recipe.validation, job.recipe.trust_remote_code
+    if architecture is None:
+        raise InputError(
+            f"{job.checkpoint.origin}: transformers does not know its architecture, so nothing can run it to compare; "
+            "convert it with --no-check"
+        )
+    reads = architecture.reads
+    if reads not in ("input_ids", "pixel_values") or (reads == "pixel_values" and validation.images is None):
+        remedy = "convert it with --no-check, and compare it on data of yours"
+        if reads == "pixel_values":
+            remedy = "set validation.images to a folder of pictures or a dataset on the Hub, or convert it with --no-check"
+        raise InputError(f"{job.checkpoint.origin} reads {reads}, and the check has nothing but text to give it; {remedy}")
+    for key in ("prompts", "tasks"):
+        if getattr(validation, key) and not job.predicts:
+            nothing = {"prompts": "it answers nothing", "tasks": "it has no score in them"}[key]
+            raise InputError(f"{job.recipe.where('validation', key)}: {job.checkpoint.origin} predicts no tokens, so {nothing}")
+    with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
+        folder = source_sidecars(job, Path(scratch))
+        if reads == "pixel_values":
+            _, record = take_pictures(validation, load_processor(folder, trust_remote_code=trust))
+        else:
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
+            _, record = take_held_out(validation, tokenizer)
+    if validation.prompts is not None:
+        questions = read_questions(path := Path(validation.prompts))
+        encode(questions, tokenizer)
+        record |= describe_questions(path, questions)
+    return {key: record[key] for key in ("tokens_sha256", "prompts_sha256") if key in record}

@@ -240,6 +240,9 @@ class Rule(_Section):
             raise ValueError(f"{' and '.join(before)} scale the same channels; choose one")
         if any(name in ALGORITHMS for name in before):
             raise ValueError(f"{next(name for name in before if name in ALGORITHMS)} chooses the codes, so nothing can come after it")
+        moving = any(step.gptq and not step.gptq.static_groups and step.gptq.activation_order for step in self.algorithm)
+        if moving and self.scheme and SCHEMES[self.scheme].weight.tile.columns is not None:
+            raise ValueError("gptq: groups whose scales are taken on the way need columns in their places; add activation_order: false")
         if self.observer and not (self.scheme and SCHEMES[self.scheme].static):
             raise ValueError(f"observer chooses the scale of a static input, and {self.scheme or 'what is kept'} has none; leave it out")
         if self.percentile is not None and self.observer != "percentile":
@@ -299,7 +302,7 @@ def _check_choices(choices: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"{choice} has static inputs, which mixed does not calibrate for a group; choose a dynamic scheme")
     if not choices:
         raise ValueError("mixed needs a choice; write [keep]")
-    return choices
+    return _once(choices)
 
 
 class Budget(_Section):
@@ -355,6 +358,11 @@ def _check_rungs(rungs: tuple[str, ...]) -> tuple[str, ...]:
             if name not in known:
                 near = _nearest(name, (*known, "mixed", "recover"))
                 raise ValueError(f"no rung is called {rung!r}{near}; write algorithms with + between them, or mixed or recover")
+        if rung != "mixed":
+            try:
+                Rule(match="linear", scheme="int8-dynamic", algorithm=rung_steps(rung))
+            except ValidationError as error:
+                raise ValueError(f"rung {rung}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     return _once(rungs)
 
 

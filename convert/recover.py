@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -242,30 +242,28 @@ def fit(
         student.refresh()
         return sum(crew.map(measure, held)) / sum(map(size, held))
 
-    total, begun, spent, done = options.steps, time.monotonic(), 0.0, 0
-    before: float | None = None
-    hurried = False
+    done, total, before = 0, options.steps, None
+    clock = _Clock(minutes, options.steps)
     with student.at_work():
         if saved is not None and saved.exists():
             kept = torch.load(saved, weights_only=True)
             for parameter, value in zip(student.trained(), kept["trained"], strict=True):
                 parameter.data.copy_(value)
             optimizer.load_state_dict(kept["optimizer"])
-            done, total, spent, before, hurried = (kept[key] for key in ("step", "total", "seconds", "before", "hurried"))
+            done, total, before, clock.spent, clock.hurried = (kept[key] for key in ("step", "total", "before", "seconds", "hurried"))
             advance(0, f"{name}going on at step {done}")
         before = measured() if before is None else before
-        begun = written = time.monotonic()
-        times: list[float] = []
-        first = done
+        if not math.isfinite(before):
+            raise NumericsError(
+                f"{name}recover: the loss is {before} before any step: the source, or what was made of it, computes NaN on this text"
+            )
+        clock.start()
+        written, first = clock.begun, done
         while done < total:
             batches = draw(done)
             tokens = sum(map(size, batches))
             student.refresh()
-            value = 0.0
-            sums: list[torch.Tensor] = []
-            for one, found in crew.map(gradients, batches):
-                value += one
-                sums = [x.add_(y) for x, y in zip(sums, found, strict=True)] if sums else found
+            value, sums = _added(crew.map(gradients, batches))
             if not math.isfinite(value):
                 raise NumericsError(
                     f"{name}recover: the loss of step {done + 1} is {value}; lower learning_rate ({options.learning_rate:g}) or "
@@ -278,30 +276,64 @@ def fit(
             done += 1
             advance(tokens, f"{name}step {done} of {total}, loss {value / tokens:.4g}")
             now = time.monotonic()
-            if minutes is not None:
-                times = [*times[-TIMED:], now]
-                left = minutes * 60 - spent - (now - begun)
-                if len(times) > 2:
-                    fitting = done + int(max(left, 0.0) * (len(times) - 2) / max(now - times[1], 1e-9))
-                    total = min(options.steps, max(done, fitting))
-                    hurried = hurried or total < options.steps
-                if left <= 0:
-                    hurried = hurried or done < options.steps
-                    break
-            if saved is not None and now - written > SAVED_SECONDS:
-                _save(saved, student, optimizer, done, total, spent + now - begun, before, hurried)
+            total = clock.fitting(done, total, now)
+            if saved is not None and done < total and now - written > SAVED_SECONDS:
+                _save(saved, student, optimizer, done, total, before, clock)
                 written = time.monotonic()
-        seconds = spent + time.monotonic() - begun
+        seconds = clock.seconds()
         if saved is not None and done > first:
-            _save(saved, student, optimizer, done, done, seconds, before, hurried)
+            _save(saved, student, optimizer, done, done, before, clock)
         after = measured()
-    return Fit(done, options.steps, seconds, before, after, out_of_time=hurried)
+    return Fit(done, options.steps, seconds, before, after, out_of_time=clock.hurried)
 
 
-def _save(path: Path, student: Student, optimizer: Any, step: int, total: int, seconds: float, before: float, hurried: bool) -> None:
+def _added(found: Iterable[tuple[float, list[torch.Tensor]]]) -> tuple[float, list[torch.Tensor]]:
+    """The losses of batches and their gradients, added up in their order."""
+    value = 0.0
+    sums: list[torch.Tensor] = []
+    for one, gradients in found:
+        value += one
+        sums = [x.add_(y) for x, y in zip(sums, gradients, strict=True)] if sums else gradients
+    return value, sums
+
+
+class _Clock:
+    """How many steps fit into ``minutes``, where they are told. ``spent``: seconds of training in runs before this one; ``hurried``: there
+    are fewer than ``asked`` because of it."""
+
+    def __init__(self, minutes: float | None, asked: int) -> None:
+        self._allowed = None if minutes is None else minutes * 60
+        self._asked = asked
+        self._times: list[float] = []
+        self.begun = 0.0
+        self.spent = 0.0
+        self.hurried = False
+
+    def start(self) -> None:
+        self.begun = time.monotonic()
+
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.begun
+
+    def fitting(self, done: int, total: int, now: float) -> int:
+        """How many steps there will be in all, as it looks ``now`` that so many are ``done``."""
+        if self._allowed is None:
+            return total
+        self._times = [*self._times[-TIMED:], now]
+        left = self._allowed - self.spent - (now - self.begun)
+        if left <= 0:
+            total = done
+        elif len(self._times) > 2:
+            fitting = done + int(left * (len(self._times) - 2) / max(now - self._times[1], 1e-9))
+            total = min(self._asked, max(done, fitting))
+        self.hurried = self.hurried or total < self._asked
+        return total
+
+
+def _save(path: Path, student: Student, optimizer: Any, step: int, total: int, before: float, clock: _Clock) -> None:
     fresh = path.with_suffix(".new")
-    state = {"trained": student.state(), "optimizer": optimizer.state_dict(), "step": step, "total": total, "seconds": seconds}
-    torch.save({**state, "before": before, "hurried": hurried}, fresh)
+    went = {"step": step, "total": total, "before": before, "seconds": clock.seconds(), "hurried": clock.hurried}
+    torch.save({"trained": student.state(), "optimizer": optimizer.state_dict(), **went}, fresh)
     fresh.rename(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -83,14 +83,9 @@ def verify_remote(remote: Remote) -> tuple[Verdict, str, int]:
             strange = [name for name in {*there, *promised} if not _stays_inside(name)]
             if strange:
                 raise FormatError(f"{remote.repo}: {strange[0]!r} is not a file of a folder; do not use this copy")
-            wanted = promised & {name for name, entry in there.items() if entry.lfs is None} | {
-                "config.json",
-                INDEX_FILE,
-                REPORT,
-                PROVENANCE,
-            }
-            graphs = [name for name in promised & there.keys() if name.endswith(".onnx")]
-            small = sorted((wanted | set(graphs)) & there.keys())
+            graphs = sorted(name for name in promised & there.keys() if name.endswith(".onnx"))
+            held_by_git = promised & {name for name, entry in there.items() if entry.lfs is None}
+            small = sorted({*held_by_git, *graphs, "config.json", INDEX_FILE, REPORT, PROVENANCE} & there.keys())
 
             def fetch(name: str) -> int:
                 target = folder / name
@@ -117,27 +112,27 @@ def verify_remote(remote: Remote) -> tuple[Verdict, str, int]:
                 headers = dict(zip((file.name for file in weights), pool.map(header, weights), strict=True))
         fetched += sum(min((item.start for item in found.values()), default=0) for found in headers.values())
         tensors: dict[str, Located] = {}
-        if headers:
-            try:
-                one_file = INDEX_FILE not in there and SINGLE_FILE in headers
-                index = (
-                    dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
-                    if one_file
-                    else shard_files(read_json(folder / INDEX_FILE), INDEX_FILE)
-                )
-                tensors = join_shards(index, headers, INDEX_FILE)
+        try:
+            if headers:
+                tensors = _join(folder, headers)
+            if graphs:
+                tensors = _read_graphs(folder, graphs, manifest.files)
+            if headers or graphs:
                 findings += check_promises(manifest, tensors)
-            except FormatError as error:
-                findings.append(Finding(remote.repo, str(error), REMEDY))
-        if graphs:
-            try:
-                tensors = _read_graphs(folder, sorted(graphs), manifest.files)
-                findings += check_promises(manifest, tensors)
-            except FormatError as error:
-                findings.append(Finding(remote.repo, str(error).replace(f"{folder}/", ""), REMEDY))
+        except FormatError as error:
+            findings.append(Finding(remote.repo, str(error).replace(f"{folder}/", ""), REMEDY))
         findings += _check_beside(folder, manifest.to_bytes(), statement(manifest))
     hashed = sum(file.size_bytes for file in manifest.files if file.name in there)
     return Verdict(tuple(findings), len(manifest.files), len(tensors), hashed), commit, fetched
+
+
+def _join(folder: Path, headers: Mapping[str, Mapping[str, Located]]) -> dict[str, Located]:
+    """The tensors of one file, or of those that the index names."""
+    if not (folder / INDEX_FILE).exists() and SINGLE_FILE in headers:
+        index = dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
+    else:
+        index = shard_files(read_json(folder / INDEX_FILE), INDEX_FILE)
+    return join_shards(index, headers, INDEX_FILE)
 
 
 def _read_graphs(folder: Path, names: Sequence[str], files: Sequence[FileRecord]) -> dict[str, Located]:

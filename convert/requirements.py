@@ -15,6 +15,7 @@ from convert.rules import Asked, Claim
 from convert.runtimes import RUNTIMES, Runtime
 from formats.errors import RecipeError
 from formats.layer import QuantizedLayer
+from formats.scheme import Quality
 
 
 def require_possible(asked: Asked) -> None:
@@ -26,9 +27,11 @@ def require_possible(asked: Asked) -> None:
                 f"{asked.where('runtimes', i)}: {name} does not load {target.format}; it loads {', '.join(RUNTIMES[name].formats)}"
             )
     limits = applicable(predicts=asked.predicts)
-    for limit in sorted(target.limits.model_fields_set - set(limits)):
+    budget = {} if target.budget is None else target.budget.model_dump(include=set(Quality.__dataclass_fields__), exclude_none=True)
+    wanted = [*(("limits", name) for name in sorted(target.limits.model_fields_set)), *(("budget", name) for name in budget)]
+    for section, limit in (one for one in wanted if one[1] not in limits):
         raise RecipeError(
-            f"{asked.where('limits', limit)}: {asked.checkpoint.origin} predicts {'tokens' if asked.predicts else 'no tokens'}, "
+            f"{asked.where(section, limit)}: {asked.checkpoint.origin} predicts {'tokens' if asked.predicts else 'no tokens'}, "
             f"so it has no {limit}; its limits are {', '.join(limits)}"
         )
 

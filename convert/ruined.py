@@ -27,6 +27,7 @@ from convert.recipe import Recipe, Rule, Target
 from convert.runtimes import RUNTIMES
 from formats.errors import RecipeError
 from formats.safetensors import json_bytes
+from formats.scheme import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ def _recipe(recipe: Recipe, target: Target, spared: Sequence[Spared]) -> Recipe:
     """That of the target alone, in which layers have another fate."""
     first = [Rule.model_validate(rule) for one in spared for rule in one.rules]
     return recipe.remade(target, (*first, *target.rules), first=len(first), by="ruined", changed={"ruined": None})
+
+
+def all_instead(recipe: Recipe, target: Target) -> Recipe:
+    """That of the target alone, in which every layer with a static scale has what ruined ones get, for a plan that finds what cannot be."""
+    assert target.ruined is not None
+    rules = tuple(
+        rule.model_copy(update={"scheme": target.ruined.instead, "observer": None, "percentile": None})
+        if rule.scheme and SCHEMES[rule.scheme].static
+        else rule
+        for rule in target.rules
+    )
+    return recipe.remade(target, rules, first=0, by="ruined", changed={"ruined": None})
 
 
 def _found(job: Plan, layers: dict[str, Any], instead: str) -> list[Spared]:

@@ -137,12 +137,23 @@ def sensitivity_of(
     seconds: float | None = None,
     device: str = "cpu",
 ) -> tuple[list[Loss], dict[str, Any]]:
-    """:func:`measure` of every group, rounded to nearest in each of ``schemes``. Raises :class:`InputError` for a scheme that is none."""
+    """:func:`measure` of every group, rounded to nearest in each of ``schemes``. Raises :class:`InputError` for a scheme that is none, or
+    whose tiles a layer is not made of."""
     names = tuple(dict.fromkeys(schemes or SCHEMES_TRIED))
     for name in names:
         if name not in SCHEMES:
             raise InputError(f"no scheme is called {name!r}; known are {', '.join(SCHEMES)}")
+        _require_tiles(plan, name)
     return measure(plan, round_trials(plan, names), progress, tokens=tokens, seconds=seconds, device=device)
+
+
+def _require_tiles(plan: Plan, name: str) -> None:
+    entries, tile = _by_module(plan), SCHEMES[name].weight.tile
+    for module in (module for group in groups_of(plan) for module in group):
+        entry = entries[module]
+        rows, columns = next((part.shape(entry.tensor) for part in entry.parts if part.module == module), entry.tensor.matrix_shape)
+        if rows % (tile.rows or 1) or columns % (tile.columns or 1):
+            raise InputError(f"{module} is {rows} x {columns}, which tiles of {name} do not divide; leave that scheme out")
 
 
 def spelled(modules: Sequence[str]) -> str:
@@ -270,6 +281,17 @@ def _scheme(entry: Entry) -> str:
     return entry.scheme.name
 
 
+def measured_on(plan: Plan, *, tokens: int = TOKENS, length: int = LENGTH) -> Plan:
+    """The plan with the calibration text on which losses are measured. Raises :class:`InputError` for a model of which none can be."""
+    model = plan.architecture
+    if model is None or not model.predicts or not model.blocks or model.encoder_decoder:
+        raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
+    count = math.ceil(tokens / length)
+    settings = plan.calibration
+    settings = settings.model_copy(update={"sequences": count, "length": tokens // count, "seed": settings.seed + 1})
+    return replace(plan, recipe=plan.recipe.model_copy(update={"calibration": settings}))
+
+
 def measure(
     plan: Plan,
     trials: Sequence[Trial],
@@ -290,17 +312,10 @@ def measure(
     Raises :class:`InputError` for a model that predicts no tokens or is no stack of blocks, :class:`NumericsError` for logits that are not
     finite, and what reading text raises.
     """
-    model = plan.architecture
-    if model is None or not model.predicts or not model.blocks or model.encoder_decoder:
-        raise InputError(f"{plan.checkpoint.origin}: sensitivity is measured at the logits of a stack of blocks, which this model is not")
     from convert.calibrate import calibration_tokens
     from convert.differences import MOST_WRONG
-    from convert.recipe import Calibration
 
-    count = math.ceil(tokens / length)
-    settings = plan.recipe.calibration or Calibration()
-    settings = settings.model_copy(update={"sequences": count, "length": tokens // count, "seed": settings.seed + 1})
-    asked = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": settings}))
+    asked = measured_on(plan, tokens=tokens, length=length)
     with tempfile.TemporaryDirectory(prefix="octavo-") as scratch:
         sequences, record = calibration_tokens(asked, Path(scratch))
         batches = [sequence[None] for sequence in sequences]
@@ -353,7 +368,7 @@ def _affordable(plan: Plan, trials: Sequence[Trial], errors: Mapping[int, float]
     for i in sorted(range(len(trials)), key=lambda i: -errors.get(i, math.inf)):
         behind = len(blocks) - _block_of(blocks, trials[i].modules[0])
         left -= each * (behind + head)
-        if left < 0 and chosen:
+        if left < 0 and chosen and i in errors:  # what lies in no block has no error there to be estimated by
             break
         chosen.append(i)
     return sorted(chosen)

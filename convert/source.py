@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
-from convert.coded import Coded, CodedReader, decode
+from convert.coded import Coded, CodedReader, decode, without_section
 from convert.hub import hub_errors, retried
 from formats.dtypes import DTYPES
 from formats.errors import FormatError, MachineError, SourceError
@@ -182,7 +182,10 @@ class Checkpoint:
 
     def fingerprint(self) -> list[Any]:
         """What must not change while a conversion is interrupted: names, sizes and, for local files, their times of change."""
-        local = [] if self.commit else [self.reader.path(file.name).stat().st_mtime_ns for file in self.files]
+        local: list[Any] = [] if self.commit else [self.reader.path(file.name).stat().st_mtime_ns for file in self.files]
+        if self.folder is not None and not self.commit:
+            small = [(path, path.stat()) for path in _sidecar_paths(self.folder, code=True)]
+            local += [[path.relative_to(self.folder).as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in small]
         specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors.values()]
         coded = [{name: repr(how) for name, how in self.coded.items()}, repr(self.cache), sorted(self.cache_scales)]
         return [self.origin, self.commit, dict(self.config), coded, [[file.name, file.size_bytes] for file in self.files], local, specs]
@@ -264,7 +267,6 @@ def _open_gguf(path: Path, *, origin: str) -> Checkpoint:
 def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
-    patterns = [*SIDECARS, SIDE_FILE, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
     if constants.HF_HUB_OFFLINE:
         return _open_hub_cached(repo, revision, code=code)
 
@@ -277,46 +279,26 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
         info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
         commit = str(info.sha)
         siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-        wanted = [
-            name
-            for name in siblings
-            if any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
-        ]
         if "config.json" not in siblings:
             raise SourceError(f"{repo}: no config.json in revision {commit[:12]}; it is not a transformers model")
+        small = _small_files(siblings, code=code)
         with ThreadPoolExecutor(8) as pool:
-            paths = dict(zip(wanted, pool.map(download, wanted), strict=True))
+            paths = dict(zip(small, pool.map(download, small), strict=True))
         folder = paths["config.json"].parent
         config = _read_config(folder / "config.json", repo)
-        if INDEX_FILE in siblings:
-            weight_map = shard_files(read_json(paths[INDEX_FILE]), f"{repo}/{INDEX_FILE}")
-        elif SINGLE_FILE in siblings:
-            weight_map = {}
-        else:
-            _refuse_pickles(list(siblings), repo)
-            raise SourceError(f"{repo}: neither {SINGLE_FILE} nor {INDEX_FILE} in revision {commit[:12]}")
-        shards = sorted(set(weight_map.values())) or [SINGLE_FILE]
-        absent = [file for file in shards if file not in siblings]
-        if absent:
-            raise SourceError(f"{repo}: {len(absent)} shard(s) named by the index are missing: {', '.join(absent[:3])}")
+        weight_map = shard_files(read_json(paths[INDEX_FILE]), f"{repo}/{INDEX_FILE}") if INDEX_FILE in siblings else {}
+        shards = _shards(repo, commit, weight_map, siblings)
         cached = {file: _cached(try_to_load_from_cache(repo, file, revision=commit)) for file in shards}
 
         def header(file: str) -> dict[str, Located]:
-            local = cached[file]
-            return (
-                read_header(local, file)[0] if local else retried(lambda: remote_header(repo, commit, file, int(siblings[file].size or 0)))
-            )
+            if local := cached[file]:
+                return read_header(local, file)[0]
+            return retried(lambda: remote_header(repo, commit, file, int(siblings[file].size or 0)))
 
         with ThreadPoolExecutor(8) as pool:
             headers = dict(zip(shards, pool.map(header, shards), strict=True))
-    if not weight_map:
-        weight_map = dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
-    located = join_shards(weight_map, headers, f"{repo}/{INDEX_FILE}")
-
-    stored = {file: siblings[file].lfs for file in shards}
-    files = tuple(
-        SourceFile(file, int(siblings[file].size or 0), f"sha256:{lfs.sha256}" if lfs is not None else None) for file, lfs in stored.items()
-    )
+    located = join_shards(weight_map or dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE), headers, f"{repo}/{INDEX_FILE}")
+    files = tuple(_hub_file(siblings[file]) for file in shards)
     checkpoint = Checkpoint(
         origin=repo,
         commit=commit,
@@ -343,6 +325,30 @@ def _open_hub(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
             return list(pool.map(one, names))
 
     return _decoded(checkpoint, folder / SIDE_FILE, peek)
+
+
+def _small_files(names: Iterable[str], *, code: bool) -> list[str]:
+    """What is fetched before anything is decided."""
+    patterns = [*SIDECARS, SIDE_FILE, "config.json", "README.md", INDEX_FILE, *(["*.py"] if code else [])]
+    return [
+        name for name in names if any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+    ]
+
+
+def _shards(repo: str, commit: str, weight_map: Mapping[str, str], siblings: Collection[str]) -> list[str]:
+    """The weight files of a revision that has an index, or one file. Raises :class:`SourceError` where they are not there."""
+    if not weight_map and SINGLE_FILE not in siblings:
+        _refuse_pickles(list(siblings), repo)
+        raise SourceError(f"{repo}: neither {SINGLE_FILE} nor {INDEX_FILE} in revision {commit[:12]}")
+    shards = sorted(set(weight_map.values())) or [SINGLE_FILE]
+    absent = [file for file in shards if file not in siblings]
+    if absent:
+        raise SourceError(f"{repo}: {len(absent)} shard(s) named by the index are missing: {', '.join(absent[:3])}")
+    return shards
+
+
+def _hub_file(sibling: Any) -> SourceFile:
+    return SourceFile(sibling.rfilename, int(sibling.size or 0), f"sha256:{sibling.lfs.sha256}" if sibling.lfs is not None else None)
 
 
 def _open_hub_cached(repo: str, revision: str | None, *, code: bool) -> Checkpoint:
@@ -506,7 +512,8 @@ def _decoded(checkpoint: Checkpoint, side: Path, peek: Callable[[list[str]], lis
     specs = checkpoint.tensors
     found = decode(checkpoint.config, specs, read_json(side) if side.is_file() else None, checkpoint.origin, peek=peek)
     if found is None:
-        return checkpoint
+        # An empty section says of nothing how it is quantized, and transformers does not load a model that has one.
+        return replace(checkpoint, config=without_section(checkpoint.config))
     return replace(
         checkpoint,
         config=found.config,
@@ -539,9 +546,26 @@ def _refuse_pickles(names: Iterable[str], origin: str) -> None:
 
 
 def _read_sidecars(folder: Path, *, code: bool) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in _sidecar_paths(folder, code=code)}
+
+
+def _sidecar_paths(folder: Path, *, code: bool) -> list[Path]:
     patterns = [*SIDECARS, *(["*.py"] if code else [])]
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def require_sidecars(folder: Path, origin: str) -> None:
+    """Raises :class:`SourceError` for one of :data:`SIDECARS` in a model's folder that nobody could read where it is copied to; but for
+    vocabularies, which are large, and which the tokenizer reads."""
+    for path in _sidecar_paths(folder, code=False):
+        if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json"):
+            continue
+        try:
+            content = read_json(path)
+        except FormatError as error:
+            raise SourceError(f"{origin}: {error}; mend it, or take it away if the model does not need it") from None
+        if not isinstance(content, list if path.name == "modules.json" else dict):
+            raise SourceError(f"{origin}: {path.name} is not a JSON {'array' if path.name == 'modules.json' else 'object'}; mend it")
 
 
 def _gguf_sidecars(gguf: GgufFile) -> dict[str, bytes]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.datasets import Rows, Selection, is_hub_id, open_dataset, open_parquet
+from convert.datasets import Rows, Selection, is_hub_id, open_dataset, open_parquet, parse_row
 from formats.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool, of: str = "") -> An
         ) from None
 
 
+#: A text of more characters, and of far more than is asked for, is not made into tokens as a whole to draw from them: 14 million characters
+#: took 4 GB and 94 s.
+WHOLE_CHARACTERS = 1 << 24
 #: The split of a dataset that is read for each purpose, unless the recipe names one.
 SPLITS = {"calibration": "train", "validation": "validation"}
 EVERYTHING = Selection()
@@ -56,19 +59,25 @@ def take_tokens(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """int64 (sequences, length), each begun as the tokenizer begins a text, and a record of what they were made of.
 
-    The text is read from its beginning; with ``seed`` its sequences are drawn from all of it. A dataset on the Hub or a .parquet file is
+    The text is read from its beginning; with ``seed`` its sequences are drawn from all of it, of a text beyond :data:`WHOLE_CHARACTERS`
+    one from each of as many equal stretches, from a random place in its first half. A dataset on the Hub or a .parquet file is
     read as far as it has to be, with ``seed`` in random order (:mod:`convert.datasets`). Raises :class:`InputError` when it is too short.
     """
     start = (
         [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
     )
     body = length - len(start)
+    if body < 1:
+        raise InputError(f"{purpose}.length: {length}, and the tokenizer begins each text with {tokenizer.bos_token}; ask for 2 or more")
     rows = _open_rows(text, selection, purpose=purpose, column="text", seed=seed)
     if rows is not None:
         content, name, seed = _enough(rows, tokenizer, sequences * body), rows.name, None
     else:
         content, name = _read_text(text, purpose, selection.column or "text")
-    ids = _encode(content, tokenizer, sequences * body if seed is None else None)
+    if seed is not None and len(content) > max(WHOLE_CHARACTERS, 64 * sequences * body):
+        ids, seed = _from_stretches(content, tokenizer, sequences, body, seed), None
+    else:
+        ids = _encode(content, tokenizer, sequences * body if seed is None else None)
     if len(ids) < sequences * body:
         raise InputError(
             f"{purpose} text {name}: {len(ids):,} tokens, {sequences * body:,} are needed; give a longer text or ask for fewer"
@@ -92,6 +101,22 @@ def _encode(content: str, tokenizer: Any, enough: int | None) -> list[int]:
         end *= 4
 
 
+def _from_stretches(content: str, tokenizer: Any, sequences: int, body: int, seed: int) -> list[int]:
+    """``body`` token ids from each of so many stretches of a text, begun behind white space where there is some; all those behind one that
+    has fewer are missing too."""
+    drawn = random.Random(seed)
+    width = len(content) // sequences
+    ids: list[int] = []
+    for i in range(sequences):
+        begin, end = i * width + drawn.randrange(width // 2), (i + 1) * width
+        space = re.compile(r"\s").search(content, begin, begin + width // 4)
+        found = _encode(content[space.end() if space else begin : end], tokenizer, body)[:body]
+        ids += found
+        if len(found) < body:
+            break
+    return ids
+
+
 def take_documents(
     text: str, tokenizer: Any, *, sequences: int, length: int, seed: int, chat: bool, selection: Selection = EVERYTHING
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
@@ -110,8 +135,10 @@ def take_documents(
     chosen = list(_first(rows, sequences)) if rows is not None else _drawn(path, key, sequences, seed)
     documents = []
     for place, content in chosen:
+        if not chat and not isinstance(content, str):
+            raise InputError(f'calibration text {name}: {place}: "{key}" holds {type(content).__name__}, not text; say another column')
         try:
-            spelled = tokenizer.apply_chat_template(content, tokenize=False) if chat else str(content)
+            spelled = tokenizer.apply_chat_template(content, tokenize=False) if chat else content
         except Exception as error:  # noqa: BLE001  a template is code of the model's, and fails as it likes
             raise InputError(f'calibration text {name}: {place} has no usable "{key}" ({error})') from None
         ids = tokenizer(spelled, add_special_tokens=not chat, verbose=False).input_ids[:length]
@@ -187,7 +214,7 @@ def _drawn(path: Path, key: str, count: int, seed: int) -> list[tuple[str, Any]]
             "documents and chat out"
         )
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
     except OSError as error:
         raise InputError(f"calibration text {path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -196,10 +223,11 @@ def _drawn(path: Path, key: str, count: int, seed: int) -> list[tuple[str, Any]]
         raise InputError(f"calibration text {path.name}: {len(lines):,} documents, {count:,} are needed; give more or ask for fewer")
     found = []
     for i in sorted(random.Random(seed).sample(range(len(lines)), count)):
+        number, line = lines[i]
         try:
-            found.append((f"line {i + 1}", json.loads(lines[i])[key]))
+            found.append((f"line {number}", parse_row(line)[key]))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'calibration text {path.name}: line {i + 1} has no usable "{key}" ({error})') from None
+            raise InputError(f'calibration text {path.name}: line {number} has no usable "{key}" ({error})') from None
     return found
 
 
@@ -231,7 +259,7 @@ def _read_text(name: str, purpose: str, column: str = "text") -> tuple[str, str]
 def _value(line: str, column: str, where: str) -> str | None:
     """The text of a line of .jsonl; null is none. Raises :class:`InputError` naming the line."""
     try:
-        row = json.loads(line)
+        row = parse_row(line)
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or column not in row:

@@ -500,8 +500,9 @@ def _judge_experts(
         name, tokens = next(iter(named.items()))
         match settings.unseen_experts:
             case "error":
+                others = f" (and {len(named) - 1} more experts of {stand.name})" if len(named) > 1 else ""
                 raise NumericsError(
-                    f"{name} (and {len(named) - 1} more experts of {stand.name}): {tokens} of the {settings.tokens:,} tokens of "
+                    f"{name}{others}: {tokens} of the {settings.tokens:,} tokens of "
                     f"calibration came to it, {settings.expert_tokens} are asked for; raise calibration.sequences, give it other text, or "
                     "say in calibration.unseen_experts what to do: all_tokens or round"
                 )
@@ -546,7 +547,9 @@ def _modules(entries: Iterable[Entry]) -> list[str]:
 
 def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, inputs: Mapping[str, float]) -> dict[str, Any]:
     entry, module = item
-    return health.look(entry, module, skeleton.weight(module).float(), observer, inputs.get(module))
+    along = [skeleton.model.get_parameter(skeleton.parameters(name)[0]) for name in entry.alongside]
+    absmax = torch.stack([weight.abs().amax() for weight in along]).amax().float() if along else None
+    return health.look(entry, module, skeleton.weight(module).float(), observer, inputs.get(module), absmax)
 
 
 def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:

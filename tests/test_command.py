@@ -111,6 +111,13 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo_process("--help").stdout
 
 
+def test_the_end_of_a_command_is_no_search_for_garbage() -> None:
+    tell = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); sys.argv[1:] = ['--help']"
+    program = f"{tell}; from convert.command import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("\nTrue\n"), done.stderr
+
+
 COMMANDS = [
     "",
     *["plan", "convert", "sensitivity", "push", "reproduce", "check", "compare", "verify", "inspect", "schema", "doctor", "runtimes"],
@@ -143,6 +150,11 @@ def test_a_limit_missed_is_exit_code_1(make_llama: Any, tmp_path: Path) -> None:
     assert "FAIL  transformers: kl_nats" in done.stdout
 
 
+_GPTQ = ("--set", "targets.0.rules=[{match: linear, scheme: int8-dynamic, algorithm: gptq}]")
+_STATIC = ("--set", "targets.0.rules=[{match: linear, scheme: int8-static}]")
+_BUDGET = ("--set", "targets.0.limits={}", "--set", "targets.0.budget={kl_nats: 0.1}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -162,6 +174,31 @@ def test_a_limit_missed_is_exit_code_1(make_llama: Any, tmp_path: Path) -> None:
         (["plan", "{good}", "--model", "x" * 5000], 2, "xxx: no such folder or file, and not a Hub id"),
         (["plan", "{good}", "--model", ""], 2, "error: --model is empty"),
         (["plan", "{good}", "--set", "targets.²=x"], 2, "error: --set targets.²=x: there is no targets.² in the recipe"),
+        *(
+            (
+                [command, "{good}", "--set", f"validation.{key}=none.jsonl"],
+                2,
+                f"error: --set validation.{key}=none.jsonl: validation.{key}: ",
+            )
+            for command in ("plan", "convert")
+            for key in ("text", "prompts", "images")
+        ),
+        (["plan", "{good}", *_GPTQ, "--set", "calibration.text=none.txt"], 2, "calibration.text: none.txt cannot be read (No such file"),
+        (
+            ["convert", "{good}", "--no-check", *_GPTQ, "--set", "calibration.text=none"],
+            2,
+            "none cannot be read (No such file or directory); a",
+        ),
+        (["plan", "{good}", *_GPTQ, "--set", "calibration.text=/proc"], 2, "calibration.text: /proc cannot be read (Is a directory)"),
+        (
+            ["plan", "{good}", *_BUDGET, "--set", "targets.0.budget.choices=[fp8-block]"],
+            2,
+            "error: --set targets.0.budget.choices=[fp8-block]: ",
+        ),
+        (["plan", "{good}", *_BUDGET, "--set", "targets.0.rules=[{match: linear, scheme: llm-int8}]"], 2, "cannot be llm-int8: "),
+        (["convert", "{good}", *_BUDGET, "--set", "targets.0.budget.tokens=1000000"], 2, "149,928 tokens, 996,285 are needed"),
+        (["convert", "{good}", *_BUDGET, "--set", "calibration.sequences=400"], 2, "149,928 tokens, 204,800 are needed"),
+        (["plan", "{good}", "--set", "targets.0.ruined={at_most: 1, instead: llm-int8}", *_STATIC], 2, "instead: --set targets.0.rules="),
         (["sensitivity", "{good}", "--out", "{good}"], 2, "is in the way of"),
         (["sensitivity", "{good}", "--json", "/proc/n.json"], 3, "error: /proc/n.json: "),
         (["push", "{model}", "--repo", "x"], 2, "Invalid value for --repo: 'x': write organisation/name"),
@@ -237,6 +274,13 @@ def test_the_plan_is_a_table_for_people_and_json_for_programs(make_llama: Any, t
     assert len(plan["targets"][0]["ledger"]) == 21
     assert plan["needs"]["disk_bytes"] > plan["targets"][0]["weight_bytes"]
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_patterns_and_reasons_are_shown_as_they_stand(make_llama: Any, tmp_path: Path) -> None:
+    rules = "[{match: 're:.*[qkv]_proj', scheme: int8-dynamic}, {match: linear, keep: true, why: 'see [red]docs[/red] [/]'}]"
+    shown = octavo("plan", recipe(tmp_path, make_llama()), "--set", f"targets.0.rules={rules}").stdout
+    assert "re:.*[qkv]_proj" in shown
+    assert "see [red]docs[/red] [/]" in shown
 
 
 #: The command, each tensor of whose conversion takes half a second, so that it is under way when a signal comes.

@@ -29,7 +29,7 @@ from convert.source import open_source
 from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
 from convert.text import load_tokenizer, take_documents, take_tokens
 from convert.walk import batched
-from formats.errors import InputError, MachineError, RecipeError
+from formats.errors import InputError, MachineError, NumericsError, RecipeError
 from formats.manifest import read_manifest
 from formats.scheme import SCHEMES, Grid
 
@@ -170,7 +170,7 @@ def test_gptq_lowers_the_output_error_and_raises_the_weight_error(make_llama: An
 
 
 def _digest(folder: Path) -> list[tuple[str, str]]:
-    return [(file.name, file.digest) for file in read_manifest(folder).files]
+    return [(file.name, file.sha256) for file in read_manifest(folder).files]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,28 @@ def test_a_killed_run_is_taken_up_to_the_same_bytes(
     again = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
     assert (again.path / "octavo.json").read_bytes() == (whole.path / "octavo.json").read_bytes()
     assert {path.name for path in again.path.iterdir()} == {path.name for path in whole.path.iterdir()}
+
+
+def test_what_was_made_of_another_text_or_tokenizer_is_not_taken_up(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Neither of a run that was killed, nor of an artifact that is whole."""
+    folder, corpus, out = make_llama(), tmp_path / "corpus.txt", tmp_path / "killed"
+    corpus.write_text("What was read first. " * 60)
+    text = _text("int8-dynamic", "gptq").replace("seed: 3", f"seed: 3, text: {corpus}")
+    (tmp_path / "recipe.yaml").write_text(text.format(model=folder))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out), "12"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    corpus.write_text("Something else, to be read then. " * 60)
+    other = convert(recipe_for(folder, text=text), tmp_path / "other", check=False).artifacts[0]
+    again = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
+    assert _digest(again.path) == _digest(other.path)
+    assert convert(recipe_for(folder, text=text), out, check=False).artifacts[0].reused
+    corpus.write_text("And at last, what nobody had read before. " * 60)
+    last = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
+    assert not last.reused
+    assert _digest(last.path) != _digest(other.path)
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    copied = convert(recipe_for(folder, text=text), out, check=False).artifacts[0]
+    assert json.loads((copied.path / "generation_config.json").read_text()) == {"do_sample": True}
 
 
 @pytest.mark.parametrize(
@@ -534,3 +556,22 @@ def _loss(x: torch.Tensor, scale: float, grid: Grid) -> float:
     codes = (x / scale).clamp(grid.low, grid.high)
     codes = codes.round() if grid.kind == "int" else codes.to(torch.float8_e4m3fn).float()
     return float((codes * scale - x).double().square().sum())
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.k_proj.weight"])
+@pytest.mark.parametrize(
+    ("scheme", "algorithm"),
+    [("int8-dynamic", "gptq"), ("int8-dynamic", "[smoothquant, rtn]"), ("int8-static", "rtn"), ("fp8-dynamic", "[rtn, recover]")],
+)
+def test_a_value_that_is_not_finite_is_said_of_the_tensor_that_has_it(
+    scheme: str, algorithm: str, tensor: str, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    """And of none of the layers behind it, whose Hessians and scales it spoils, nor of smoothing that finds no function kept."""
+    from safetensors.torch import save_file
+
+    folder = make_llama()
+    tensors = _tensors(folder)
+    tensors[tensor][7] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericsError, match=f"^{tensor}: NaN or Inf among its values in float32; the checkpoint is damaged"):
+        convert(recipe_for(folder, text=_text(scheme, algorithm)), tmp_path / "out", check=False)

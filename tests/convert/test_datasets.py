@@ -66,6 +66,12 @@ def test_a_parquet_file_is_read_as_far_as_it_has_to_be_and_in_seeded_order(token
         (to_parquet({"id": [1], "body": ["x"]}), None, "no column 'text'; say column: with one of id, body"),
         (to_parquet({"id": [1], "body": ["x"]}), "id", "id holds int, not text"),
         (b"PAR1 not really", None, "no whole .parquet file"),
+        (b"PAR1" + b"\xff" * 400 + to_parquet({"text": ["words " * 99] * 9})[404:], None, r"row group 0 is damaged \(.*page header failed"),
+        (
+            to_parquet({"text": ["words"]}).replace(b"\x05\x00\x00\x00words", b"\x05\x00\x00\x00\xffords"),
+            None,
+            "row group 0 is damaged .*utf-8",
+        ),
     ],
 )
 def test_what_is_no_text_is_named(content: bytes, column: str | None, message: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convert.crew import Crew
-from convert.differences import Differences, pays
+from convert.differences import Differences, _codes, pays
 
 pytestmark = pytest.mark.skipif(not pays("cpu"), reason="this processor does not multiply INT8 faster than float32")
 TOKENS = 13
@@ -64,6 +64,15 @@ def test_a_difference_is_told_however_small(size: float) -> None:
     assert len(apart.wrong) == 3
     assert 1e-4 < max(apart.wrong) < 0.03
     assert apart.unlooked, "what the source calls twice computes as ever"
+
+
+def test_codes_are_rounded_to_the_nearest() -> None:
+    source, other = _lanes(1.0)
+    codes, steps = _codes(other - source)
+    assert codes is not None
+    missed = (other - source)[0] / steps[0] - (codes.float() - 128)
+    assert 0.49 < missed.abs().max() <= 0.5001
+    assert codes.min() == 1 or codes.max() == 255
 
 
 def test_what_does_not_differ_is_the_sources_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from convert import child
+from convert.forkserver import WITHOUT_TORCHAO
 
 Told = Callable[..., tuple[dict[str, Any] | None, str]]
 
@@ -110,10 +112,61 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: 
     _has_ended(first)
 
 
-def test_a_gpu_is_not_carried_through_a_fork(told: Told) -> None:
-    found, said = told(ANSWER, device="cuda")
+@pytest.mark.gpu
+def test_a_program_computes_on_a_gpu_behind_the_fork(told: Told) -> None:
+    compute = "import torch; found = torch.ones(2, device='cuda').sum().item()"
+    parents = set()
+    for device in ("cuda", "cuda", "cpu"):
+        answer, said = told(f"{compute}; Path(answer).write_text(json.dumps([found, os.getppid()]))", device=device)
+        assert answer is not None, said
+        assert answer[0] == 2
+        parents.add(answer[1])
+    assert len(parents) == 1
+    assert os.getpid() not in parents
+
+
+def test_where_no_gpu_survives_a_fork_programs_for_it_are_processes_of_their_own(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(child, "_server", child._Server())
+    for _ in range(2):
+        found, said = told(ANSWER, device="cuda")
+        assert found is not None, said
+        assert found["parent"] == os.getpid()
+        assert not child._server.serves("cuda"), "it would be begun in vain again"
+    found, _ = told(ANSWER)
+    assert found is not None
+    assert found["parent"] != os.getpid()
+    child._server.end()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_what_is_imported_beside_a_gpu_leaves_out_what_begins_it() -> None:
+    imports = ", ".join(WITHOUT_TORCHAO)
+    said = subprocess.check_output([sys.executable, "-c", f"import {imports}; import sys; print('torchao' in sys.modules)"], text=True)
+    assert said == "False\n"
+    beside = "import sys, transformers.modeling_utils; print('torchao' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", beside], text=True).endswith("True\n"), "no more reason for WITHOUT_TORCHAO"
+
+
+def test_where_the_system_cannot_wait_for_two_things_no_server_is_begun(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(child, "_server", child._Server())
+    child.prepare("cpu")
+    found, said = told(ANSWER)
     assert found is not None, said
     assert found["parent"] == os.getpid()
+    assert child._server._process is None
+
+
+def test_what_is_prepared_is_what_runs(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_server", child._Server())
+    child.prepare("cpu")
+    server = child._server._process
+    assert server is not None
+    found, said = told(ANSWER)
+    assert found is not None, said
+    assert found["parent"] == server.pid
+    child._server.end()
 
 
 def test_an_interruption_ends_the_program_and_its_server(told: Told, tmp_path: Path) -> None:

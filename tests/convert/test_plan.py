@@ -18,7 +18,7 @@ from convert.ledger import Plan
 from convert.plan import make_plan
 from convert.progress import QUIET
 from convert.source import open_source
-from formats.errors import RecipeError, SourceError
+from formats.errors import InputError, RecipeError, SourceError
 from formats.safetensors import TensorSpec
 from formats.verify import verify
 
@@ -262,3 +262,55 @@ def fake_checkpoint(config: dict[str, Any], specs: dict[str, TensorSpec]) -> Any
     from convert.source import Checkpoint, SourceFile
 
     return Checkpoint("x/y", "0" * 40, config, specs, (SourceFile("f", 1),), dict.fromkeys(specs, "f"), None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert"])
+def test_a_sequence_longer_than_the_table_of_positions_is_an_error_before_any_work(family: str, recipe_for: Any, tmp_path: Path) -> None:
+    """Which would end in an IndexError of the model's."""
+    folder = save_family(family, tmp_path)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    longest = config.max_position_embeddings
+    text = HEAD_KEPT.replace("      - {{match: lm_head, keep: true, why: because}}\n", "")
+    there = {} if family == "opt" else {"targets.0.format": "onnx", "targets.0.runtimes": "[onnxruntime]"}
+    fits, beyond = (
+        plan_of(recipe_for(folder, "int8-weight-only", text, **{"validation.length": str(n), "validation.tokens": str(n), **there}))
+        for n in (longest, longest + 1)
+    )
+    pipeline.require_places(fits, check=True)
+    pipeline.require_places(beyond, check=False)
+    with pytest.raises(InputError, match=rf"--set validation.length={longest + 1}: .*{longest + 1:,} tokens .* a table of {longest:,} pos"):
+        pipeline.require_places(beyond, check=True)
+    assert any(f"{longest + 1:,} tokens are longer than the {longest:,} that" in warning for warning in beyond.warnings())
+    assert not any("are longer" in warning for warning in fits.warnings())
+
+
+def test_a_sequence_longer_than_a_model_without_such_a_table_was_made_for_is_a_warning(make_llama: Any, recipe_for: Any) -> None:
+    job = plan_of(recipe_for(make_llama(), **{"validation.length": "256", "calibration.length": "300", "targets.0.kv_cache": "fp8"}))
+    pipeline.require_places(job, check=True)
+    (said,) = (warning for warning in job.warnings() if "are longer" in warning)
+    assert said.startswith("calibration.length: sequences of 300 tokens are longer than the 256 that ")
+
+
+def test_a_budget_that_a_model_cannot_meet_or_miss_is_an_error_with_its_line(recipe_for: Any, tmp_path: Path) -> None:
+    text = HEAD_KEPT.replace("      - {{match: lm_head, keep: true, why: because}}\n", "")
+    budget = {"targets.0.budget": "{perplexity_ratio: 1.1}", "targets.0.ladder": "[rtn]"}
+    with pytest.raises(
+        RecipeError, match=r"--set targets.0.budget=.*predicts no tokens, so it has no perplexity_ratio; its limits are rel"
+    ):
+        plan_of(recipe_for(save_family("bert", tmp_path), text=text, **budget))
+
+
+@pytest.mark.parametrize(
+    ("text", "split", "warned"),
+    [("{file}", None, True), ("sample", None, False), ("org/name", None, False), ("org/name", "train", True)],
+)
+def test_a_text_that_is_calibrated_on_and_compared_on_is_a_warning(
+    text: str, split: str | None, warned: bool, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    job = plan_of(recipe_for(make_llama(), **{"targets.0.kv_cache": "fp8"}))
+    same = {"text": text.format(file=tmp_path / "a.txt"), "split": split}
+    recipe = job.recipe.model_copy(
+        update={"calibration": job.calibration.model_copy(update=same), "validation": job.recipe.validation.model_copy(update=same)}
+    )
+    warnings = make_plan(recipe, job.checkpoint, job.architecture).warnings()
+    assert any("is what calibration reads" in warning for warning in warnings) == warned

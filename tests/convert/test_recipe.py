@@ -88,6 +88,20 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
         ),
         (SHORTEST + "calibration: {}\n", "r.yaml:5:1: no target has a calibrated algorithm"),
         (SHORTEST + "model: c/d\n", "r.yaml:5:1: model is given a second time"),
+        *(
+            (SHORTEST + f"    budget: {{kl_nats: 1}}\n    ladder: [rtn, {rung}]\n", f"r.yaml:6:5: rung {rung}: {why}")
+            for rung, why in {
+                "gptq+rtn": "gptq chooses the codes, so nothing can come after it",
+                "gptq+gptq": "gptq chooses the codes",
+                "smoothquant+awq": "smoothquant and awq scale the same channels; choose one",
+                "gptq+smoothquant+rtn": "gptq chooses the codes",
+            }.items()
+        ),
+        (SHORTEST + "    budget: {kl_nats: 1, choices: [keep, keep]}\n", "r.yaml:5:26: keep is there twice"),
+        (
+            SHORTEST + "    rules: [{match: linear, scheme: int8-weight-only-g32, algorithm: {gptq: {static_groups: false}}}]\n",
+            "r.yaml:5:13: gptq: groups whose scales are taken on the way need columns in their places; add activation_order: false",
+        ),
         (SHORTEST.replace("w8a8", "../w8a8"), "r.yaml:3:5: targets.0.name:"),
         (SHORTEST + "validation: {tokens: 16, length: 64}\n", "r.yaml:5:1: tokens (16) must be at least length (64)"),
         ("targets: [}", "r.yaml:1:11: not valid YAML"),

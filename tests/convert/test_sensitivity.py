@@ -19,7 +19,7 @@ from convert.ledger import Plan
 from convert.pipeline import plan
 from convert.progress import QUIET
 from convert.reference import Reference
-from convert.sensitivity import Trial, groups_of, in_words, measure, round_trials
+from convert.sensitivity import Trial, groups_of, in_words, measure, round_trials, sensitivity_of
 from convert.text import load_tokenizer, take_tokens
 from formats.errors import InputError
 from formats.scheme import SCHEMES
@@ -245,3 +245,16 @@ def test_a_model_without_logits_is_refused(recipe_for: Any, tmp_path: Path) -> N
     with pytest.raises(InputError, match="sensitivity is measured at the logits"):
         measure(job, [], QUIET)
     assert groups_of(job)
+
+
+def test_with_no_time_the_heads_of_all_schemes_are_measured_all_the_same(make_llama: Any, recipe_for: Any) -> None:
+    """They lie in no block, so that no error there could stand for what they lose."""
+    job = plan(recipe_for(make_llama()))
+    losses, _ = sensitivity_of(job, QUIET, tokens=32, seconds=0.0)
+    assert {loss.scheme for loss in losses if loss.modules == ("lm_head",) and loss.measured} == {"int8-dynamic", "fp8-dynamic"}
+    assert len(losses) == 18
+
+
+def test_tiles_that_do_not_divide_a_layer_are_refused_before_the_walk(make_llama: Any, recipe_for: Any) -> None:
+    with pytest.raises(InputError, match=r"_proj is \d+ x \d+, which tiles of fp8-block do not divide; leave that scheme out"):
+        sensitivity_of(plan(recipe_for(make_llama())), QUIET, schemes=["int8-dynamic", "fp8-block"], tokens=32)

@@ -112,3 +112,14 @@ def test_only_what_is_quantized_alike_has_one_scale(rules: str, together: set[st
     names = {entry.tensor.name for entry in attention if entry.alongside}
     assert names == {f"model.layers.0.self_attn.{name}.weight" for name in together}
     assert all(set(entry.alongside) == names for entry in attention if entry.alongside)
+
+
+@pytest.mark.parametrize("algorithm", ["", ", algorithm: gptq"])
+def test_health_tells_of_the_scale_that_is_written(algorithm: str, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = _uneven(make_llama())
+    made = convert(recipe_for(folder, text=_text(more=algorithm)), tmp_path, check=False).artifacts[0]
+    stored, source = load_file(made.path / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name, seen in made.manifest.calibration["health"].items():
+        weight, scale = source[f"{name}.weight"].float(), stored[f"{name}.weight_scale"].float()
+        decoded = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        assert seen["errors"][0]["weight"] == pytest.approx(((decoded - weight).norm() / weight.norm()).item(), rel=1e-3)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from convert import pipeline
 from convert.source import SafetensorsReader, SourceDigests, open_source
 from formats.errors import FormatError, InputError, MachineError, SourceError
 from formats.safetensors import read_folder
@@ -128,6 +129,37 @@ def test_a_folder_that_is_wrong_is_named_with_a_remedy(make_llama: Any, break_it
     break_it(folder)
     with pytest.raises(InputError, match=expected):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("section", [{}, None, []])
+def test_an_empty_section_says_that_nothing_is_quantized(section: Any, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """transformers loads no model with one: it looks for the method in it."""
+    folder = make_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+    assert "quantization_config" not in open_source(str(folder)).config
+    kept = "[{match: linear, keep: true, why: a float}]"
+    made = pipeline.convert(recipe_for(folder, **{"targets.0.rules": kept}), tmp_path, check=False).artifacts[0].path
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("generation_config.json", "{broken", r"generation_config.json: not valid JSON \(.*\); mend it, or take it away"),
+        ("generation_config.json", "[]", r"generation_config.json is not a JSON object; mend it"),
+        ("tokenizer_config.json", '{"a": "\\ud800"}', r"tokenizer_config.json: not valid JSON"),
+        ("modules.json", "{}", "modules.json is not a JSON array"),
+    ],
+)
+def test_small_files_that_nobody_can_read_are_not_copied(
+    file: str, content: str, message: str, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    folder = make_llama()
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=message):
+        pipeline.convert(recipe_for(folder), tmp_path / "out", check=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
