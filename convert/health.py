@@ -6,6 +6,7 @@ Everything here is plain data, to four digits, taken from what calibration kept 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,10 +82,14 @@ def drift(maxima: torch.Tensor) -> float:
 def few(rows: torch.Tensor) -> torch.Tensor:
     """:data:`ROWS` of them in float32, drawn at random, the same on every device: what is evenly spaced would be the first token of a batch
     again and again."""
+    return rows[_drawn(len(rows), rows.device)].float()
+
+
+@cache
+def _drawn(count: int, device: torch.device) -> torch.Tensor:
     import torch
 
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:ROWS].sort().values
-    return rows[drawn.to(rows.device)].float()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:ROWS].sort().values.to(device)
 
 
 def lost(

@@ -77,11 +77,20 @@ class ChannelAbsMax:
 
     def update(self, x: torch.Tensor) -> None:
         if x.numel():
-            # torch.aminmax along a dimension takes six times as long as both of these
-            torch.maximum(self.value, torch.maximum(x.amax(dim=0), -x.amin(dim=0)).float(), out=self.value)
+            torch.maximum(self.value, _channel_absmax(x).float(), out=self.value)
 
     def merge(self, other: ChannelAbsMax) -> None:
         torch.maximum(self.value, other.value.to(self.value.device), out=self.value)
+
+
+def _channel_absmax(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each column of x (tokens, in), (in,)."""
+    if x.is_cuda:
+        # It reads x once; on a CPU it takes ten times as long as the two below.
+        largest: torch.Tensor = torch.linalg.vector_norm(x, torch.inf, dim=0)
+        return largest
+    # torch.aminmax along a dimension takes six times as long as both of these
+    return torch.maximum(x.amax(dim=0), -x.amin(dim=0))
 
 
 class ChannelMean:

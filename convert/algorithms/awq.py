@@ -42,5 +42,5 @@ def search_scales(
     """The exponent whose scales leave the smallest output error on ``inputs`` (tokens, in), a few hundred rows of X; ``input_mean`` (in,)
     is E|x|. Scales are folded as those of smoothing are. ``others`` share them and see other rows, as experts do. Exponents are tried by
     ``mapped``."""
-    candidates = {ratio: awq_scales(input_mean, ratio=ratio, channels=channels) for ratio in ratios}
+    candidates: dict[float | None, torch.Tensor] = {ratio: awq_scales(input_mean, ratio=ratio, channels=channels) for ratio in ratios}
     return search(candidates, [(inputs, weights), *others], weight_quantization, None, scale_dtype, mapped)

@@ -6,9 +6,10 @@ linear; nothing remains to do at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,72 +86,106 @@ def search_alpha(
 ) -> Search:
     """The strength whose scales leave the smallest :func:`quantized_output_errors` on ``inputs`` (tokens, in), a few hundred rows of X.
 
-    The first of equals, and no smoothing before any. Costs one product of ``inputs`` with all weights a strength. ``others`` share the
-    scales and see other rows, as experts do. Strengths are tried by ``mapped``.
+    ``alphas`` rise. The two in the middle are tried, and on from the better one until the error grows again: of the sample's 120 groups all
+    had one valley, and 3.7 of 6 were tried. The first of equals, and no smoothing before any. Costs one product of ``inputs`` with all
+    weights a strength. ``others`` share the scales and see other rows, as experts do. Strengths are tried by ``mapped``.
     """
     of_weights = _largest([*weights, *(weight for _, each in others for weight in each)])
-    candidates = {alpha: _scales(input_absmax, of_weights, alpha=alpha, channels=channels) for alpha in alphas}
-    return search(candidates, [(inputs, weights), *others], weight_quantization, activation_quantization, scale_dtype, mapped)
+    candidates: dict[float | None, torch.Tensor] = {None: torch.ones_like(of_weights)}
+    candidates |= {alpha: _scales(input_absmax, of_weights, alpha=alpha, channels=channels) for alpha in alphas}
+    trials = _Trials([(inputs, weights), *others], weight_quantization, activation_quantization, scale_dtype, mapped)
+    middle = (len(alphas) - 1) // 2
+    errors = trials.errors({alpha: candidates[alpha] for alpha in alphas[middle : middle + 2]})
+    rises = len(errors) > 1 and errors[alphas[middle + 1]] < errors[alphas[middle]]
+    onwards = [*alphas[middle + 1 :]] if rises else [*reversed(alphas[: middle + 1])]
+    untried = [None]  # beside the first step, so that two are under way
+    for best, following in pairwise(onwards):
+        errors |= trials.errors({strength: candidates[strength] for strength in (*untried, following)})
+        untried = []
+        if errors[following] > errors[best] or (rises and errors[following] == errors[best]):
+            break
+    errors |= trials.errors({strength: candidates[strength] for strength in untried})
+    return _best(candidates, errors)
 
 
 def search(
-    candidates: dict[float, torch.Tensor],
+    candidates: dict[float | None, torch.Tensor],
     shown: Sequence[Shown],
     weight_quantization: Quantization,
     activation_quantization: Quantization | None,
     scale_dtype: torch.dtype,
     mapped: Mapped = map,
 ) -> Search:
-    """The best of some scales (in,), by strength; the errors of all that is ``shown`` are added up."""
-    scales = torch.ones(shown[0][0].shape[1], device=shown[0][0].device)
-    tried = [(None, scales), *candidates.items()]
-    errors: dict[float | None, float] = dict.fromkeys((strength for strength, _ in tried), 0.0)
-    for inputs, weights in shown:
-        x = inputs.float()
+    """The best of some scales (in,), by strength, all of which are tried."""
+    tried = {None: torch.ones(shown[0][0].shape[1], device=shown[0][0].device), **candidates}
+    return _best(tried, _Trials(shown, weight_quantization, activation_quantization, scale_dtype, mapped).errors(tried))
 
-        def product(weight: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-            return x @ weight.float().T
 
-        expected = list(mapped(product, weights))
+def _best(scales: Mapping[float | None, torch.Tensor], errors: dict[float | None, float]) -> Search:
+    """The first with the smallest error, in the order of ``scales``."""
+    best = min((strength for strength in scales if strength in errors), key=lambda strength: errors[strength])
+    return Search(best, scales[best], errors)
 
-        def lost(scales: torch.Tensor, x: Any = x, weights: Any = weights, expected: Any = expected) -> torch.Tensor:
-            return quantized_output_errors(
-                x, weights, expected, scales=scales, weight_quantization=weight_quantization,
+
+class _Trials:
+    """What scales of a group are compared on: rows, with the weights that read them."""
+
+    def __init__(
+        self,
+        shown: Sequence[Shown],
+        weight_quantization: Quantization,
+        activation_quantization: Quantization | None,
+        scale_dtype: torch.dtype,
+        mapped: Mapped,
+    ) -> None:
+        self._mapped = mapped
+        self._each = []
+        for inputs, weights in shown:
+            x = inputs.float()
+            expected = list(mapped(partial(_product, x), weights))
+            energies = torch.stack([output.square().sum() for output in expected]).clamp(min=torch.finfo(torch.float32).tiny)
+            lost = partial(
+                quantized_output_errors, inputs=x, weights=weights, expected=expected, weight_quantization=weight_quantization,
                 activation_quantization=activation_quantization, scale_dtype=scale_dtype,
             )  # fmt: skip
+            self._each.append((lost, energies))
 
-        # A GPU is waited for when all of them are under way.
-        for (strength, _), error in zip(tried, list(mapped(lost, [each for _, each in tried])), strict=True):
-            errors[strength] += sum(error.tolist()) / max(len(weights), 1)
-    best: float | None = None
-    for strength, each in tried:
-        if errors[strength] < errors[best]:
-            best, scales = strength, each
-    return Search(best, scales, errors)
+    def errors(self, scales: Mapping[float | None, torch.Tensor]) -> dict[float | None, float]:
+        """Of each of ``scales`` (in,), by strength: errors as shares of the output's square, added up. Every layer of a group counts by its
+        own output, so that none is lost beside a larger one."""
+        found = dict.fromkeys(scales, 0.0)
+        for lost, energies in self._each:
+            # A GPU is waited for when all of them are under way.
+            for strength, error in zip(scales, list(self._mapped(lost, scales.values())), strict=True):
+                found[strength] += sum((error / energies).tolist()) / len(energies)
+        return found
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x @ weight.float().T
 
 
 def quantized_output_errors(
+    scales: torch.Tensor,
+    *,
     inputs: torch.Tensor,
     weights: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
-    *,
-    scales: torch.Tensor,
     weight_quantization: Quantization,
     activation_quantization: Quantization | None,
     scale_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``sum |Q(X / s) Q(W * s)^T - X W^T|**2 / sum |X W^T|**2`` of each weight (weights,); ``expected`` are the products ``X W^T``.
+    """``sum |Q(X / s) Q(W * s)^T - X W^T|**2`` of each weight (weights,); ``scales`` (in,) are s, ``expected`` the products ``X W^T``.
 
     Weights are rounded to nearest; activations, if they are quantized, with the scale of each row (or tile), whole tensors with that of
-    these rows. Every layer of a group counts by its own output, so that none is lost beside a larger one.
+    these rows.
     """
     x = _quantized(inputs.float() / scales, activation_quantization)
-    errors = [torch.zeros(0, device=inputs.device)]
+    errors = []
     for weight, output in zip(weights, expected, strict=True):
         quantized = rtn.quantize(weight.float() * scales, weight_quantization, scale_dtype=scale_dtype)
-        lost = quantized_output(x, quantized).sub_(output).square_().sum()
-        errors.append((lost / output.square().sum().clamp(min=torch.finfo(torch.float32).tiny))[None])
-    return torch.cat(errors)
+        errors.append(quantized_output(x, quantized).sub_(output).square_().sum())
+    return torch.stack(errors)
 
 
 def quantized_output(x: QTensor | torch.Tensor, weight: QTensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +96,12 @@ def test_the_searched_strength_is_the_best_tried_and_helps_with_outliers(name: s
         activation_quantization=scheme.activation, scale_dtype=torch.bfloat16,
     )  # fmt: skip
     assert min(found.errors, key=lambda strength: found.errors[strength]) == found.strength
+    absmax = x.abs().amax(dim=0)
+    every = {alpha: smoothing.smoothing_scales(absmax, weights, alpha=alpha) for alpha in smoothing.ALPHAS}
+    all_tried = smoothing.search(every, [(x, weights)], scheme.weight, scheme.activation, torch.bfloat16)
+    assert (found.strength, len(all_tried.errors)) == (all_tried.strength, 7)
+    assert torch.equal(found.scales, all_tried.scales)
+    assert found.errors.items() <= all_tried.errors.items()
     if name.startswith("int8"):
         assert found.strength is not None
         assert found.errors[found.strength] < 0.25 * found.errors[None]
@@ -138,6 +146,29 @@ def test_strengths_that_are_tried_by_several_threads_are_the_same() -> None:
         ]  # fmt: skip
     assert found[0].errors == found[1].errors
     assert torch.equal(found[0].scales, found[1].scales)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_valley_of_strengths_is_found_wherever_it_lies(best: int, count: int, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    alphas = smoothing.ALPHAS[:count]
+    best = min(best, count - 1)
+    errors = {alpha: 0.1 * max(0, abs(i - best) - flat) for i, alpha in enumerate(alphas)} | {None: 1.0}
+    tried: list[float | None] = []
+
+    def errors_of(self: Any, scales: Any) -> Any:
+        tried.extend(scales)
+        return {strength: errors[strength] for strength in scales}
+
+    monkeypatch.setattr(smoothing._Trials, "errors", errors_of)
+    found = smoothing.search_alpha(
+        torch.ones(2, 3), [torch.ones(2, 3)], input_absmax=torch.ones(3), weight_quantization=SCHEMES["int8-dynamic"].weight,
+        activation_quantization=None, scale_dtype=torch.float32, alphas=alphas,
+    )  # fmt: skip
+    assert found.strength == min(alphas, key=lambda alpha: errors[alpha])
+    assert len(tried) == len(set(tried)) <= 6
+    assert None in tried
 
 
 def test_nothing_to_gain_is_no_smoothing() -> None:
