@@ -56,6 +56,8 @@ HEALTH = "health"
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
 #: And by what it says so in the journal.
 CHANGED = {"smoothed": SMOOTHED, "corrected": "corrected: the mean of what codes lose at the output was taken out of it"}
+#: And why a layer is not smoothed although its rule asks for it.
+BARE = {"uncovered": NOTHING_FEEDS_IT, "unseen": "no token of calibration came to this expert"}
 #: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
 UNSEEN = {
     "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
@@ -400,7 +402,7 @@ class _Writer:
         seen = [self._seen(name, stats) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
         notes = [record["note"]] if record.get("note") else []
         notes += [why for word, why in CHANGED.items() if any(item.get(word) for item in seen)]
-        notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
+        notes += [f"not smoothed ({why})" for word, why in BARE.items() if any(item.get(word) for item in seen)]
         for what, words in UNSEEN.items():
             found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
             if found:

@@ -344,7 +344,9 @@ class Walk:
             return {}, {}
         entries = block.todo.again[target.name]
         smoothed, changed = solve.smooth_block(target, entries, block.stand, self._groups, self._skeleton, self._observer, self._run.hands)
-        reached = {module for module, leader in self._observer.leader.items() if leader in smoothed} | smoothed.keys()
+        # Of experts that no token came to the recipe says what to do: they are rounded, whatever feeds them.
+        known = smoothed.keys() | {leader for leader in self._observer.rounded if not self._observer.noted(leader)["tokens"]}
+        reached = {module for module, leader in self._observer.leader.items() if leader in known} | known
         self._bare += _uncovered(self._run.plan, target, entries, reached)
         return smoothed, changed
 
@@ -553,7 +555,7 @@ def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, in
 
 
 def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
-    """Layers that smoothing was asked for and did not reach. Raises :class:`RecipeError` unless their rule says to leave them."""
+    """Layers that smoothing was asked for and should have ``reached``. Raises :class:`RecipeError` unless their rule says to leave them."""
     asked = [(module, entry) for entry in entries if entry.asks(*TRANSFORMS) for module in _modules([entry])]
     bare = [(module, entry) for module, entry in asked if module not in reached]
     refused = [(module, entry) for module, entry in bare if entry.uncovered == "error"]
