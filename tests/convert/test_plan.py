@@ -158,6 +158,17 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     assert {name for group in found.groups for name in group} == set(found.linears)
 
 
+def test_a_cache_of_layers_that_are_not_alike_is_what_each_writes(tmp_path: Path) -> None:
+    """Of Gemma 4, whose layers have heads of two sizes, and the last of which read what others wrote."""
+    folder = save_family("gemma4", tmp_path)
+    checkpoint = open_source(str(folder))
+    found = describe(checkpoint.config, checkpoint.tensors)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    written = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+    assert found.cache_bytes_per_token == written / 5
+
+
 def test_a_transposed_weight_is_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:
     with pytest.raises(RecipeError, match=r"c_attn.weight cannot be int8-dynamic: its weight is stored transposed"):
         plan_of(recipe_for(save_family("gpt2", tmp_path)))
