@@ -474,4 +474,4 @@ def _cache_bytes(config: Any) -> int | None:
         return None
     sizes = [getattr(layer, "head_dim", None) or config.hidden_size // count for layer, count in zip(each, heads, strict=True)]
     of_kv = [getattr(layer, "num_key_value_heads", None) or count for layer, count in zip(each, heads, strict=True)]
-    return sum(2 * count * size * 2 for count, size in zip(of_kv, sizes, strict=True))
+    return int(sum(2 * count * size * 2 for count, size in zip(of_kv, sizes, strict=True)))
