@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -568,6 +569,18 @@ def require_free(folder: Path, source: Checkpoint) -> None:
     if not os.path.lexists(folder) or (folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir())):
         return
     raise InputError(f"{folder} is there, and not an artifact of octavo's that a new one could replace; move it, or choose another --out")
+
+
+def require_writable(out: Path, name: str) -> None:
+    """Raises :class:`InputError` where no artifact of that name could be written in ``out``, which need not be there yet: in a file or a
+    folder that takes none, or under a name that is too long. Leaves nothing."""
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(out / f".{name}.partial" / "model-00001-of-00001.safetensors")
+        existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"{out}: nothing can be written there ({error.strerror}); choose another --out") from None
 
 
 def _keep_freed_memory() -> None:
