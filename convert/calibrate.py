@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.crew import Crew, crew
+from convert.lanes import HELD_TOKENS
 from convert.ledger import Entry, TargetPlan
 from convert.observe import NO_STATS, Stats
 from convert.respell import lacks_cache, takes_input_scale
@@ -153,7 +154,7 @@ def statistics_bytes(plan: Plan, workers: int) -> int:
             held = min(sum(experts), max(budget // 4, *experts, 0)) if experts else 0
             # Between passes over experts the block is there as it was, beside what smoothing made of it.
             before = sum(entry.tensor.elements for entry in target.quantized if entry.within(block)) if held < sum(experts) else 0
-            rows = workers * int(plan.calibration.length)
+            rows = workers * max(int(plan.calibration.length), HELD_TOKENS)
             together = sum(squares) - sum(experts) + held
             largest = max(largest, 4 * (together + 3 * sum(squares[:workers]) + rows * sum(read.values()) + before))
     return largest
