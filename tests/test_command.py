@@ -118,14 +118,14 @@ command.main()
 
 
 @pytest.mark.parametrize(
-    ("form", "loaded"), [("compressed-tensors", "loaded torch transformers"), ("onnx", "loaded onnx_ir torch transformers")]
+    ("form", "runtime", "loaded"),
+    [("compressed-tensors", "transformers", "torch transformers"), ("onnx", "onnxruntime", "onnx_ir torch transformers")],
 )
-def test_a_plan_loads_what_its_recipe_uses(make_llama: Any, tmp_path: Path, form: str, loaded: str) -> None:
-    wanted = {"torch", "transformers", "onnx_ir", "onnxscript"}
-    job = recipe(tmp_path, make_llama()).rename(tmp_path / "other.yaml")
-    job.write_text(job.read_text().replace("compressed-tensors", form))
-    program = LOADED.replace("{wanted}", repr(wanted))
-    done = subprocess.run([sys.executable, "-c", program, "plan", str(job)], capture_output=True, text=True, check=False)
+def test_a_plan_loads_what_its_recipe_uses(make_llama: Any, tmp_path: Path, form: str, runtime: str, loaded: str) -> None:
+    program = LOADED.replace("{wanted}", repr({"torch", "transformers", "onnx_ir", "onnxscript"}))
+    overrides = ("--set", f"targets.0.format={form}", "--set", f"targets.0.runtimes=[{runtime}]")
+    command = [sys.executable, "-c", program, "plan", str(recipe(tmp_path, make_llama())), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == [f"loaded {loaded}"], done.stderr
 
 
@@ -140,10 +140,11 @@ def test_a_command_ends_without_taking_apart_what_it_imported() -> None:
 def test_what_was_registered_for_the_end_is_done_and_what_was_printed_arrives() -> None:
     tell = "import atexit; from convert import command; command.run = lambda: (atexit.register(print, 'registered'), print('said'), 3)[2]"
     command = [sys.executable, "-c", f"{tell}; command.main()"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     assert done.returncode == 120
     assert "No space left" in done.stderr
 
