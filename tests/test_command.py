@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,21 @@ def test_doctor_names_versions_devices_and_runtimes() -> None:
     found = json.loads(octavo("doctor", "--json").stdout)
     assert found["versions"]["torch"][0].isdigit()
     assert found["runtimes"]["transformers"].startswith("loads compressed-tensors, fp8")
+
+
+def test_doctor_says_what_is_compiled_whenever_a_command_starts(tmp_path: Path) -> None:
+    def bytecode(**variables: str) -> str:
+        program = "from convert.doctor import _bytecode; print(_bytecode())"
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **variables}).stdout.strip()
+
+    elsewhere = {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert bytecode(**elsewhere) == "kept"
+    said = bytecode(**elsewhere, PYTHONDONTWRITEBYTECODE="1")
+    assert said.startswith("not kept of torch, sympy, transformers, which are compiled"), said
+    folders = [str(Path(str(find_spec(name).origin)).parent) for name in ("torch", "sympy", "transformers")]  # type: ignore[union-attr]
+    assert said.endswith(f"; run: {sys.executable} -m compileall -q {' '.join(folders)}")
 
 
 @pytest.mark.slow
