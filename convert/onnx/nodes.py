@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from convert.onnx.stored import Stored
 from formats.onnx_graph import DATA_TYPES, DOMAINS, Initializer, Pack
-from formats.scheme import Scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: The domain of ONNX Runtime's own operators.
 ORT = DOMAINS[1]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A parameter of the model as it lies on disk: ``name`` of its tensor, (in, out) of a linear layer; ``scheme`` of codes, whose scales
-    are called ``scale`` and ``input_scale``. With ``block_size`` they lie as MatMulNBits reads them, of ``columns`` input features.
-    ``transposed``: of one without a scheme, that it lies (in, out) and the source has it (out, in)."""
-
-    name: str
-    scheme: Scheme | None = None
-    scale: str = ""
-    input_scale: str = ""
-    block_size: int = 0
-    columns: int = 0
-    transposed: bool = False
 
 
 def packs_of(modules: Sequence[str], stored: Mapping[str, Stored]) -> list[Pack]:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from convert.loading import Skeleton
-from convert.onnx.nodes import Nodes, Stored
+from convert.onnx.nodes import Nodes
+from convert.onnx.stored import DECODER, ENCODER, WHOLE, Placed, Traced
 from formats.dtypes import DTYPES
 from formats.errors import FormatError
-from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, PAIR, Initializer
+from formats.onnx_graph import DATA_TYPES, DOMAINS, IR_VERSION, OPSET, Initializer
 
 if TYPE_CHECKING:
     import torch
@@ -36,37 +37,6 @@ if TYPE_CHECKING:
 _TEXT = ("input_ids", "attention_mask", "token_type_ids")
 #: Sizes of what is traced with: no two alike, and none of 1, which torch.export takes for a constant.
 _BATCH, _LENGTH, _WRITTEN, _PAST = 2, 11, 3, 5
-
-
-#: What an encoder-decoder's graphs are called, beside :data:`WHOLE`, which any other model's is.
-WHOLE, (ENCODER, DECODER) = "model", PAIR
-
-
-@dataclass(frozen=True)
-class Traced:
-    """``graph``: an onnx.proto3 model without weights, in which a parameter is an input of the name that the model has for it.
-    ``parameters``: of each that the graph computes with, the tensor of the checkpoint that it is. ``dtype``: F32 or F16, of its floats.
-    ``name``: what its file is called."""
-
-    graph: bytes
-    parameters: Mapping[str, str]
-    dtype: str
-    name: str = WHOLE
-
-    @property
-    def tensors(self) -> frozenset[str]:
-        """The checkpoint's tensors that the graph computes with."""
-        return frozenset(self.parameters.values())
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A tensor of the checkpoint as it lies on disk. ``product``: as a linear layer multiplies with it; ``plain``: as everything else reads
-    it, None where it is there as codes alone. ``columns``: the checkpoint has it as (in, out)."""
-
-    product: Stored
-    plain: Stored | None
-    columns: bool = False
 
 
 def trace(checkpoint: Checkpoint, *, dtype: str, trust_remote_code: bool) -> tuple[Traced, ...]:

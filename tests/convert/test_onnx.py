@@ -25,7 +25,8 @@ from convert import pipeline
 from convert.export import export as export_plan
 from convert.numbers import compare
 from convert.onnx.families import FAMILIES as KNOWN
-from convert.onnx.nodes import Nodes, Stored
+from convert.onnx.nodes import Nodes
+from convert.onnx.stored import Stored
 from convert.progress import QUIET
 from convert.runtimes import RUNTIMES
 from convert.runtimes.onnxruntime import main as run_program
