@@ -867,9 +867,7 @@ def _load(text: str, file: str, where: dict[Path_, str]) -> Any:
 def _construct(node: Node, file: str, path: Path_, where: dict[Path_, str], budget: Iterator[int], above: frozenset[int]) -> Any:
     here = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
     if next(budget, None) is None:
-        raise RecipeError(
-            f"{here}: the recipe unfolds to more than {MAX_NODES:,} values; its anchors repeat each other too often, or it has too many rules"
-        )
+        raise RecipeError(f"{here}: the recipe unfolds to more than {MAX_NODES:,} values: repeated anchors, or too many rules")
     if id(node) in above:
         raise RecipeError(f"{here}: this anchor contains itself")
     above = above | {id(node)}

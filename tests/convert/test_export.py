@@ -354,7 +354,7 @@ def test_a_file_that_is_too_large_for_its_place_is_no_traceback(make_llama: Make
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, was[1]))
     try:
-        with pytest.raises(MachineError, match="no file so large can be written there, .* lower max_shard_size, or choose another --out"):
+        with pytest.raises(MachineError, match=r"no file so large can be written there, .* lower max_shard_size, or choose another --out"):
             pipeline.convert(recipe_for(model), tmp_path / "out", check=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, was)
