@@ -193,7 +193,7 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
         return None
     named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        parsed = parse_config(config)
         with torch.device("meta"):
             if named and named[0] is not None:
                 return named[0]._from_config(parsed)
@@ -204,6 +204,14 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
         raise SourceError(
             f"{where}: transformers cannot build a {model_type} from it ({type(error).__name__}: {_one_line(error)})"
         ) from None
+
+
+def parse_config(config: Mapping[str, Any]) -> Any:
+    """A config.json by its class in transformers, which spells an infinite float as an object of its own (Mamba's ``time_step_limit``)."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
 
 
 def _one_line(error: Exception) -> str:
@@ -455,11 +463,15 @@ def _observe(model: Any) -> tuple[tuple[tuple[str, ...], ...] | None, tuple[Atte
 
 
 def _cache_bytes(config: Any) -> int | None:
-    """Bytes of keys and values a token adds, in 16 bit: 2 x layers x kv heads x head size x 2."""
-    heads = getattr(config, "num_attention_heads", None)
+    """Bytes of keys and values a token adds, in 16 bit: 2 x kv heads x head size x 2 of each layer with a cache of its own. Layers need not
+    be alike (Gemma 4)."""
     layers = getattr(config, "num_hidden_layers", None)
-    hidden = getattr(config, "hidden_size", None)
-    if not (heads and layers and hidden):
+    if not (layers and getattr(config, "hidden_size", None)):
         return None
-    size = getattr(config, "head_dim", None) or hidden // heads
-    return int(2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * size * 2)
+    each = list(getattr(config, "per_layer_config", None) or [config] * layers)[: layers - getattr(config, "num_kv_shared_layers", 0)]
+    heads = [getattr(layer, "num_attention_heads", None) or 0 for layer in each]
+    if not all(heads):
+        return None
+    sizes = [getattr(layer, "head_dim", None) or config.hidden_size // count for layer, count in zip(each, heads, strict=True)]
+    of_kv = [getattr(layer, "num_key_value_heads", None) or count for layer, count in zip(each, heads, strict=True)]
+    return int(sum(2 * count * size * 2 for count, size in zip(of_kv, sizes, strict=True)))

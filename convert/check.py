@@ -30,6 +30,7 @@ from convert.child import prepare, request, run
 from convert.divergence import compare_logits, compare_states
 from convert.intervals import drop, undecided
 from convert.lanes import WHOLE_SHARE, whole_bytes
+from convert.leash import leashed
 from convert.pictures import load_processor, take_pictures
 from convert.progress import Progress
 from convert.recipe import Recipe, Target
@@ -413,7 +414,7 @@ def _look(path: Path, recipe: Recipe, target: Target, source: _Source, progress:
 
 
 def _check_promises(path: Path) -> Check:
-    done = subprocess.run([sys.executable, "-m", "formats.verify", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(leashed([sys.executable, "-m", "formats.verify", str(path)]), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return at_most("promises", math.inf, 0, "broken", last_lines(done.stderr))
     findings = [item for item in json.loads(done.stdout)["findings"] if item["severity"] == "error"]

@@ -17,6 +17,7 @@ from typing import Any
 
 from convert.ailments import explain, last_lines
 from convert.environments import COMMAND, Environment, surroundings
+from convert.leash import leashed
 from convert.recipe import Recipe
 from formats.errors import MachineError
 
@@ -89,7 +90,7 @@ def _variables(environment: Environment | None) -> dict[str, str]:
 
 def _alone(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
     """A command's exit code (negative: the signal that killed it) and what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    done = subprocess.run(leashed(command), capture_output=True, text=True, check=False, env=variables)
     return done.returncode, done.stdout + done.stderr
 
 

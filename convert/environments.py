@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from convert.leash import leashed
 from convert.progress import Progress
 from formats.errors import BusyError, MachineError
 
@@ -262,7 +263,8 @@ def _step(name: str, command: Sequence[str | Path], log: Path, variables: Mappin
     with log.open("a") as stream:
         stream.write(f"$ {' '.join(map(str, command))}\n")
         stream.flush()
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, env=surroundings() | dict(variables or {}))
+        env = surroundings() | dict(variables or {})
+        done = subprocess.run(leashed(command), stdout=stream, stderr=subprocess.STDOUT, check=False, env=env)
     if done.returncode != 0:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         complaint = next((line for line in lines if line.startswith(("ERROR:", "npm error"))), lines[-1])

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,8 @@ HEALTH = "health"
 SMOOTHED = "smoothed: divided by what the layers that read it are multiplied by"
 #: And by what it says so in the journal.
 CHANGED = {"smoothed": SMOOTHED, "corrected": "corrected: the mean of what codes lose at the output was taken out of it"}
+#: And why a layer is not smoothed although its rule asks for it.
+BARE = {"uncovered": NOTHING_FEEDS_IT, "unseen": "no token of calibration came to this expert"}
 #: In the ledger, what was done about experts that too few tokens came to (:meth:`convert.observe.Observer.noted`).
 UNSEEN = {
     "shown_all_tokens": "an expert that calibration brought too few tokens: it was shown all of its layer",
@@ -400,7 +403,7 @@ class _Writer:
         seen = [self._seen(name, stats) for name in (entry.tensor.name, *(entry.module(part) for part in entry.parts))]
         notes = [record["note"]] if record.get("note") else []
         notes += [why for word, why in CHANGED.items() if any(item.get(word) for item in seen)]
-        notes += [f"not smoothed ({NOTHING_FEEDS_IT})"] if any(item.get("uncovered") for item in seen) else []
+        notes += [f"not smoothed ({why})" for word, why in BARE.items() if any(item.get(word) for item in seen)]
         for what, words in UNSEEN.items():
             found = [entry.module(part) for part in entry.parts if self._seen(entry.module(part), stats).get(what)] if entry.scheme else []
             if found:
@@ -566,6 +569,18 @@ def require_free(folder: Path, source: Checkpoint) -> None:
     if not os.path.lexists(folder) or (folder / MANIFEST).is_file() or (folder.is_dir() and not any(folder.iterdir())):
         return
     raise InputError(f"{folder} is there, and not an artifact of octavo's that a new one could replace; move it, or choose another --out")
+
+
+def require_writable(out: Path, name: str) -> None:
+    """Raises :class:`InputError` where no artifact of that name could be written in ``out``, which need not be there yet: in a file or a
+    folder that takes none, or under a name that is too long. Leaves nothing."""
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(out / f".{name}.partial" / "model-00001-of-00001.safetensors")
+        existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"{out}: nothing can be written there ({error.strerror}); choose another --out") from None
 
 
 def _keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ import traceback
 from typing import Any
 
 from convert.imports import uncollected
+from convert.leash import end_with
 
 #: What every program here imports anyway, so that none holds more than in a process that it began itself.
 SHARED = ("transformers", "transformers.modeling_utils", "transformers.generation", "transformers.models.auto", "convert.source")
@@ -57,9 +58,11 @@ def main(*arguments: str) -> None:
         if not _gpu_survives():
             sys.exit("an import has begun a GPU")
     try:
+        server = os.getpid()
         for line in sys.stdin:
             pid = os.fork()
             if pid == 0:
+                end_with(server)
                 answers.close()
                 _become(json.loads(line))
             print(pid, file=answers, flush=True)

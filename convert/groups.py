@@ -51,8 +51,9 @@ class Group:
 def find_groups(stand: Stand, likely: tuple[Group, ...] = (), experts: Mapping[str, Place] | None = None) -> tuple[Group, ...]:
     """The groups of a block, in the order in which their consumers are called. Runs its first batch a few times; leaves it as it was.
 
-    ``likely``: those of a block before it. Where they all hold here too they are only proved anew, all at once, on the shortest that the
-    stand has (:attr:`convert.lanes.Stand.sample`); to find groups takes a batch, for a channel that is zero at every token tells nothing.
+    ``likely``: those of a block before it with parameters of the same names and shapes. Where they all hold here too they are only proved
+    anew, all at once, on the shortest that the stand has (:attr:`convert.lanes.Stand.sample`); to find groups takes a batch, for a channel
+    that is zero at every token tells nothing.
     The block computes in the dtype of its parameters, whatever that of the lane: float32 tells a scale from rounding where bfloat16 does
     not. ``experts`` of the block (:meth:`convert.loading.Skeleton.experts_in`) are consumers and producers like linears; it is proved on
     those that tokens go to.

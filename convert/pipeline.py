@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
 from convert.datasets import is_hub_id, pin
-from convert.export import Artifact, Like, cores, export, partial_bytes, require_free, writing
+from convert.export import Artifact, Like, cores, export, partial_bytes, require_free, require_writable, writing
 from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
@@ -30,14 +31,14 @@ from convert.progress import QUIET, Progress
 from convert.quantize import working_bytes
 from convert.ranges import observe
 from convert.recipe import LADDER, Recipe, Target, parse_recipe, reads_calibration
-from convert.recover import training_bytes
+from convert.recover import generated_tokens, training_bytes
 from convert.report import NO_LOOK, Look, Report, manifest_digest, plain_json, read_report, report_path
 from convert.rotate import rotate, rotation_bytes
 from convert.ruined import Passes, all_instead, spare
 from convert.sensitivity import measured_on
 from convert.source import Checkpoint, SourceDigests, open_source, require_sidecars
 from convert.tasks import require_tasks
-from convert.text import load_tokenizer, take_held_out
+from convert.text import SAMPLES, TEXTS, load_tokenizer, take_held_out
 from formats.errors import FormatError, InputError, MachineError, RecipeError
 from formats.manifest import CARD, MANIFEST, read_manifest
 from formats.safetensors import json_bytes
@@ -51,13 +52,24 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a conversion needs of the machine, and what the machine has; ``check_memory_bytes`` is 0 without a check."""
+    """What a conversion needs of the machine, and what the machine has; ``check_memory_bytes`` is 0 without a check. ``asked``: what a
+    number of the recipe takes alone, with its place and the number."""
 
     memory_bytes: int
     check_memory_bytes: int
     memory_free_bytes: int
     disk_bytes: int
     disk_free_bytes: int
+    asked: tuple[Asked, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Memory, or with ``of`` disk, that a number of the recipe takes alone. ``where``: its place and what it comes to, in words."""
+
+    where: str
+    size_bytes: int
+    of: str = "memory"
 
 
 @dataclass(frozen=True)
@@ -82,10 +94,16 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def require_places(job: Plan, *, check: bool) -> None:
-    """Raises :class:`InputError`, with the line of the recipe, where sequences are longer than the model's table of positions."""
+    """Raises :class:`InputError`, with the line of the recipe, where sequences are longer than the model's table of positions, or answers
+    than anything it reads."""
     if job.architecture is None or job.architecture.reads != "input_ids" or job.architecture.context_length is None:
         return
     longest = job.architecture.context_length
+    if check and job.recipe.validation.prompts is not None and (asked := job.recipe.validation.answer_tokens) > longest:
+        raise InputError(
+            f"{job.recipe.where('validation', 'answer_tokens')}: validation.answer_tokens: {asked:,} tokens are to be written, and "
+            f"{job.checkpoint.origin} reads no more than {longest:,}; ask for fewer"
+        )
     # OPT's and BART's tables begin with two rows for no position.
     tables = [entry.tensor.shape[0] for entry in job.targets[0].entries if entry.kind == "embedding"]
     tables = [rows for rows in tables if rows in (longest, longest + 2)]
@@ -107,6 +125,8 @@ def require_files(job: Plan, *, check: bool) -> None:
     if check:
         named += [("validation", key, said) for key in ("text", "images", "prompts") if (said := getattr(recipe.validation, key))]
     for section, key, said in named:
+        if key == "text":
+            _require_length(job, section, said)
         if said == "sample" or (key != "prompts" and is_hub_id(said)):
             continue
         try:
@@ -118,6 +138,23 @@ def require_files(job: Plan, *, check: bool) -> None:
             raise InputError(f"{recipe.where(section, key)}: {section}.{key}: {said} cannot be read ({why}){hint}") from None
     if job.checkpoint.folder is not None:
         require_sidecars(job.checkpoint.folder, job.checkpoint.origin)
+
+
+def _require_length(job: Plan, section: str, said: str) -> None:
+    """Raises :class:`InputError` where a file of text has too few bytes for the tokens that are asked of it, with which reading it ends."""
+    path = TEXTS / SAMPLES[section][0] if said == "sample" else Path(said)
+    if path.suffix == ".parquet" or not path.is_file():
+        return
+    settings = job.calibration
+    count, what = job.recipe.validation.tokens, "tokens"
+    if section == "calibration":
+        count, what = (settings.sequences, "documents") if settings.documents else (settings.tokens, "tokens")
+    # No tokenizer makes more tokens of a text than it has bytes; each sequence of two or more has one that begins it.
+    if count > 2 * (size := path.stat().st_size):
+        where = job.recipe.where(section)
+        raise InputError(
+            f"{where}: {section}: {count:,} {what} are asked of {said}, which has {size:,} bytes; give a longer text or ask for fewer"
+        )
 
 
 def require_rungs(job: Plan) -> None:
@@ -164,6 +201,7 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     turning = rotation_bytes(plan.checkpoint, cores())
     memory = BASE_BYTES + turning + working_bytes(plan.targets, cores(), gpu=device != "cpu")
     free = psutil.virtual_memory().available
+    asked: list[Asked] = []
     wide = plan.recipe.validation.reference == "float32"
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = plan.calibration.tokens
@@ -174,6 +212,11 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         memory = max(
             memory, *(BASE_BYTES + training_bytes(plan, target, walked, free_bytes=free, device=device) for target in plan.targets)
         )
+        asked.append(Asked(f"{plan.recipe.where('calibration')}: calibration.sequences x length: {tokens:,} tokens", sizes.lane_bytes))
+        for target in plan.targets:
+            if written := generated_tokens(plan, target):
+                where = plan.recipe.where("targets", [item.name for item in plan.recipe.targets].index(target.name), "rules")
+                asked.append(Asked(f"{where}: recover.generated: {written:,} tokens that the source writes", 16 * written))
     check_memory = 0
     if check:
         check_memory = BASE_BYTES + whole_bytes(plan.checkpoint, wide=wide)
@@ -186,13 +229,22 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
         entries = [entry for target in plan.targets for entry in target.entries]
         width = max((entry.tensor.shape[0] for entry in entries if entry.kind == "head"), default=0)
         width = width or max((entry.tensor.matrix_shape[1] for entry in entries if entry.kind == "embedding"), default=0)
-        disk += 2 * plan.recipe.validation.tokens * width * 4
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    return Needs(memory, check_memory, free, disk, shutil.disk_usage(existing).free)
+        compared = plan.recipe.validation.tokens
+        asked.append(
+            Asked(f"{plan.recipe.where('validation')}: validation.tokens: logits of {compared:,} tokens", 8 * compared * width, "disk")
+        )
+        disk += asked[-1].size_bytes
+    existing = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    return Needs(memory, check_memory, free, disk, shutil.disk_usage(existing).free, tuple(asked))
 
 
 def require(found: Needs, out: Path) -> None:
-    """Raises :class:`MachineError` when the machine cannot carry the job, before any work."""
+    """Raises :class:`MachineError` when the machine cannot carry the job, before any work, and :class:`InputError` where one number of the
+    recipe asks for more than all there is."""
+    for each in found.asked:
+        free = found.memory_free_bytes if each.of == "memory" else found.disk_free_bytes
+        if each.size_bytes > free:
+            raise InputError(f"{each.where} take {each.size_bytes / 1e9:.2f} GB of {each.of}, {free / 1e9:.2f} are free; ask for fewer")
     if found.disk_bytes > found.disk_free_bytes:
         raise MachineError(
             f"{out}: {found.disk_bytes / 1e9:.2f} GB of disk are needed, {found.disk_free_bytes / 1e9:.2f} are free; "
@@ -470,8 +522,10 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
     require_rungs(job)
     for target in job.recipe.targets:
         require_free(out / target.name, job.checkpoint)
+        require_writable(out, target.name)
     for warning in job.warnings():
         progress.say(f"warning: {warning}")
+    require(needs(job, out, check=check, device=device), out)
     compared_on = _require_comparable(job) if check else {}
     for target in job.recipe.targets if check else ():
         require_runtimes(target)
@@ -482,7 +536,6 @@ def _require_all(job: Plan, out: Path, progress: Progress, *, check: bool, devic
         for reader in read:
             with tempfile.TemporaryDirectory(prefix="octavo-text-") as scratch:
                 calibration_tokens(reader, Path(scratch))
-    require(needs(job, out, check=check, device=device), out)
     return compared_on
 
 

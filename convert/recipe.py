@@ -802,6 +802,14 @@ def _cross_check(recipe: Recipe) -> None:
                 f"{where}: lm-evaluation-harness runs {target.name} in {' or '.join(HARNESSED)}, and it names neither; add one, or leave "
                 "validation.tasks out"
             )
+        for j, rule in enumerate(target.rules):
+            for recover in (step.recover for step in rule.algorithm if step.recover):
+                there = (recipe.calibration or Calibration()).sequences + recover.generated
+                if recover.batch > max(there, Recover().batch):
+                    raise RecipeError(
+                        f"{recipe.where('targets', i, 'rules', j, 'algorithm')}: recover.batch: {recover.batch:,} sequences in a step, and "
+                        f"there are {there:,} (calibration.sequences and recover.generated); ask for fewer"
+                    )
     if recipe.push and recipe.push.layout == "repos" and len(recipe.targets) > 1 and "{target}" not in recipe.push.repo:
         raise RecipeError(
             f"{recipe.where('push', 'repo')}: {len(recipe.targets)} targets cannot share one repo so; write {{target}} into its name, "

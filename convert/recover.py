@@ -584,6 +584,12 @@ def needed_bytes(plan: Plan, target: TargetPlan, device: str) -> int:
     return 4 * floats
 
 
+def generated_tokens(plan: Plan, target: TargetPlan) -> int:
+    """How many tokens the source writes itself to train a target on."""
+    asked = {step.recover.generated for entry in target.quantized if (step := entry.asks("recover")) and step.recover}
+    return max(asked, default=0) * plan.calibration.length
+
+
 def training_bytes(plan: Plan, target: TargetPlan, walked_bytes: int, *, free_bytes: int, device: str) -> int:
     """Memory of the host that training takes, 0 where there is none: :func:`needed_bytes`, or of a block, beside ``walked_bytes`` of the
     walk, another walk, and six copies of its weights. On a GPU the host has what was solved, in float32 and as codes."""

@@ -320,10 +320,15 @@ def _told(entry: Entry, name: str, known: Known) -> dict[str, Any]:
     told: dict[str, Any] = dict(known.observer.noted(leader))
     asked, smoothed = entry.asks(*TRANSFORMS), known.smoothed.get(leader)
     if asked:
-        told |= {"alpha" if asked.smoothquant else "ratio": smoothed.strength} if smoothed else {"uncovered": 1.0}
+        told |= {"alpha" if asked.smoothquant else "ratio": smoothed.strength} if smoothed else {_bare(told): 1.0}
     if smoothed and smoothed.told_by == name:
         told["fold"] = smoothed.fold.record()
     return told
+
+
+def _bare(noted: Mapping[str, float]) -> str:
+    """Why an input was not smoothed: nothing that feeds it was found, or it is that of an expert that no token came to."""
+    return "unseen" if noted.get("tokens") == 0 else "uncovered"
 
 
 def _by_rounding(entry: Entry, names: Sequence[str], weights: Sequence[torch.Tensor], known: Known) -> list[Chosen]:

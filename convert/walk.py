@@ -99,12 +99,13 @@ class _Todo:
 @dataclass(frozen=True)
 class _Block:
     """A block that was seen, while its targets are worked on one after the other. ``teacher``: the same one of the source, where something
-    is trained block by block. ``narrow``: the dtypes of parameters that are widened meanwhile; ``as_seen``: what parameters were when
-    inputs were seen, where further passes need it."""
+    is trained block by block. ``groups``: what scales together, where anything is smoothed. ``narrow``: the dtypes of parameters that are
+    widened meanwhile; ``as_seen``: what parameters were when inputs were seen, where further passes need it."""
 
     stand: Stand
     teacher: Stand | None
     todo: _Todo
+    groups: Sequence[groups.Group]
     narrow: Mapping[Any, torch.dtype]
     as_seen: Mapping[Any, torch.Tensor]
 
@@ -130,7 +131,8 @@ class Walk:
             target.name: [entry for entry in by_histogram(target.quantized) if set(_modules([entry])) & set(self._outside)]
             for target in targets
         }
-        self._groups: tuple[groups.Group, ...] = ()
+        # By names and shapes of parameters: blocks need not be alike, and where they alternate each has its like.
+        self._groups: dict[tuple[tuple[str, torch.Size], ...], tuple[groups.Group, ...]] = {}
         self._ranges: list[CacheRanges] = []
         self._limits: dict[str, dict[str, Limit]] = {target.name: {} for target in targets}
         self._looked: dict[str, dict[str, Any]] = {target.name: {} for target in targets}
@@ -228,9 +230,12 @@ class Walk:
             of_block = stand.module.parameters() if todo.passes else ()
             as_seen = {p: p.data.clone() if todo.wide and p.dtype == torch.float32 else p.data for p in of_block}
             narrow = _widen(stand.module) if todo.wide else {}
+            found: tuple[groups.Group, ...] = ()
             if todo.smoothing:
-                self._groups = groups.find_groups(stand, self._groups, self._skeleton.experts_in(stand.name))
-        block = _Block(stand, teacher, todo, narrow, as_seen)
+                shapes = tuple((name, parameter.shape) for name, parameter in stand.module.named_parameters())
+                found = groups.find_groups(stand, self._groups.get(shapes, ()), self._skeleton.experts_in(stand.name))
+                self._groups[shapes] = found
+        block = _Block(stand, teacher, todo, found, narrow, as_seen)
         for target in self._targets:
             yield from self._work_for(target, block)
         for parameter, dtype in narrow.items():
@@ -344,8 +349,10 @@ class Walk:
         if not block.todo.smoothing:
             return {}, {}
         entries = block.todo.again[target.name]
-        smoothed, changed = solve.smooth_block(target, entries, block.stand, self._groups, self._skeleton, self._observer, self._run.hands)
-        reached = {module for module, leader in self._observer.leader.items() if leader in smoothed} | smoothed.keys()
+        smoothed, changed = solve.smooth_block(target, entries, block.stand, block.groups, self._skeleton, self._observer, self._run.hands)
+        # Of experts that no token came to the recipe says what to do: they are rounded, whatever feeds them.
+        known = smoothed.keys() | {leader for leader in self._observer.rounded if not self._observer.noted(leader)["tokens"]}
+        reached = {module for module, leader in self._observer.leader.items() if leader in known} | known
         self._bare += _uncovered(self._run.plan, target, entries, reached)
         return smoothed, changed
 
@@ -554,7 +561,7 @@ def _look(item: tuple[Entry, str], *, skeleton: Skeleton, observer: Observer, in
 
 
 def _uncovered(plan: Plan, target: TargetPlan, entries: Iterable[Entry], reached: Collection[str]) -> list[str]:
-    """Layers that smoothing was asked for and did not reach. Raises :class:`RecipeError` unless their rule says to leave them."""
+    """Layers that smoothing was asked for and should have ``reached``. Raises :class:`RecipeError` unless their rule says to leave them."""
     asked = [(module, entry) for entry in entries if entry.asks(*TRANSFORMS) for module in _modules([entry])]
     bare = [(module, entry) for module, entry in asked if module not in reached]
     refused = [(module, entry) for module, entry in bare if entry.uncovered == "error"]

@@ -78,12 +78,67 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+#: Of blocks that are not alike: other widths; heads of two sizes, and keys of another block; and an infinite float in its config.
+UNEVEN: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gemma3n": (
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            **SMALL,
+            **GQA,
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "intermediate_size": [96, 64, 128],
+            "layer_types": ["full_attention"] * 3,
+            "activation_sparsity_pattern": [0.0] * 3,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 300,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+        },
+    ),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            **SMALL,
+            **FFN,
+            **GQA,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "vocab_size_per_layer_input": 300,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **SMALL,
+            **FFN,
+            **GQA,
+            "num_hidden_layers": 4,
+            "hybrid_override_pattern": "M*-M",
+            "head_dim": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+        },
+    ),
+}
+
+
 def save_family(name: str, folder: Path) -> Path:
     """Saves a random model of a family in bfloat16 and returns its folder."""
     import torch
     import transformers
 
-    model_class, config_class, settings = FAMILIES[name]
+    model_class, config_class, settings = (FAMILIES | UNEVEN)[name]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).to(torch.bfloat16)
     model.save_pretrained(folder / name)

@@ -442,6 +442,22 @@ def test_an_expert_without_tokens_is_smoothed_with_the_others_or_named(tmp_path:
     assert max(item.worst for item in compare(made.path, open_source(str(source)), threads=1)) <= 1
 
 
+def test_an_expert_without_tokens_is_not_blamed_on_what_feeds_it(tmp_path: Path) -> None:
+    """``unseen_experts: round`` says what becomes of it, so ``uncovered`` need not; a layer that nothing feeds is refused beside it."""
+    source = starved(tmp_path)
+    text = RECIPE.replace("rules: [", "rules: [{{match: '*.experts.*', scheme: {scheme}, algorithm: [awq, rtn]}}, ")
+    job = text.format(
+        model=source, runtime="transformers", hardware="", scheme="int8-weight-only", algorithm="rtn", more=", unseen_experts: round"
+    )
+    made = converted(parse_recipe(job, "test.yaml", name="test"), tmp_path / "out")
+    notes = {entry["tensor"]: entry.get("note", "") for entry in made.manifest.ledger}
+    bare = {name for name, note in notes.items() if "not smoothed (no token of calibration came to this expert)" in note}
+    assert bare == {f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (2, 3)}
+    assert not [name for name, note in notes.items() if "nothing was found that feeds it" in note]
+    with pytest.raises(RecipeError, match=r"awq does not reach model.layers.0.self_attn.o_proj: nothing was found"):
+        converted(recipe(source, "int8-weight-only", "[awq, rtn]", more=", unseen_experts: round"), tmp_path / "refused")
+
+
 VLLM = """
 model: {model}
 targets:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KILLED
+from conftest import KILLED, Make
 from safetensors.torch import load_file, save_file
 
 from convert import export as export_module
@@ -346,3 +346,16 @@ def test_peak_memory_does_not_grow_with_the_tensor(make_llama: Any, tmp_path: Pa
     text = f"model: {folder}\ntargets: [{{name: q, format: compressed-tensors}}]\n"
     done = subprocess.run([sys.executable, "-c", program, text, str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 < 65_000_000
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/sys/x", "/dev/full/x", "file", "file/a/b", "x" * 300, "y/" * 2100, "locked/a"])
+def test_where_nothing_can_be_written_is_said_before_any_work(out: str, make_llama: Make, recipe_for: Any, tmp_path: Path) -> None:
+    if out == "locked/a" and os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir(mode=0o500)
+    where = tmp_path / out
+    with pytest.raises(InputError, match=r"nothing can be written there \(.*\); choose another --out$") as failed:
+        pipeline.convert(recipe_for(make_llama()), where)
+    assert str(failed.value).startswith(str(where))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]

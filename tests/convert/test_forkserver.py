@@ -112,6 +112,26 @@ def test_what_a_dead_server_leaves_behind_is_ended_before_it_is_run_again(told: 
     _has_ended(first)
 
 
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_program_ends_with_whoever_asked_even_when_killed_with_its_server(forked: bool, told: Told, tmp_path: Path) -> None:
+    """Also where it never looks whether anybody is there."""
+    begun = tmp_path / "begun"
+    body = f"Path('{begun}.new').write_text(str(os.getpid())); os.rename('{begun}.new', '{begun}'); time.sleep(600)"
+    asking = os.fork()
+    if asking == 0:
+        told(body, forked=forked)
+        os._exit(0)
+    while not begun.exists():
+        time.sleep(0.05)
+    program = int(begun.read_text())
+    above = int(re.search(r"PPid:\t(\d+)", Path(f"/proc/{program}/status").read_text()).group(1))  # type: ignore[union-attr]
+    assert (above == asking) is not forked
+    for pid in {above, asking}:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(asking, 0)
+    _has_ended(program)
+
+
 @pytest.mark.gpu
 def test_a_program_computes_on_a_gpu_behind_the_fork(told: Told) -> None:
     compute = "import torch; found = torch.ones(2, device='cuda').sum().item()"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import Make
 from families import FAMILIES, save_family
 
 from convert import pipeline
@@ -17,6 +18,7 @@ from convert.export import export
 from convert.ledger import Plan
 from convert.plan import make_plan
 from convert.progress import QUIET
+from convert.recipe import parse_recipe
 from convert.source import open_source
 from formats.errors import InputError, RecipeError, SourceError
 from formats.safetensors import TensorSpec
@@ -156,6 +158,60 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     }
     assert found.groups is not None
     assert {name for group in found.groups for name in group} == set(found.linears)
+
+
+def test_a_cache_of_layers_that_are_not_alike_is_what_each_writes(tmp_path: Path) -> None:
+    """Of Gemma 4, whose layers have heads of two sizes, and the last of which read what others wrote."""
+    folder = save_family("gemma4", tmp_path)
+    checkpoint = open_source(str(folder))
+    found = describe(checkpoint.config, checkpoint.tensors)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    written = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+    assert found.cache_bytes_per_token == written / 5
+
+
+ENORMOUS = 10**12
+
+
+@pytest.mark.parametrize(
+    ("calibration", "validation", "algorithm", "message"),
+    [
+        ({"sequences": ENORMOUS}, {}, "gptq", "512,000,.* tokens are asked of sample, which has 149,928 bytes"),
+        ({"length": ENORMOUS}, {}, "gptq", "tokens are asked of sample"),
+        (
+            {"sequences": ENORMOUS, "text": "few.jsonl", "documents": True},
+            {},
+            "gptq",
+            "documents are asked of few.jsonl, which has 11 bytes",
+        ),
+        (
+            {"sequences": ENORMOUS, "text": "few.parquet"},
+            {},
+            "gptq",
+            "calibration.sequences x length: 512,.* GB of memory, .* ask for fewer",
+        ),
+        ({}, {"tokens": ENORMOUS}, "gptq", "validation: 1,000,.* tokens are asked of sample, which has 162,702 bytes"),
+        ({}, {"tokens": ENORMOUS, "text": "few.parquet"}, "gptq", "logits of 1,000,.* GB of disk, .* ask for fewer"),
+        ({}, {"prompts": "few.jsonl", "answer_tokens": ENORMOUS}, "gptq", "1,000,.* are to be written, and .* reads no more than 256"),
+        ({}, {}, "[rtn, recover: {batch: 1000000000000}]", "recover.batch: 1,000,.* there are 32 "),
+        ({}, {}, "[rtn, recover: {generated: 1000000000000}]", "recover.generated: 512,.* GB of memory, .* ask for fewer"),
+    ],
+)
+def test_enormous_numbers_are_refused_before_any_work(
+    calibration: Any, validation: Any, algorithm: str, message: str, make_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama()
+    monkeypatch.chdir(tmp_path)
+    for name in ("few.jsonl", "few.parquet"):
+        Path(name).write_text('{"text": 1}')
+    text = json.dumps({"calibration": calibration, "validation": validation, "model": str(model)})[1:-1]
+    rule = f"{{match: linear, scheme: int8-weight-only, algorithm: {algorithm}}}"
+    text = f"{{{text}, targets: [{{name: q, format: compressed-tensors, rules: [{rule}]}}]}}"
+    with pytest.raises(InputError, match=message) as failed:
+        pipeline.convert(parse_recipe(text, "r.yaml", name="r"), tmp_path / "out")
+    assert re.match(r"r.yaml:1:\d+: ", str(failed.value))
+    assert failed.value.exit_code == 2
 
 
 def test_a_transposed_weight_is_refused_by_name(tmp_path: Path, recipe_for: Any) -> None:

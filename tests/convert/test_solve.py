@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Make
-from families import save_family
+from conftest import Make, save_tokenizer
+from families import UNEVEN, save_family
 
+from convert.architecture import build
+from convert.folds import read_fold
+from convert.numbers import compare
 from convert.pipeline import convert, plan
 from convert.recipe import parse_recipe
+from convert.source import open_source
 from convert.text import load_tokenizer, take_tokens
 from formats.errors import RecipeError
 from formats.verify import verify
@@ -134,6 +138,25 @@ def test_biases_of_a_model_with_some_are_corrected_and_others_left(tmp_path: Pat
     job = plan(_recipe(save_family("qwen2", tmp_path), "[rtn, bias_correction]"))
     assert {entry.algorithm for entry in job.targets[0].quantized} == {"rtn+bias_correction"}
     assert json.dumps(job.targets[0].ledger())
+
+
+@pytest.mark.parametrize("family", sorted(UNEVEN))
+def test_blocks_that_are_not_alike_are_smoothed_each_by_its_own_widths(family: str, tmp_path: Path) -> None:
+    source = save_family(family, tmp_path)
+    save_tokenizer(source, 300)
+    text = RECIPE.replace("match: linear", "match: '*.layers.*_proj'").format(
+        model=source, scheme="int8-dynamic", algorithm="[{smoothquant: {alpha: 0.5, uncovered: leave}}, rtn]"
+    )
+    made = convert(parse_recipe(text, "r.yaml", name="r"), tmp_path / "out", check=False).artifacts[0]
+    widths = {fold["producer"]: len(fold["rows"]) for fold in map(vars, map(read_fold, made.manifest.calibration["folds"]))}
+    with torch.device("meta"):
+        model = build(open_source(str(source)).config, folder=None, trust_remote_code=False)
+    rows = {name: len(module.weight) for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    assert widths == {name: rows[name] for name in widths}
+    if family != "nemotron_h":
+        assert {f"model.layers.{i}.mlp.up_proj" for i in range(model.config.num_hidden_layers)} <= widths.keys()
+        assert len({widths[name] for name in widths if name.endswith(".up_proj")}) > 1
+    assert max(item.worst for item in compare(made.path, open_source(str(source)), threads=1)) <= 1
 
 
 def _set_biases(folder: Path) -> None:
