@@ -145,6 +145,10 @@ def test_a_rotated_mixture_is_quantized_and_passes(tmp_path: Path) -> None:
     outcome = convert(_recipe(folder, scheme="int8-weight-only", algorithm="[{smoothquant: {alpha: 0.5}}, gptq]"), tmp_path / "out")
     assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
     assert outcome.reports[0].runtimes[0].divergence.kl_nats < 0.02
+    card = (outcome.artifacts[0].path / "README.md").read_text()
+    assert "quantized already" not in card, "turned and smoothed is not quantized"
+    assert "; 4 tensors smoothed: divided by" in card
+    assert "14 tensors rotated (R1)" in card or "tensors rotated (" in card
 
 
 def test_a_rotated_source_becomes_a_graph(make_llama: Any, tmp_path: Path) -> None:
@@ -238,3 +242,12 @@ def test_a_model_whose_stream_does_not_turn_is_refused_by_name(family: str, mess
     save: Callable[..., Path] = save_family
     with pytest.raises(RecipeError, match=message):
         plan(_recipe(save(family, tmp_path)))
+
+
+def test_an_encoder_decoder_is_not_rotated(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 300}
+    T5ForConditionalGeneration(T5Config(**settings)).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"r.yaml:2:1: T5ForConditionalGeneration writes beside what it reads"):
+        plan(_recipe(tmp_path))
