@@ -11,7 +11,7 @@ from convert.crew import Crew, crew
 from convert.ledger import Entry, TargetPlan
 from convert.observe import NO_STATS, Stats
 from convert.respell import lacks_cache, takes_input_scale
-from formats.errors import NumericsError
+from formats.errors import InputError, NumericsError
 from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
@@ -195,9 +195,21 @@ def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], d
     wanted: dict[str, Any] = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:
         documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
+        require_known(plan, max(int(document.max()) for document in documents))
         return [torch.from_numpy(document) for document in documents], record
     tokens, record = take_tokens(settings.text, tokenizer, purpose="calibration", **wanted)
+    require_known(plan, int(tokens.max()))
     return list(torch.from_numpy(tokens)), record
+
+
+def require_known(plan: Plan, largest: int) -> None:
+    """Raises :class:`InputError` where a text has a token that no embedding has a row for: the tokenizer is another model's."""
+    rows = max((entry.tensor.shape[0] for entry in plan.targets[0].entries if entry.kind == "embedding"), default=largest + 1)
+    if largest >= rows:
+        raise InputError(
+            f"{plan.checkpoint.origin}: its tokenizer makes token {largest:,} of a text, and its embedding has {rows:,} rows; "
+            "put the tokenizer of this model beside its weights"
+        )
 
 
 def _source_scales(plan: Plan) -> dict[str, float]:
