@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.crew import Crew, crew
+from convert.lanes import HELD_TOKENS
 from convert.ledger import Entry, TargetPlan
 from convert.observe import NO_STATS, Stats
 from convert.respell import lacks_cache, takes_input_scale
@@ -134,7 +135,8 @@ def alike(plan: Plan, other: Plan) -> frozenset[str]:
 
 def statistics_bytes(plan: Plan, workers: int) -> int:
     """What the Hessians of one block take, of its experts no more than ``expert_hessians`` allows, three more for each that is factorised,
-    and what the linears of a batch have read, for each of the workers; in float32. Of the experts of a layer a batch is counted once."""
+    and what the linears have read of the batches that each of the workers holds; in float32. Of the experts of a layer a batch is counted
+    once."""
     assert plan.architecture is not None
     leaders = {module: group[0] for group in plan.architecture.groups or () for module in group}
     budget, largest = int(plan.calibration.expert_hessians), 0
@@ -153,7 +155,7 @@ def statistics_bytes(plan: Plan, workers: int) -> int:
             held = min(sum(experts), max(budget // 4, *experts, 0)) if experts else 0
             # Between passes over experts the block is there as it was, beside what smoothing made of it.
             before = sum(entry.tensor.elements for entry in target.quantized if entry.within(block)) if held < sum(experts) else 0
-            rows = workers * int(plan.calibration.length)
+            rows = min(plan.calibration.tokens, workers * max(int(plan.calibration.length), HELD_TOKENS))
             together = sum(squares) - sum(experts) + held
             largest = max(largest, 4 * (together + 3 * sum(squares[:workers]) + rows * sum(read.values()) + before))
     return largest

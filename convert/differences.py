@@ -15,6 +15,8 @@ from functools import partial
 from threading import local
 from typing import TYPE_CHECKING
 
+from convert.integers import Packed, codes_of, largest
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,24 +27,13 @@ MOST_WRONG = 0.1
 _TINY = 1e-30
 
 
-def pays(device: str) -> bool:
-    """Whether products in INT8 are the faster ones."""
-    import torch
-
-    from convert.hardware import cpu_tag, instructions
-
-    return device == "cpu" and cpu_tag(instructions()) != "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
-
 @dataclass
 class _Layer:
-    """``codes`` (out, in), int8 as oneDNN packs it, times ``scale`` (out,) is its weight. ``seen``: of each batch what went in, what came
-    out and how often torch had written into both; ``wrong``: see :data:`MOST_WRONG`, None while no one has looked."""
+    """``packed``: its weight rounded to INT8. ``seen``: of each batch what went in, what came out and how often torch had written into
+    both; ``wrong``: see :data:`MOST_WRONG`, None while no one has looked."""
 
     module: torch.nn.Linear
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zeros: torch.Tensor
+    packed: Packed
     seen: dict[int, list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]] = field(default_factory=dict)
     wrong: float | None = None
 
@@ -67,7 +58,7 @@ class Differences:
         self._now = local()
         found = {f"{prefix}.{name}": module for name, module in block.named_modules() if on and type(module) is torch.nn.Linear}
         rounded = hands.map(_rounded, [module.weight.detach() for module in found.values()])
-        self._layers = {name: _Layer(module, *codes) for (name, module), codes in zip(found.items(), rounded, strict=True)}
+        self._layers = {name: _Layer(module, packed) for (name, module), packed in zip(found.items(), rounded, strict=True)}
 
     @property
     def wrong(self) -> list[float]:
@@ -135,9 +126,7 @@ class Differences:
             return y
         if layer.wrong is None and not now.look:
             return torch.nn.functional.linear(x, layer.module.weight, layer.module.bias)
-        product = torch.ops.onednn.qlinear_pointwise.default(
-            codes, 1.0, 128, layer.codes, layer.scale, layer.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        ).view(y.shape)
+        product = layer.packed.product(codes).view(y.shape)
         out: torch.Tensor = torch.addcmul(y, product, steps, out=product)
         if layer.wrong is None:
             exact = torch.nn.functional.linear(x - was, layer.module.weight)
@@ -148,21 +137,18 @@ class Differences:
 
 
 def _codes(difference: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Of (1, tokens, in), which is overwritten: (tokens, in), uint8 with zero at 128, or None where all is zero, and a step a token
+    """Of (1, tokens, in) float32, which is overwritten: (tokens, in), uint8 with zero at 128, or None where all is zero, and a step a token
     (1, tokens, 1)."""
-    import torch
-
-    largest = difference.abs().amax(-1, keepdim=True)
-    steps = largest.clamp(min=_TINY * 127).div_(127)
-    if not largest.any():
+    most = largest(difference)
+    steps = most.clamp(min=_TINY * 127).div_(127)
+    if not most.any():
         return None, steps
-    return torch.addcdiv(steps.new_tensor(128.5), difference, steps, out=difference)[0].to(torch.uint8), steps
+    return codes_of(difference.div_(steps)[0]), steps
 
 
-def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a weight (out, in): codes, their scale and their zeros, see :class:`_Layer`."""
+def _rounded(weight: torch.Tensor) -> Packed:
+    """Of a weight (out, in)."""
     import torch
 
     scale = weight.abs().amax(1, keepdim=True).clamp_(min=_TINY) / 127
-    codes = torch.ops.onednn.qlinear_prepack.default((weight / scale).round_().to(torch.int8), None)
-    return codes, scale[:, 0].clone(), torch.zeros(len(weight), dtype=torch.int64)
+    return Packed.of((weight / scale).round_().to(torch.int8), scale)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Elements of the output head that are converted to the model's dtype at once.
 HEAD_SLAB_ELEMENTS = 1 << 25
+#: Tokens of short sequences that a thread takes through a block before what an observer saw is added up, by all threads together.
+HELD_TOKENS = 2048
 #: What of the memory that is free a lane may take.
 LANE_SHARE = 0.5
 #: A model that takes more than this of the memory that is free does not run whole.
@@ -40,8 +42,8 @@ WHOLE_SHARE = 0.8
 @dataclass
 class Stand:
     """All batches standing before a block, whose weights are in ``module``: whoever drives the walk may hook and change them, and run the
-    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane. ``_probe``: where the walk has one,
-    its place behind them."""
+    batches as often as it likes. ``arguments``: those of each batch's call, as they lie in the lane. ``_held``: of how many batches a
+    thread may hold what an observer sees. ``_probe``: where the walk has one, its place behind them."""
 
     name: str
     module: Any
@@ -49,6 +51,7 @@ class Stand:
     _run: Callable[..., Any]
     _keep: Callable[[Any], Any]
     _crew: Crew
+    _held: int = 1
     _outputs: list[Any] = field(default_factory=list)
     _made: Iterator[Any] | None = None
     _probe: int | None = None
@@ -56,9 +59,9 @@ class Stand:
     def run(self, *, keep: bool, observer: Observer | None = None) -> None:
         """Runs every batch through the block as it is now; what comes out is what the next block sees if ``keep``, else forgotten.
 
-        As many batches at once as the crew has threads. ``observer`` is handed what each has seen in the order of the batches, before any
-        later one begins, so that no more than these inputs are held. With an ``observer`` and without ``keep``, later batches run no
-        further than to the last input that the first ones showed.
+        As many batches at once as the crew has threads. ``observer`` is handed what each has seen in the order of the batches, of a few
+        before any later one begins, so that no more than their inputs are held. With an ``observer`` and without ``keep``, later batches
+        run no further than to the last input that the first ones showed.
         """
         import torch
 
@@ -71,7 +74,7 @@ class Stand:
                 output = self._run(i)
             return self._keep(output) if keep else None, seen
 
-        step = self._crew.count if observer else count
+        step = self._crew.count * self._held if observer else count
         for start in range(0, count, step):
             outputs, seen = zip(*self._crew.map(one, range(start, min(start + step, count))), strict=True)
             if keep:
@@ -127,6 +130,7 @@ def walk(
     at_head: bool = False,
     probe: Mapping[str, Any] | None = None,
     crew: Crew = Crew(),  # noqa: B008  a frozen record
+    held: int = 1,
 ) -> Generator[Stand, None, None]:
     """Yields every block in the order of call, with all batches before it; what the caller has not run with ``keep`` is then run.
 
@@ -137,7 +141,8 @@ def walk(
     each batch; without it the walk ends behind the last block, and the output head is never read. With ``at_head`` a head is
     yielded behind the blocks too, and lies where hidden states do. ``probe``: the beginning of a batch, which goes along to the last block,
     through what becomes of each, and is in no statistics (:attr:`Stand.sample`). Of ``crew`` each thread takes a batch
-    through the block; greenlets, and with them all other code of the model, stay in the caller's.
+    through the block; greenlets, and with them all other code of the model, stay in the caller's. ``held``: of how many batches each may
+    hold what an observer sees.
 
     Raises :class:`MachineError` when batches do not call the blocks in one order, :class:`SourceError` when the model has no blocks,
     :class:`NumericsError` for a block with a weight that is not finite.
@@ -165,7 +170,7 @@ def walk(
             if seen < len(blocks):
                 ahead.begin(blocks[seen])
             run = partial(lockstep.run, name, home if name == head else device)
-            stand = Stand(name, model.get_submodule(name), lockstep.arguments(), run, lambda out: _mapped(out, park), crew)
+            stand = Stand(name, model.get_submodule(name), lockstep.arguments(), run, lambda out: _mapped(out, park), crew, held)
             stand._probe = lockstep.probe
             yield stand
             if not stand.kept:

@@ -102,11 +102,14 @@ def watch_cache(batches: list[dict[str, Any]]) -> list[CacheRanges]:
 
 @dataclass(frozen=True)
 class Shown:
-    """An input (..., in) as a module was handed it, and how often it had been written to by then."""
+    """What an input (..., in) of ``dtype`` was reduced to when a module was handed it, by kind of accumulator. ``factor``: what a Hessian
+    multiplies, which may be the input itself, and how often it had been written to by then."""
 
     leader: str
-    x: torch.Tensor
-    version: int
+    tokens: int
+    dtype: torch.dtype
+    reduced: Mapping[str, Any]
+    factor: tuple[torch.Tensor, int] | None
 
 
 class _Enough(BaseException):
@@ -278,8 +281,8 @@ class Observer:
                 self._only = None
 
     def take(self, batches: Sequence[list[Shown]], crew: Crew) -> None:
-        """Adds what batches have shown, one after the other, to every accumulator; the crew shares out accumulators, and parts of them.
-        The lists are empty then, so that whatever else still knows one holds no inputs.
+        """Adds what batches have shown, one after the other, to every accumulator; the crew shares out what Hessians multiply. The lists
+        are empty then, so that whatever else still knows one holds no inputs.
 
         Raises :class:`MachineError` for an input that the model has overwritten since.
         """
@@ -287,28 +290,26 @@ class Observer:
 
         from convert.statistics import multiplies_bfloat16, sixteen_bit_factors
 
-        inputs: dict[str, list[torch.Tensor]] = {}
+        factors: dict[tuple[str, bool], list[torch.Tensor]] = {}
         for shown in (shown for batch in batches for shown in batch):
-            if shown.x._version != shown.version:
-                raise MachineError(f"{shown.leader}: the model overwrites what this layer reads, so that nothing can be known of it")
-            inputs.setdefault(shown.leader, []).append(shown.x)
-        parts: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
-        of_halves: list[tuple[Callable[[torch.Tensor], None], list[torch.Tensor]]] = []
-        for leader, each in inputs.items():
-            rows = [x.reshape(-1, x.shape[-1]) for x in each]
-            self._tokens[leader] += sum(map(len, rows))
-            for kind in self._seen[leader]:
-                accumulator = self._seen[leader][kind] = self._seen[leader][kind] or _begun(kind, rows[0])
-                if kind == "rows":
-                    parts.append((accumulator.update, [sequence for x in each for sequence in (x if x.dim() == 3 else [x])]))
-                elif kind == "hessian":
-                    into = of_halves if all(x.dtype == torch.bfloat16 and not x.is_cuda for x in rows) else parts
-                    into += [(part, rows) for part in accumulator.parts()]
-                else:
-                    parts.append((accumulator.update, rows))
-        for products, context in ((parts, nullcontext()), (of_halves, sixteen_bit_factors() if multiplies_bfloat16() else nullcontext())):
-            with context:
-                for _ in crew.map(lambda item: [item[0](rows) for rows in item[1]], products):
+            self._tokens[shown.leader] += shown.tokens
+            for kind, reduced in shown.reduced.items():
+                self._seen[shown.leader][kind].add(reduced)
+            if shown.factor:
+                x, version = shown.factor
+                if x._version != version:
+                    raise MachineError(f"{shown.leader}: the model overwrites what this layer reads, so that nothing can be known of it")
+                halves = shown.dtype == torch.bfloat16 and not x.is_cuda and multiplies_bfloat16()
+                factors.setdefault((shown.leader, halves), []).append(x)
+        for halves in (False, True):
+            parts = [
+                (part, each)
+                for (leader, of_halves), each in factors.items()
+                if of_halves == halves
+                for part in self._seen[leader]["hessian"].parts()
+            ]
+            with sixteen_bit_factors() if halves else nullcontext():
+                for _ in crew.map(lambda item: [item[0](x) for x in item[1]], parts):
                     pass
         for batch in batches:
             batch.clear()
@@ -316,9 +317,32 @@ class Observer:
     def _feed(self, leader: str, x: torch.Tensor) -> None:
         seen = getattr(self._thread, "seen", None)
         if seen is not None and (self._only is None or leader in self._only):
-            seen.append(Shown(leader, x, x._version))
+            seen.append(self._shown(leader, x))
             if len(seen) == self._thread.enough:
                 raise _Enough
+
+    def _shown(self, leader: str, x: torch.Tensor) -> Shown:
+        """Reduced in the thread that runs the batch, while the input is near, so that it need not be kept."""
+        import torch
+
+        from convert.statistics import OfChannels
+
+        rows = x.reshape(-1, x.shape[-1])
+        kinds, reduced = self._seen[leader], dict[str, Any]()
+        factor = largest = None
+        for kind in kinds:
+            accumulator = kinds[kind] = kinds[kind] or _begun(kind, rows)
+            if not len(rows):
+                continue
+            if kind == "hessian":
+                factor = accumulator.reduce(rows)
+            elif isinstance(accumulator, OfChannels):
+                largest = reduced[kind] = accumulator.reduce(rows) if largest is None else largest
+            elif kind == "rows":
+                reduced[kind] = torch.cat([accumulator.reduce(sequence) for sequence in (x if x.dim() == 3 else [x])])
+            else:
+                reduced[kind] = accumulator.reduce(rows)
+        return Shown(leader, len(rows), x.dtype, reduced, None if factor is None else (factor, factor._version))
 
 
 def _begun(kind: str, x: torch.Tensor) -> Any:

@@ -441,8 +441,9 @@ class _Pass:
         import torch
 
         from convert.crew import crew
-        from convert.differences import Differences, pays
+        from convert.differences import Differences
         from convert.export import cores, one_thread
+        from convert.integers import pays
         from convert.lanes import place_for, walk
 
         assert self._plan.architecture is not None

@@ -20,7 +20,7 @@ from convert import groups, health, solve
 from convert.ailments import explain
 from convert.algorithms import TRANSFORMS
 from convert.crew import Crew
-from convert.lanes import place_for, walk
+from convert.lanes import HELD_TOKENS, place_for, walk
 from convert.ledger import RESPELL, Entry, TargetPlan
 from convert.loading import Skeleton
 from convert.observe import CacheRanges, Limit, Observer, Shown, Stats, watch_cache
@@ -169,6 +169,7 @@ class Walk:
         run, observer, plan = self._run, self._observer, self._run.plan
         batches = self._batches()
         way: dict[str, Any] = {"device": run.device, "place": self._place(), "scratch": run.scratch, "crew": run.hands}
+        way["held"] = max(1, HELD_TOKENS // int(plan.calibration.length)) if run.device == "cpu" else 1
         shown: list[Shown] = []
 
         def finish(*_: object) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from convert.crew import Crew
-from convert.differences import Differences, _codes, pays
+from convert.differences import Differences, _codes
+from convert.integers import pays
 
 pytestmark = pytest.mark.skipif(not pays("cpu"), reason="this processor does not multiply INT8 faster than float32")
 TOKENS = 13

@@ -14,7 +14,7 @@ from families import save_family
 from convert.algorithms import rtn
 from convert.algorithms.smoothing import fake_quantize
 from convert.crew import Crew
-from convert.differences import pays
+from convert.integers import pays
 from convert.ledger import Plan
 from convert.pipeline import plan
 from convert.progress import QUIET
@@ -64,7 +64,7 @@ def _tokens(folder: Path) -> torch.Tensor:
 def test_each_group_loses_what_the_plain_model_loses_with_it_rounded(
     tied: bool, int8: bool, make_llama: Any, recipe_for: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("convert.differences.pays", lambda _: int8)
+    monkeypatch.setattr("convert.integers.pays", lambda _: int8)
     folder = make_llama(tie_word_embeddings=tied)
     job = plan(recipe_for(folder))
     trials = round_trials(job, ["int8-dynamic", "fp8-dynamic"])

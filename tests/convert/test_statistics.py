@@ -79,12 +79,13 @@ def test_a_histogram_has_the_percentiles_of_numpy(percentile: float) -> None:
 def test_what_is_not_finite_stays_visible() -> None:
     x = torch.ones(4, 3)
     x[2, 1] = float("nan")
-    largest, channels, histogram = statistics.AbsMax(), statistics.ChannelAbsMax(3), statistics.Histogram()
-    for observer in (largest, channels, histogram):
-        observer.update(x)
-    assert largest.value.isnan()
-    assert channels.value.isnan().tolist() == [False, True, False]
-    assert not statistics.magnitudes()[histogram.counts > 0].isfinite().all()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        largest, channels, histogram = statistics.AbsMax(), statistics.ChannelAbsMax(3), statistics.Histogram()
+        for observer in (largest, channels, histogram):
+            observer.update(x.to(dtype))
+        assert largest.value.isnan()
+        assert channels.value.isnan().tolist() == [False, True, False]
+        assert not statistics.magnitudes()[histogram.counts > 0].isfinite().all()
 
 
 def test_rows_are_spaced_over_each_update() -> None:
@@ -116,23 +117,25 @@ def test_an_observer_multiplies_inputs_of_bfloat16_alone_by_their_instructions(
     dtype: str, has: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from convert.crew import Crew
-    from convert.observe import Observer, Shown
+    from convert.observe import Observer
 
     seen: list[tuple[int, str]] = []
-    update = statistics.Hessian._update
+    update = statistics.Hessian._add
 
     def spy(self: Any, panel: slice, x: torch.Tensor) -> None:
         seen.append((len(x), torch.backends.mkldnn.matmul.fp32_precision))
         update(self, panel, x)
 
-    monkeypatch.setattr(statistics.Hessian, "_update", spy)
+    monkeypatch.setattr(statistics.Hessian, "_add", spy)
     monkeypatch.setattr(statistics, "multiplies_bfloat16", lambda: has)
     model = torch.nn.Module()
     model.layer, model.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     observer = Observer(SimpleNamespace(model=model, experts={}), None)  # type: ignore[arg-type]
     observer.want(["layer", "other"], "hessian")
-    read = {"layer": inputs((5, 4), dtype=getattr(torch, dtype)), "other": inputs((6, 4))}
-    observer.take([[Shown(leader, x, x._version) for leader, x in read.items()]], Crew())
+    with observer.watching() as shown, torch.no_grad():
+        model.layer.to(getattr(torch, dtype))(inputs((5, 4), dtype=getattr(torch, dtype)))
+        model.other(inputs((6, 4)))
+    observer.take([shown], Crew())
     assert sorted(seen) == [(5, expected), (6, "none")]
 
 
