@@ -145,10 +145,6 @@ def test_a_rotated_mixture_is_quantized_and_passes(tmp_path: Path) -> None:
     outcome = convert(_recipe(folder, scheme="int8-weight-only", algorithm="[{smoothquant: {alpha: 0.5}}, gptq]"), tmp_path / "out")
     assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
     assert outcome.reports[0].runtimes[0].divergence.kl_nats < 0.02
-    card = (outcome.artifacts[0].path / "README.md").read_text()
-    assert "quantized already" not in card, "turned and smoothed is not quantized"
-    assert "; 4 tensors smoothed: divided by" in card
-    assert "14 tensors rotated (R1)" in card or "tensors rotated (" in card
 
 
 def test_a_rotated_source_becomes_a_graph(make_llama: Any, tmp_path: Path) -> None:
@@ -216,6 +212,11 @@ def test_rotation_goes_together_with_smoothing_gptq_and_static_scales(make_llama
     outcome = convert(_recipe(folder, scheme="int8-static", algorithm="[{smoothquant: {alpha: 0.5}}, gptq]"), tmp_path)
     assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
     assert outcome.reports[0].runtimes[0].divergence.kl_nats < 0.02
+    card = (outcome.artifacts[0].path / "README.md").read_text()
+    assert "quantized already" not in card, "turned and smoothed is not quantized"
+    assert "What was done to them beside that: " in card
+    assert " tensors smoothed: divided by" in card
+    assert " tensors rotated (R1" in card
 
 
 def test_a_wrong_turn_is_found_before_anything_is_written(make_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
