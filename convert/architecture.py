@@ -73,7 +73,7 @@ class Architecture:
     ``skipped``: the patterns it leaves alone unless told which. ``begun_outside``: the linear modules whose weight transformers reaches for
     through the module around them when it loads. ``predicts``: it predicts next tokens; ``reads``: what it is given,
     ``input_ids`` or ``pixel_values``; ``encoder_decoder``: it writes about what it has read. ``blocks``: the modules it is a stack of, in
-    order; what flows between them has ``hidden_size`` features.
+    order; what flows between them has ``hidden_size`` features. ``token_rows``: of the embedding of tokens, None where that is no table.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Architecture:
     encoder_decoder: bool = False
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
+    token_rows: int | None = None
     misshapen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -156,6 +157,7 @@ def describe(
         begun_outside=_begun_outside(model),
         blocks=blocks_of(model),
         hidden_size=getattr(text_config, "hidden_size", None),
+        token_rows=_token_rows(model),
         predicts=bool(model.can_generate()),
         reads=str(model.main_input_name),
         encoder_decoder=bool(model.config.is_encoder_decoder and model.can_generate()),
@@ -169,6 +171,14 @@ def describe(
             and not (parameters[name].parts and parameters[name].kind == "expert" and sorted(shape) == sorted(tensors[name].shape))
         },
     )
+
+
+def _token_rows(model: Any) -> int | None:
+    try:
+        found = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # of what reads no tokens
+        return None
+    return found if isinstance(found, int) else None
 
 
 def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:

@@ -205,9 +205,9 @@ def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], d
 
 
 def require_known(plan: Plan, largest: int) -> None:
-    """Raises :class:`InputError` where a text has a token that no embedding has a row for: the tokenizer is another model's."""
-    rows = max((entry.tensor.shape[0] for entry in plan.targets[0].entries if entry.kind == "embedding"), default=largest + 1)
-    if largest >= rows:
+    """Raises :class:`InputError` where a text has a token for which the embedding has no row: the tokenizer is another model's."""
+    rows = plan.architecture.token_rows if plan.architecture is not None else None
+    if rows is not None and largest >= rows:
         raise InputError(
             f"{plan.checkpoint.origin}: its tokenizer makes token {largest:,} of a text, and its embedding has {rows:,} rows; "
             "put the tokenizer of this model beside its weights"

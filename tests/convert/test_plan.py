@@ -163,6 +163,7 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     found = describe(checkpoint.config, checkpoint.tensors)
     model = getattr(transformers, found.name).from_pretrained(folder, dtype="auto")
     assert found.missing == ()
+    assert found.token_rows == model.get_input_embeddings().num_embeddings == 300
     assert not [name for name, parameter in found.parameters.items() if parameter.kind == "unused"]
     head = model.get_output_embeddings()
     assert (found.head is None) == (head is None)
