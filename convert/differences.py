@@ -15,7 +15,7 @@ from functools import partial
 from threading import local
 from typing import TYPE_CHECKING
 
-from convert.integers import Packed, codes_of, largest
+from convert.integers import MOST_INPUTS, Packed, codes_of, largest
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,8 @@ class Differences:
         import torch
 
         self._now = local()
-        found = {f"{prefix}.{name}": module for name, module in block.named_modules() if on and type(module) is torch.nn.Linear}
+        linear = {f"{prefix}.{name}": module for name, module in block.named_modules() if on and type(module) is torch.nn.Linear}
+        found = {name: module for name, module in linear.items() if module.in_features <= MOST_INPUTS}
         rounded = hands.map(_rounded, [module.weight.detach() for module in found.values()])
         self._layers = {name: _Layer(module, packed) for (name, module), packed in zip(found.items(), rounded, strict=True)}
 

@@ -43,7 +43,8 @@ class Packed:
         """Of ``values`` (out, in) int8 and ``scale`` (out, 1)."""
         import torch
 
-        codes = torch.ops.onednn.qlinear_prepack.default(values, None)
+        # What lies the other way in memory it would pack as if it did not.
+        codes = torch.ops.onednn.qlinear_prepack.default(values.contiguous(), None)
         return cls(codes, scale[:, 0].float().contiguous(), torch.zeros(len(values), dtype=torch.int64))
 
     def product(self, codes: torch.Tensor) -> torch.Tensor:

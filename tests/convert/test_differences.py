@@ -101,7 +101,8 @@ def test_a_layer_that_rounding_ruins_is_multiplied_in_float32() -> None:
         assert torch.allclose(found, block(other), rtol=1e-3, atol=1e-3)
         with apart.put_in(), apart.beside(0):
             again = block(other)
-    assert torch.allclose(found, again, rtol=1e-4, atol=1e-4)
+    # Seen: 4e-7 of a token's length, and 8e-6 where codes are multiplied.
+    assert ((found - again).norm(dim=-1) < 2e-6 * again.norm(dim=-1)).all()
 
 
 def test_what_no_one_has_looked_at_is_multiplied_in_float32() -> None:
