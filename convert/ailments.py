@@ -75,8 +75,8 @@ def explain(output: str) -> str:
 
 
 def last_lines(output: str) -> str:
-    """The last two lines a program wrote, in one."""
-    lines = [line.strip() for line in output.strip().splitlines() if line.strip()]
+    """The last two lines a program wrote, in one, without those that only point at the line above them."""
+    lines = [line.strip() for line in output.strip().splitlines() if line.strip("~^ \t\r")]
     return " ".join(lines[-2:])[-600:] or "it said nothing"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class Architecture:
     ``skipped``: the patterns it leaves alone unless told which. ``begun_outside``: the linear modules whose weight transformers reaches for
     through the module around them when it loads. ``predicts``: it predicts next tokens; ``reads``: what it is given,
     ``input_ids`` or ``pixel_values``; ``encoder_decoder``: it writes about what it has read. ``blocks``: the modules it is a stack of, in
-    order; what flows between them has ``hidden_size`` features.
+    order; what flows between them has ``hidden_size`` features. ``token_rows``: of the embedding of tokens, None where that is no table.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Architecture:
     encoder_decoder: bool = False
     blocks: tuple[str, ...] = ()
     hidden_size: int | None = None
+    token_rows: int | None = None
     misshapen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -155,6 +157,7 @@ def describe(
         begun_outside=_begun_outside(model),
         blocks=blocks_of(model),
         hidden_size=getattr(text_config, "hidden_size", None),
+        token_rows=_token_rows(model),
         predicts=bool(model.can_generate()),
         reads=str(model.main_input_name),
         encoder_decoder=bool(model.config.is_encoder_decoder and model.can_generate()),
@@ -168,6 +171,14 @@ def describe(
             and not (parameters[name].parts and parameters[name].kind == "expert" and sorted(shape) == sorted(tensors[name].shape))
         },
     )
+
+
+def _token_rows(model: Any) -> int | None:
+    try:
+        found = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # of what reads no tokens
+        return None
+    return found if isinstance(found, int) else None
 
 
 def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: bool) -> Any:
@@ -417,7 +428,32 @@ def whole(spec: TensorSpec, module: str) -> tuple[Part, ...]:
     return (Part(module, 0, spec.shape[0]),) if len(spec.shape) == 2 else ()
 
 
+@contextmanager
+def asks_no_values(model: Any, *, padding: bool = False) -> Iterator[None]:
+    """While it lasts, the model does not look for what a mask leaves out (BART), nor, unless ``padding`` is to stay, for padding among its
+    tokens (GPT-2 and DeBERTa with a padding token): on the meta device there are no values."""
+    asking = {"_attn_implementation_internal": "eager", **({} if padding else {"pad_token_id": None})}
+    # Past what a configuration checks when it is set: some are to have a padding token.
+    settings = list({id(module.config): vars(module.config) for module in model.modules() if hasattr(module, "config")}.values())
+    was = [{name: setting[name] for name in asking if name in setting} for setting in settings]
+    try:
+        for setting, kept in zip(settings, was, strict=True):
+            setting.update({name: asking[name] for name in kept})
+        yield
+    finally:
+        for setting, kept in zip(settings, was, strict=True):
+            setting.update(kept)
+
+
 def _observe(model: Any) -> tuple[tuple[tuple[str, ...], ...] | None, tuple[Attention, ...] | None]:
+    """What :func:`_watch` sees; of a model that cannot be run on the meta device nothing, which the plan says."""
+    for way in (nullcontext(), asks_no_values(model, padding=True), asks_no_values(model)):
+        with suppress(Exception), way:  # whatever a model does that has no meta kernel
+            return _watch(model)
+    return None, None
+
+
+def _watch(model: Any) -> tuple[tuple[tuple[str, ...], ...], tuple[Attention, ...] | None]:
     """Runs eight tokens of nothing through the model, and notes which linear modules were handed the very same tensor, and which
     module was at work when keys and values went into the cache."""
     import torch
@@ -454,8 +490,6 @@ def _observe(model: Any) -> tuple[tuple[tuple[str, ...], ...] | None, tuple[Atte
                 model.eval()(input_ids=ids, past_key_values=Watcher(), use_cache=True)
             else:
                 model.eval()(input_ids=ids)
-    except Exception:  # noqa: BLE001  whatever a model does that has no meta kernel; the plan says that it was not observed
-        return None, None
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,7 +12,7 @@ from convert.lanes import HELD_TOKENS
 from convert.ledger import Entry, TargetPlan
 from convert.observe import NO_STATS, Stats
 from convert.respell import lacks_cache, takes_input_scale
-from formats.errors import NumericsError
+from formats.errors import InputError, NumericsError
 from formats.safetensors import json_bytes
 
 if TYPE_CHECKING:
@@ -197,9 +197,21 @@ def calibration_tokens(plan: Plan, scratch: Path) -> tuple[list[torch.Tensor], d
     wanted: dict[str, Any] = {"sequences": settings.sequences, "length": settings.length, "seed": settings.seed, "selection": selection}
     if settings.documents or settings.chat:
         documents, record = take_documents(settings.text, tokenizer, chat=settings.chat, **wanted)
+        require_known(plan, max(int(document.max()) for document in documents))
         return [torch.from_numpy(document) for document in documents], record
     tokens, record = take_tokens(settings.text, tokenizer, purpose="calibration", **wanted)
+    require_known(plan, int(tokens.max()))
     return list(torch.from_numpy(tokens)), record
+
+
+def require_known(plan: Plan, largest: int) -> None:
+    """Raises :class:`InputError` where a text has a token for which the embedding has no row: the tokenizer is another model's."""
+    rows = plan.architecture.token_rows if plan.architecture is not None else None
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{plan.checkpoint.origin}: its tokenizer makes token {largest:,} of a text, and its embedding has {rows:,} rows; "
+            "put the tokenizer of this model beside its weights"
+        )
 
 
 def _source_scales(plan: Plan) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.compatibility import parts_of_ledger, places
-from convert.ledger import REQUANTIZED
+from convert.ledger import CODED, REQUANTIZED
 from convert.licence import licence_of
 from convert.report import Report
 from formats.errors import OctavoError
@@ -60,6 +60,7 @@ def render_card(
     target = next(item for item in recipe["targets"] if item["name"] == manifest.target)
     predicts = "relative_error" not in target["limits"]
     title = f"{_model(manifest)} {manifest.target}"
+    notes = Counter(note for entry in manifest.ledger for note in entry.get("note", "").split("; ") if note).most_common()
     body = _template("card.md.jinja").render(
         title=title,
         report=report,
@@ -69,7 +70,8 @@ def render_card(
         accept=accept,
         schemes=" and ".join(schemes) or "nothing quantized",
         counts={"quantize": decisions["quantize"], "keep": decisions["keep"], "total": len(manifest.ledger)},
-        notes=Counter(entry["note"] for entry in manifest.ledger if entry.get("note")).most_common(),
+        coded=[(note, count) for note, count in notes if note.startswith(CODED)],
+        changed=[(note, count) for note, count in notes if not note.startswith(CODED)],
         requantized=any(entry.get("note", "").startswith(REQUANTIZED) for entry in manifest.ledger),
         dropped=source.get("dropped", []),
         reasons=Counter(entry["why"] for entry in manifest.ledger if entry["decision"] == "keep").most_common(),

@@ -196,7 +196,7 @@ def _run_source(
 ) -> _Source:
     """Runs the source, with the tokenizer or the processor of an artifact made of it; ``kept``: where it looks for what it said before."""
     checkpoint = open_source(model, trust_remote_code=recipe.trust_remote_code)
-    text = _pictures(recipe, artifact) if _sees(checkpoint, recipe) else _held_out(recipe, artifact)
+    text = _pictures(recipe, artifact) if _sees(checkpoint, recipe) else _held_out(recipe, artifact, progress)
     np.save(scratch / "tokens.npy", text.tokens)
     progress.say(f"running the source on {text.record['tokens']:,} held-out {text.record.get('unit', 'tokens')}")
     dtype = "auto" if recipe.validation.reference == "source" else recipe.validation.reference
@@ -554,16 +554,24 @@ def _pictures(recipe: Recipe, artifact: Path) -> _Text:
     return _Text(pictures, record | {"reference": recipe.validation.reference}, "", [], False, None, [], [], 0, [])
 
 
-def _held_out(recipe: Recipe, artifact: Path) -> _Text:
+def _asked(tokenizer: Any, progress: Progress) -> tuple[str, list[int], bool]:
+    """The question that every program continues, its tokens, and whether it went through the chat template."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": QUESTION}]
+        try:
+            prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            return prompt, list(tokenizer(prompt, add_special_tokens=False).input_ids), True
+        except Exception as error:  # noqa: BLE001  a template is code of the model's; some want more than a question
+            progress.say(f"the model's chat template takes no plain question ({error}); it is asked without the template")
+    return QUESTION, list(tokenizer(QUESTION).input_ids), False
+
+
+def _held_out(recipe: Recipe, artifact: Path, progress: Progress) -> _Text:
     validation = recipe.validation
     tokenizer = load_tokenizer(artifact, trust_remote_code=recipe.trust_remote_code)
     tokens, record = take_held_out(validation, tokenizer)
     sequences = len(tokens)
-    prompt, prompt_ids = QUESTION, tokenizer(QUESTION).input_ids
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": QUESTION}]
-        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    prompt, prompt_ids, templated = _asked(tokenizer, progress)
     path = Path(validation.prompts) if validation.prompts is not None else None
     questions = read_questions(path) if path else []
     record |= {"reference": validation.reference, **(describe(path, questions) if path else {})}
@@ -572,8 +580,8 @@ def _held_out(recipe: Recipe, artifact: Path) -> _Text:
         tokens,
         record,
         prompt,
-        list(prompt_ids),
-        bool(tokenizer.chat_template),
+        prompt_ids,
+        templated,
         tokenizer,
         questions,
         encode(questions, tokenizer),

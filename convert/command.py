@@ -46,7 +46,9 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one value: targets.0.limits.kl_nats=0.05", metavar="KEY=VALUE")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Where artifacts go.", show_default="artifacts/<recipe>")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one. The bytes are the same.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, or auto: cuda where there is one. Bytes are the same but for what is calibrated.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -548,7 +550,7 @@ def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{name!r} is no device; use cpu, cuda or auto", param_hint="--device")
     if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("no CUDA device is here; use --device cpu (the bytes are the same)")
+        raise MachineError("no CUDA device is here; use --device cpu (the bytes are the same but for what is calibrated)")
     return name
 
 

@@ -201,7 +201,7 @@ def climb(recipe: Recipe, target: Target, out: Path, stages: Stages, progress: P
     while taken.report.brief or taken.pilot:
         _again(rungs, taken, recipe, target, out, stages, progress, look=NO_LOOK)
         taken = _taken(rungs, target.budget)
-    return Climb(tuple(rungs), taken, *((mixed.groups, mixed.curves) if mixed else ()))
+    return Climb(tuple(rungs), taken, *((mixed.groups, mixed.curves, mixed.measured) if mixed else ()))
 
 
 def _first_look(name: str, recipe: Recipe, out: Path, stages: Stages, progress: Progress) -> Rung:

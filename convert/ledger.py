@@ -29,6 +29,9 @@ from formats.tensors import GRAPHS
 RESPELL = "respell"
 #: What a note begins with: what became of codes that the source had, and of scales that belong to no weight.
 DEQUANTIZED, RESPELLED, REQUANTIZED, TAKEN_OVER = "dequantized", "respelled", "requantized", "taken over"
+ANEW = "calibrated anew"
+#: With any of these a source was quantized already; other notes are about what was done to it here.
+CODED = (DEQUANTIZED, RESPELLED, REQUANTIZED, TAKEN_OVER, ANEW)
 CONTEXTS = (2_048, 8_192, 32_768, 131_072)
 
 KEEP_WHY = {

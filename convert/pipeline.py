@@ -13,7 +13,7 @@ from pathlib import Path
 from convert.answers import describe as describe_questions
 from convert.answers import encode, read_questions
 from convert.architecture import describe
-from convert.calibrate import calibration_tokens, source_sidecars, statistics_bytes, walk_dtype
+from convert.calibrate import calibration_tokens, require_known, source_sidecars, statistics_bytes, walk_dtype
 from convert.card import render_card
 from convert.comparison import Comparison
 from convert.comparison import compare as side_by_side
@@ -564,7 +564,8 @@ def _require_comparable(job: Plan) -> dict[str, str]:
             _, record = take_pictures(validation, load_processor(folder, trust_remote_code=trust))
         else:
             tokenizer = load_tokenizer(folder, trust_remote_code=trust, of=job.checkpoint.origin)
-            _, record = take_held_out(validation, tokenizer)
+            tokens, record = take_held_out(validation, tokenizer)
+            require_known(job, int(tokens.max()))
     if validation.prompts is not None:
         questions = read_questions(path := Path(validation.prompts))
         encode(questions, tokenizer)

@@ -14,6 +14,7 @@ from convert.architecture import Architecture, Parameter, whole
 from convert.fusion import share_scales
 from convert.initializers import as_initializer, copied, placed, read_by, stored, untied
 from convert.ledger import (
+    ANEW,
     DEQUANTIZED,
     KEEP_WHY,
     REQUANTIZED,
@@ -287,7 +288,7 @@ def _cache_entries(asked: Asked, dtype: str) -> Iterator[Entry]:
     if asked.architecture is None or not asked.architecture.attentions:
         raise RecipeError(f"{where}: no attention of this model was seen to write to the cache; leave kv_cache out")
     sources = cache_sources(checkpoint, asked.architecture.attentions, target.kv_cache)
-    note = "calibrated anew (the source's own scales are dropped)" if checkpoint.cache_scales else ""
+    note = f"{ANEW} (the source's own scales are dropped)" if checkpoint.cache_scales else ""
     if sources:
         note, dtype = f"{TAKEN_OVER} (the source's own scale)", checkpoint.cache_scales[next(iter(sources.values()))[0]].dtype
     for attention in asked.architecture.attentions:

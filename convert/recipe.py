@@ -72,7 +72,35 @@ def _parse_size(value: object) -> object:
     return int(float(number) * (1024 if "i" in unit else 1000) ** _UNITS[unit.rstrip("iB")])
 
 
+#: What has a compute capability, for who knows the card and not the number: `h100` looks most like ``sm_100``, which is another one.
+_CARDS = {
+    "sm_75": "T4, RTX 20",
+    "sm_80": "A100",
+    "sm_86": "A10, A40, RTX 30",
+    "sm_89": "L4, L40S, RTX 40",
+    "sm_90": "H100, H200",
+    "sm_100": "B200, GB200",
+    "sm_120": "RTX 50, RTX PRO 6000",
+}
+
+
+def _check_hardware(value: str) -> str:
+    if value not in HARDWARE:
+        known = ", ".join(f"{name} ({_CARDS[name]})" if name in _CARDS else name for name in HARDWARE)
+        meant = next((name for name, cards in _CARDS.items() if value.upper() in cards.split(", ")), "")
+        hint = f" (did you mean {meant}?)" if meant else _nearest(value, HARDWARE) if value.startswith(("sm", "cpu")) else ""
+        raise ValueError(f"no hardware is called {value!r}{hint}; known are {known}")
+    return value
+
+
+def _check_strength(value: object) -> object:
+    if value != "search" and not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1):
+        raise ValueError(f"{value!r} is no strength; write a number from 0 to 1, or search")
+    return value
+
+
 SchemeName = Annotated[str, _one_of(SCHEMES, "scheme")]
+Strength = Annotated[Annotated[float, Field(ge=0, le=1)] | Literal["search"], BeforeValidator(_check_strength)]
 Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=1_000_000)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -106,7 +134,7 @@ class Gptq(_Section):
 class Smoothquant(_Section):
     """`smoothquant`: large input channels are divided, and the weights that read them multiplied, by the same factors."""
 
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    alpha: Strength = 0.5
     """How much of the difficulty moves from inputs to weights; `search` tries several for each group."""
     uncovered: Literal["error", "leave"] = "error"
     """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
@@ -116,7 +144,7 @@ class Awq(_Section):
     """`awq`: input channels that carry much get finer steps of the weight: its columns are multiplied, and what makes the input
     divided. For schemes of weights alone."""
 
-    ratio: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
+    ratio: Strength = "search"
     """The exponent of each channel's mean magnitude; `search` tries several for each group."""
     uncovered: Literal["error", "leave"] = "error"
     """A layer that nothing feeds which could take up the factors is an `error`; `leave` quantizes it as it is, and the ledger says so."""
@@ -201,6 +229,9 @@ def _plain_step(step: Step) -> dict[str, Any]:
 Steps = Annotated[tuple[Annotated[Step, PlainSerializer(_plain_step)], ...], BeforeValidator(_parse_steps), Field(min_length=1)]
 
 
+_ROUNDED = (Step(rtn=Rounding()),)
+
+
 class Rule(_Section):
     """What becomes of the tensors that `match` names; the first rule that matches a tensor wins."""
 
@@ -209,7 +240,7 @@ class Rule(_Section):
     `mlp.down_proj`), a glob over whole names (`model.layers.0.*`), or `re:` and a regular expression over whole names."""
     scheme: SchemeName | None = None
     """How to quantize, for instance `int8-dynamic` or `fp8-dynamic`."""
-    algorithm: Steps = (Step(rtn=Rounding()),)
+    algorithm: Steps = _ROUNDED
     """How the codes are chosen: `rtn`, `gptq`, or a list of algorithms in order, each a name or with its options, for instance
     `[{smoothquant: {alpha: 0.6}}, gptq]`."""
     observer: Literal["absmax", "percentile", "mse"] | None = None
@@ -228,6 +259,8 @@ class Rule(_Section):
             raise ValueError("a rule needs either a scheme or keep: true")
         if self.keep and not self.why:
             raise ValueError("keep: true needs a why")
+        if self.keep and self.algorithm != _ROUNDED:
+            raise ValueError("what is kept has no codes that an algorithm could choose; leave algorithm out")
         names = [step.name for step in self.algorithm]
         while len(names) > 1 and names[-1] in CORRECTIONS:
             names.pop()
@@ -392,7 +425,7 @@ class Target(_Section):
         tuple[Annotated[str, _one_of(RUNTIMES, "runtime")], ...], Field(strict=False, min_length=1), AfterValidator(_once)
     ] = ("transformers",)
     """The programs that must load the artifact; it is proven in each."""
-    hardware: Annotated[tuple[Annotated[str, _one_of(dict.fromkeys(HARDWARE), "hardware")], ...], Field(strict=False)] = ()
+    hardware: Annotated[tuple[Annotated[str, AfterValidator(_check_hardware)], ...], Field(strict=False)] = ()
     """Where it will be served, for instance `[sm_90, cpu-vnni]`: the plan refuses what loads on none of these in a runtime named above."""
     limits: Limits = Limits()
     """What the reloaded artifact must meet."""
@@ -547,7 +580,7 @@ class Validation(_Section):
     """How many tokens are compared."""
     length: Annotated[int, Field(ge=8)] = 512
     """Tokens in one sequence."""
-    reference: Annotated[str, Field(pattern="^(float32|source)$")] = "float32"
+    reference: Literal["float32", "source"] = "float32"
     """The arithmetic of the source it is compared with: `float32`, or its own dtype where float32 does not fit in memory."""
     prompts: str | None = None
     """A test set of your own, a .jsonl file: each line has a `prompt` (or `messages`, for the chat template) and an `answer` (text or a
@@ -621,7 +654,7 @@ class Recipe(_Section):
 
     model: Annotated[str, Field(min_length=1)]
     """A Hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or `sample:smollm2-135m-instruct`."""
-    dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
     """What is not quantized is stored in this; `source` leaves it as it is (a GGUF becomes bfloat16)."""
     trust_remote_code: bool = False
     """Allow code that comes with the model to run on this machine."""
@@ -789,7 +822,9 @@ def _cross_check(recipe: Recipe) -> None:
             owners = _OWNERS.get(option, GRAPHS)
             if target.format not in owners:
                 where = recipe.where("targets", i, "options", option)
-                raise RecipeError(f"{where}: {target.format} has no such option; {' and '.join(owners)} has it")
+                raise RecipeError(
+                    f"{where}: {target.format} has no such option; {' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it"
+                )
         if target.limits.answers is not None and recipe.validation.prompts is None:
             where = recipe.where("targets", i, "limits", "answers")
             raise RecipeError(f"{where}: validation has no prompts to answer; give validation.prompts a .jsonl file")
@@ -951,6 +986,13 @@ def _explain_all(items: Sequence[Any], where: Mapping[Path_, str]) -> list[str]:
     return [_explain(item, where) for item in causes]
 
 
+#: In words, the patterns that keys have.
+_SPELLED = {
+    "name": "a name has letters, digits, '.', '_' and '-', and begins with a letter or a digit",
+    "repo": "write organisation/name; the name may have {target} and {model} in it",
+}
+
+
 def _explain(item: Any, where: Mapping[Path_, str]) -> str:
     path: Path_ = item["loc"]
     dotted = ".".join(map(str, path))
@@ -969,6 +1011,8 @@ def _explain(item: Any, where: Mapping[Path_, str]) -> str:
             return f"{position}: {dotted} must be a mapping of keys, got {item['input']!r}"
         case "too_short":
             return f"{position}: {dotted} must not be empty"
+        case "string_pattern_mismatch":
+            return f"{position}: {dotted}: {item['input']!r} is none; {_SPELLED[str(path[-1])]}"
         case _:
             message = item["msg"][0].lower() + item["msg"][1:]
             return f"{position}: {dotted}: {message}, got {item['input']!r}"
@@ -1008,7 +1052,8 @@ def _position(where: Mapping[Path_, str], path: Sequence[str | int]) -> str:
 
 
 def _nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1) or [name for name in known if word and name.startswith(word)]
+    # Who writes `int8` means one that begins so, not `llm-int8`.
+    close = [name for name in known if word and name.startswith(word)] or difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -23,8 +23,10 @@ def require_possible(asked: Asked) -> None:
     target = asked.target
     for i, name in enumerate(target.runtimes):
         if target.format not in RUNTIMES[name].formats:
+            loaders = [each for each, runtime in RUNTIMES.items() if target.format in runtime.formats]
             raise RecipeError(
-                f"{asked.where('runtimes', i)}: {name} does not load {target.format}; it loads {', '.join(RUNTIMES[name].formats)}"
+                f"{asked.where('runtimes', i)}: {name} does not load {target.format}; it loads {', '.join(RUNTIMES[name].formats)}, and "
+                f"{target.format} is loaded by {', '.join(loaders)}: write them into runtimes"
             )
     limits = applicable(predicts=asked.predicts)
     budget = {} if target.budget is None else target.budget.model_dump(include=set(Quality.__dataclass_fields__), exclude_none=True)

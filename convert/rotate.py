@@ -15,6 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from convert.algorithms.rotation import Rotation, make_rotation
+from convert.architecture import asks_no_values
 from convert.groups import first_tensor
 from convert.lanes import walk
 from convert.loading import Skeleton
@@ -300,7 +301,11 @@ def _observe(model: Any, where: str) -> Stream:
             raise RecipeError(
                 f"{where}: {type(model).__name__} predicts no tokens; its hidden states are what it gives, so nothing can turn"
             )
-        with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            raise RecipeError(
+                f"{where}: {type(model).__name__} writes beside what it reads, and only the one stream of a decoder is turned"
+            )
+        with torch.no_grad(), asks_no_values(model):
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device="meta"), past_key_values=Watcher(), use_cache=True)
     except RecipeError:
         raise

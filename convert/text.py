@@ -31,7 +31,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool, of: str = "") -> An
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+        if not tokenizer("a", add_special_tokens=False).input_ids:  # so some classes come out of a folder without any of their files
+            raise ValueError("it makes no token of any text")
+        return tokenizer
     except Exception as error:  # noqa: BLE001  tokenizers fail in as many ways as there are tokenizers
         why = " ".join(str(error).split())
         raise InputError(

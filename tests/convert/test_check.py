@@ -329,3 +329,29 @@ def test_a_source_that_does_not_fit_runs_block_by_block_to_the_same_numbers(
     assert reports[1].passed
     assert reports[0].source.continuation
     assert reports[1].source.continuation == ""
+
+
+def test_a_chat_template_that_takes_no_question_does_not_end_the_check(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    folder = make_llama()
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('a system message first') }}")
+    said: list[str] = []
+    progress = pipeline.QUIET.__class__()
+    progress.say = said.append  # type: ignore[method-assign]
+    (report,) = pipeline.convert(recipe_for(folder), tmp_path / "out", progress=progress).reports
+    assert report.passed
+    assert report.prompt == "What is the capital of France?"
+    assert [line for line in said if "chat template takes no plain question (a system message first)" in line]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_tokenizer_of_another_model_is_found_before_any_work(check: bool, make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
+    """Its ids lie behind the end of the embedding, where a program would only say that an index is out of range."""
+    folder = make_llama()
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 399
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = SOLVED.format(scheme="int8-dynamic", algorithm="gptq", validation="") if not check else None
+    recipe = recipe_for(folder, **({"text": text} if text else {}))
+    with pytest.raises(InputError, match=r"its tokenizer makes token 399 of a text, and its embedding has 300 rows"):
+        pipeline.convert(recipe, tmp_path / "out", check=check)
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import torch
 from families import save_family
 from safetensors.torch import load_file, save_file
 
-from convert.ailments import AILMENTS, ATTENTION, FLAG, FLOAT, MEMORY, REPEATED, explain, recognise, repeated_share
+from convert.ailments import AILMENTS, ATTENTION, FLAG, FLOAT, MEMORY, REPEATED, explain, last_lines, recognise, repeated_share
 from convert.child import run_program
 from convert.diagnosis import UNKNOWN, Diagnosis, diagnose
 from formats.errors import FormatError
@@ -359,3 +359,8 @@ def test_codes_in_a_layer_that_bitsandbytes_leaves(tmp_path: Path) -> None:
     diagnosis = found(folder)
     assert diagnosis.name == REPEATED
     assert diagnosis.what.startswith(f"{module} hold int8 codes and are no torch.nn.Linear")
+
+
+def test_what_a_program_ended_with_is_said_without_the_marks_under_it() -> None:
+    said = "Traceback (most recent call last):\n  File x, line 768, in forward\n    y = outputs[0],\n        ~~~~~~~^^^\nKeyError: 0\n"
+    assert last_lines(said) == "y = outputs[0], KeyError: 0"

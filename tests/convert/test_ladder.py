@@ -113,6 +113,7 @@ def test_a_rung_on_the_way_is_looked_at_first(
     assert asked[0] == ("source", 16)
     assert [program for program, _ in asked[:3]] == ["source", "transformers", "transformers" if "mixed" in ladder else "numbers"]
     assert all(rung["tokens"] in (128, 1024) and not rung["passed"] for rung in rungs)
+    assert bool(outcome.reports[0].ladder["measured"]) == ("mixed" in ladder), "how groups were measured, where the budget is missed too"
     # What is left behind was proven whole.
     assert not outcome.reports[0].brief
     assert [check.name for check in outcome.reports[0].checks][:2] == ["promises", "numbers: largest error / bound"]

@@ -131,6 +131,33 @@ def test_the_ways_to_name_a_module(make_llama: Any, recipe_for: Any, pattern: st
     assert len(plan_of(recipe_for(make_llama(), text=text)).targets[0].quantized) == count
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "together"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 300, "pad_token_id": 0}, ()),
+        (
+            "DebertaV2Model",
+            {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300},
+            tuple(f"encoder.layer.0.attention.self.{name}_proj" for name in ("query", "key", "value")),
+        ),
+        (
+            "BartForConditionalGeneration",
+            {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+            | {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 300},
+            tuple(f"model.decoder.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v")),
+        ),
+    ],
+)
+def test_a_model_that_looks_for_padding_is_observed(kind: str, settings: dict[str, Any], together: tuple[str, ...], tmp_path: Path) -> None:
+    """On the meta device there are no values to look at."""
+    model_class = getattr(transformers, kind)
+    model_class(model_class.config_class(**settings)).save_pretrained(tmp_path)
+    checkpoint = open_source(str(tmp_path))
+    groups = describe(checkpoint.config, checkpoint.tensors).groups
+    assert groups is not None
+    assert [set(together) <= set(group) for group in groups].count(True) >= 1
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path: Path) -> None:
     folder = save_family(family, tmp_path)
@@ -138,6 +165,7 @@ def test_every_family_is_understood_by_asking_transformers(family: str, tmp_path
     found = describe(checkpoint.config, checkpoint.tensors)
     model = getattr(transformers, found.name).from_pretrained(folder, dtype="auto")
     assert found.missing == ()
+    assert found.token_rows == model.get_input_embeddings().num_embeddings == 300
     assert not [name for name, parameter in found.parameters.items() if parameter.kind == "unused"]
     head = model.get_output_embeddings()
     assert (found.head is None) == (head is None)

@@ -72,6 +72,22 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
         (SHORTEST + "    rules: [{match: linear}]\n", "r.yaml:5:13: a rule needs either a scheme or keep: true"),
         (SHORTEST + "    rules: [{match: linear, keep: true}]\n", "r.yaml:5:13: keep: true needs a why"),
         (
+            SHORTEST + "    rules: [{match: linear, keep: true, why: x, algorithm: gptq}]\n",
+            "r.yaml:5:13: what is kept has no codes that an algorithm could choose; leave algorithm out",
+        ),
+        *(
+            (
+                SHORTEST + f"    rules: [{{match: linear, scheme: int8-weight-only, algorithm: [{{{name}: {{{key}: {value}}}}}, rtn]}}]\n",
+                f"r.yaml:5:{74 if name == 'awq' else 82}: {value} is no strength; write a number from 0 to 1, or search",
+            )
+            for name, key, value in (("smoothquant", "alpha", "'serach'"), ("smoothquant", "alpha", 2), ("awq", "ratio", True))
+        ),
+        (SHORTEST + "    rules: [{match: linear, scheme: int8}]\n", "r.yaml:5:29: no scheme is called 'int8' (did you mean int8-dynamic?)"),
+        (SHORTEST + "    hardware: [h100]\n", "r.yaml:5:16: no hardware is called 'h100' (did you mean sm_90?); known are cpu, "),
+        (SHORTEST + "    hardware: [gfx942]\n", "r.yaml:5:16: no hardware is called 'gfx942'; known are cpu, "),
+        (SHORTEST + "dtype: bf16\n", "r.yaml:5:1: dtype: input should be 'source', 'bfloat16', 'float16' or 'float32', got 'bf16'"),
+        (SHORTEST + "push: {repo: name}\n", "r.yaml:5:8: push.repo: 'name' is none; write organisation/name"),
+        (
             SHORTEST + "    rules: [{match: linear, scheme: int8-dynamc}]\n",
             "r.yaml:5:29: no scheme is called 'int8-dynamc' (did you mean int8-dynamic?)",
         ),
@@ -103,7 +119,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
             SHORTEST + "    rules: [{match: linear, scheme: int8-weight-only-g32, algorithm: {gptq: {static_groups: false}}}]\n",
             "r.yaml:5:13: gptq: groups whose scales are taken on the way need columns in their places; add activation_order: false",
         ),
-        (SHORTEST.replace("w8a8", "../w8a8"), "r.yaml:3:5: targets.0.name:"),
+        (SHORTEST.replace("w8a8", "../w8a8"), "r.yaml:3:5: targets.0.name: '../w8a8' is none; a name has letters, digits"),
         (SHORTEST + "validation: {tokens: 16, length: 64}\n", "r.yaml:5:1: tokens (16) must be at least length (64)"),
         ("targets: [}", "r.yaml:1:11: not valid YAML"),
         ("- a\n", "r.yaml:1:1: a recipe is a mapping"),

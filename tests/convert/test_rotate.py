@@ -212,6 +212,11 @@ def test_rotation_goes_together_with_smoothing_gptq_and_static_scales(make_llama
     outcome = convert(_recipe(folder, scheme="int8-static", algorithm="[{smoothquant: {alpha: 0.5}}, gptq]"), tmp_path)
     assert outcome.passed, [check for check in outcome.reports[0].checks if not check.passed]
     assert outcome.reports[0].runtimes[0].divergence.kl_nats < 0.02
+    card = (outcome.artifacts[0].path / "README.md").read_text()
+    assert "quantized already" not in card, "turned and smoothed is not quantized"
+    assert "What was done to them beside that: " in card
+    assert " tensors smoothed: divided by" in card
+    assert " tensors rotated (R1" in card
 
 
 def test_a_wrong_turn_is_found_before_anything_is_written(make_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,3 +243,12 @@ def test_a_model_whose_stream_does_not_turn_is_refused_by_name(family: str, mess
     save: Callable[..., Path] = save_family
     with pytest.raises(RecipeError, match=message):
         plan(_recipe(save(family, tmp_path)))
+
+
+def test_an_encoder_decoder_is_not_rotated(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 300}
+    T5ForConditionalGeneration(T5Config(**settings)).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"r.yaml:2:1: T5ForConditionalGeneration writes beside what it reads"):
+        plan(_recipe(tmp_path))

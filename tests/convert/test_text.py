@@ -158,3 +158,10 @@ def test_a_climb_is_proven_anew_where_its_text_is_another(make_llama: Any, recip
         found.append((outcome.reports[0].validation["tokens_sha256"], outcome.reports[0].runtimes[0].load_seconds))
     assert found[0] == found[1], "climbed once"
     assert found[2][0] != found[1][0]
+
+
+def test_a_folder_without_the_files_of_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
+    """Where transformers makes one of the model's class all the same, without a vocabulary."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path, trust_remote_code=False)
