@@ -649,6 +649,11 @@ def writing(out: Path) -> Iterator[None]:
             raise  # something that was read
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(f"{out}: the disk is full; make room and run the same command again, finished tensors are kept") from None
+        if error.errno == errno.EFBIG:  # FAT32 ends at 4 GB
+            raise MachineError(
+                f"{out}: no file so large can be written there, by its file system or by ulimit -f; lower max_shard_size, or choose "
+                "another --out"
+            ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise MachineError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):

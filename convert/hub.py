@@ -62,6 +62,8 @@ def _message(error: Exception, repo: str, revision: str | None) -> str | None:
             return f"{repo} is not in the cache and cannot be fetched; check the connection"
         case hub.HfHubHTTPError():
             return f"{repo}: {endpoint} answered {error.response.status_code}; try again later"
+        case OSError(filename=str(place)):
+            return f"{repo}: the cache cannot be used: {place} ({error.strerror}); HF_HOME says where it lies"
         case OSError() | httpx.TransportError():
             return f"{repo}: {endpoint} cannot be reached ({error}); check the connection, or set HF_HUB_OFFLINE=1 to use the cache"
     return None

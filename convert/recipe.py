@@ -40,7 +40,7 @@ from formats.tensors import GRAPHS
 #: A recipe is written by a person; whatever unfolds to more nodes than this is an attack or an accident.
 MAX_NODES = 20_000
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)")
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?i?B)")
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 Path_ = tuple[str | int, ...]
@@ -902,7 +902,7 @@ def _load(text: str, file: str, where: dict[Path_, str]) -> Any:
 def _construct(node: Node, file: str, path: Path_, where: dict[Path_, str], budget: Iterator[int], above: frozenset[int]) -> Any:
     here = f"{file}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
     if next(budget, None) is None:
-        raise RecipeError(f"{here}: the recipe unfolds to more than {MAX_NODES:,} values; its anchors repeat each other too often")
+        raise RecipeError(f"{here}: the recipe unfolds to more than {MAX_NODES:,} values: repeated anchors, or too many rules")
     if id(node) in above:
         raise RecipeError(f"{here}: this anchor contains itself")
     above = above | {id(node)}

@@ -359,7 +359,7 @@ def _by_gptq(entry: Entry, options: Gptq, names: Sequence[str], weights: Sequenc
         entry.scheme.weight,
         scale_dtype=_scale_dtype(entry),
         factor=factor,
-        block_size=options.block_size,
+        block_size=min(options.block_size, weights[0].shape[1]),
         static_groups=options.static_groups,
         clip_search=CLIP_RATIOS if options.clip else (),
         absmax=absmax,

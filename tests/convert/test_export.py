@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -346,6 +347,18 @@ def test_peak_memory_does_not_grow_with_the_tensor(make_llama: Any, tmp_path: Pa
     text = f"model: {folder}\ntargets: [{{name: q, format: compressed-tensors}}]\n"
     done = subprocess.run([sys.executable, "-c", program, text, str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert int(done.stdout) * 1024 < 65_000_000
+
+
+def test_a_file_that_is_too_large_for_its_place_is_no_traceback(make_llama: Make, recipe_for: Any, tmp_path: Path) -> None:
+    model = make_llama()
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, was[1]))
+    try:
+        with pytest.raises(MachineError, match=r"no file so large can be written there, .* lower max_shard_size, or choose another --out"):
+            pipeline.convert(recipe_for(model), tmp_path / "out", check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert verify(pipeline.convert(recipe_for(model), tmp_path / "out", check=False).artifacts[0].path).passed
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "/sys/x", "/dev/full/x", "file", "file/a/b", "x" * 300, "y/" * 2100, "locked/a"])

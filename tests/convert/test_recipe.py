@@ -98,6 +98,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() -> N
         (SHORTEST + "    limits: {kl_nats: .inf}\n", "r.yaml:5:14: targets.0.limits.kl_nats: input should be a finite number"),
         (SHORTEST + "validation: {text: ''}\n", "r.yaml:5:14: validation.text: string should have at least 1 character"),
         (SHORTEST + "    max_shard_size: 5 apples\n", "r.yaml:5:5: '5 apples' is no size"),
+        (SHORTEST + f"    max_shard_size: {'9' * 400}GB\n", f"r.yaml:5:5: '{'9' * 400}GB' is no size"),
         (
             SHORTEST + "  - name: W8A8\n    format: compressed-tensors\n",
             "r.yaml:5:5: a second target called 'W8A8' (the first: r.yaml:3:5)",

@@ -140,6 +140,15 @@ def test_biases_of_a_model_with_some_are_corrected_and_others_left(tmp_path: Pat
     assert json.dumps(job.targets[0].ledger())
 
 
+def test_a_block_of_more_columns_than_there_are_is_all_of_them(make_llama: Make, tmp_path: Path) -> None:
+    model = make_llama()
+    made = [
+        convert(_recipe(model, algorithm), tmp_path / str(i), check=False).artifacts[0].path / "model.safetensors"
+        for i, algorithm in enumerate(["gptq", "{gptq: {block_size: 1000000000000}}"])
+    ]
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
 @pytest.mark.parametrize("family", sorted(UNEVEN))
 def test_blocks_that_are_not_alike_are_smoothed_each_by_its_own_widths(family: str, tmp_path: Path) -> None:
     source = save_family(family, tmp_path)
