@@ -475,6 +475,7 @@ class SourceDigests:
         self._checkpoint = checkpoint
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="blake3")
         self._pending: dict[str, Future[str]] = {}
+        self._before: dict[str, os.stat_result] = {}
         self._stopped = False
 
     def __enter__(self) -> SourceDigests:
@@ -488,13 +489,22 @@ class SourceDigests:
         self._pool.shutdown(cancel_futures=True)
 
     def result(self) -> dict[str, str]:
-        """By file name, ``sha256:...`` or ``blake3:...``; waits for those still under way."""
-        return {file.name: file.digest or self._pending[file.name].result() for file in self._checkpoint.files}
+        """By file name, ``sha256:...`` or ``blake3:...``; waits for those still under way. Raises :class:`SourceError` for a file that was
+        written to meanwhile; one that took its place is another, and nothing of it was read."""
+        found = {file.name: file.digest or self._pending[file.name].result() for file in self._checkpoint.files}
+        for name, was in self._before.items():
+            path = self._checkpoint.reader.path(name)
+            now = path.stat() if path.exists() else was
+            if now.st_ino == was.st_ino and (now.st_size, now.st_mtime_ns) != (was.st_size, was.st_mtime_ns):
+                raise SourceError(f"{path}: it was written to while it was converted, so nobody knows what of it was read; start again")
+        return found
 
     def _digest(self, file: str) -> str:
         import blake3
 
-        digest = hash_file(self._checkpoint.reader.path(file), blake3.blake3(), stop=lambda: self._stopped)
+        path = self._checkpoint.reader.path(file)
+        self._before[file] = path.stat()
+        digest = hash_file(path, blake3.blake3(), stop=lambda: self._stopped)
         return f"blake3:{digest}"
 
 

@@ -260,11 +260,6 @@ def of_producer(scales: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     return scales.new_ones(int(channels.max()) + 1).scatter(0, channels, scales)
 
 
-def smoothed_absmax(absmax: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """What the largest magnitudes (in,), or means, become when X is divided by s."""
-    return absmax / scales
-
-
 def smoothed_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """What ``X^T X`` (in, in) becomes when X is divided by s: ``H / (s s^T)``, symmetric to the bit if H is."""
     products = torch.outer(scales, scales)

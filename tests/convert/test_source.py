@@ -349,3 +349,23 @@ def test_the_sample_encoder_opens_and_brings_what_makes_sentences_of_its_states(
     assert checkpoint.tensors["embeddings.word_embeddings.weight"].shape == (30522, 384)
     assert (checkpoint.base_model, checkpoint.licence) == ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")
     assert {"tokenizer.json", "modules.json", "1_Pooling/config.json"} <= set(checkpoint.sidecars())
+
+
+def test_a_source_that_is_written_to_while_it_is_converted_is_no_source(make_llama: Any) -> None:
+    folder = make_llama()
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    with SourceDigests(open_source(str(folder))) as digests:
+        found = digests.result()
+        (folder / "other").write_bytes(data)
+        (folder / "other").rename(weights)
+        assert digests.result() == found, "what was open stays what it was"
+    with SourceDigests(open_source(str(folder))) as digests:
+        assert digests.result() != found
+        with weights.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        os.utime(weights, ns=(0, 0))  # however coarse the clock of the file system
+        with pytest.raises(SourceError, match=r"model.safetensors: it was written to while it was converted, .* start again"):
+            digests.result()
