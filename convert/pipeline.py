@@ -23,7 +23,7 @@ from convert.hardware import let_segments_grow, this_machine
 from convert.health import remark
 from convert.html import render, render_comparison
 from convert.ladder import Stages, climb, in_scheme, rung_recipe, settle
-from convert.lanes import WHOLE_SHARE, walk_sizes, whole_bytes
+from convert.lanes import WHOLE_SHARE, place_for, walk_sizes, whole_bytes
 from convert.ledger import Plan, TargetPlan
 from convert.pictures import load_processor, take_pictures
 from convert.plan import make_plan
@@ -206,13 +206,18 @@ def needs(plan: Plan, out: Path, *, check: bool, device: str = "cpu") -> Needs:
     if plan.architecture is not None and any(target.calibrated for target in plan.targets):
         tokens = plan.calibration.tokens
         sizes = walk_sizes(plan.checkpoint, plan.architecture, tokens=tokens, wide=walk_dtype(plan, device) == "float32")
+        # Two lanes of three may lie on disk; where the walk began stays with the model's own code.
+        parked = 2 * sizes.lane_bytes // 3
+        parked = parked if place_for(parked, on_gpu=False, gpu_free_bytes=0, host_free_bytes=free) == "disk" else 0
+        disk += parked
         # A block is smoothed in float32, whatever it is watched in.
-        walked = sizes.peak_bytes + 2 * sizes.block_bytes + turning
+        walked = sizes.peak_bytes - parked + 2 * sizes.block_bytes + turning
         memory = max(memory, BASE_BYTES + walked + statistics_bytes(plan, cores() if device == "cpu" else 1))
         memory = max(
             memory, *(BASE_BYTES + training_bytes(plan, target, walked, free_bytes=free, device=device) for target in plan.targets)
         )
-        asked.append(Asked(f"{plan.recipe.where('calibration')}: calibration.sequences x length: {tokens:,} tokens", sizes.lane_bytes))
+        said = f"{plan.recipe.where('calibration')}: calibration.sequences x length: {tokens:,} tokens"
+        asked += [Asked(said, sizes.lane_bytes - parked), Asked(said, parked, "disk")]
         for target in plan.targets:
             if written := generated_tokens(plan, target):
                 where = plan.recipe.where("targets", [item.name for item in plan.recipe.targets].index(target.name), "rules")

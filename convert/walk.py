@@ -412,7 +412,10 @@ class Walk:
                 )
         unseen = [module for module in self._static if module not in inputs]
         if unseen:
-            raise InputError(f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale")
+            raise InputError(
+                f"{unseen[0]} (and {len(unseen) - 1} more) was never run by calibration, so it can have no static scale; give it a dynamic "
+                "scheme, or keep it, with a rule of its own"
+            )
 
 
 def batched(tokens: Sequence[torch.Tensor], limit: int) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from convert.hardware import instructions
 from convert.lanes import walk
 from convert.loading import Skeleton
 from convert.observe import ROWS, Observer
-from convert.pipeline import convert, plan
+from convert.pipeline import convert, needs, plan, require
 from convert.progress import QUIET, Lines
 from convert.source import open_source
 from convert.statistics import AbsMax, ChannelAbsMax, Hessian, Rows
@@ -397,6 +397,24 @@ def test_an_observer_takes_batches_in_their_order_or_not_at_all(kind: str) -> No
             alone = type(expected)(*([ROWS] if kind == "rows" else [800] if kind == "channels" else []))
             alone.update(batches[0][0])
             assert torch.equal(observer.get("b", kind).value, alone.value)
+
+
+@pytest.mark.parametrize(("free", "on_disk"), [(24 * 10**9, False), (8 * 10**9, True)])
+def test_a_lane_that_is_larger_than_memory_is_counted_where_it_lies(
+    free: int, on_disk: bool, make_llama: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    settings = {"calibration.sequences": "30000", "calibration.length": "512"}
+    job = plan(recipe_for(make_llama(), text=_text("int8-dynamic", "gptq"), **settings))
+    assert job.architecture is not None
+    lane = 30_000 * 512 * int(job.architecture.hidden_size or 0) * 4
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    found = needs(job, tmp_path, check=False)
+    assert (found.disk_bytes > 2 * lane) == on_disk
+    assert (found.memory_bytes > 3 * lane) != on_disk
+    assert found.memory_bytes > lane
+    require(found, tmp_path)
 
 
 def test_what_propagates_decides_what_later_blocks_see(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
