@@ -204,7 +204,7 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
         return None
     named = [getattr(transformers, name, None) for name in config.get("architectures") or []]
     try:
-        parsed = parse_config(config)
+        parsed = CONFIG_MAPPING[model_type].from_dict(_with_floats(dict(config)))
         with torch.device("meta"):
             if named and named[0] is not None:
                 return named[0]._from_config(parsed)
@@ -217,12 +217,11 @@ def build(config: Mapping[str, Any], *, folder: Path | None, trust_remote_code: 
         ) from None
 
 
-def parse_config(config: Mapping[str, Any]) -> Any:
-    """A config.json by its class in transformers, which spells an infinite float as an object of its own (Mamba's ``time_step_limit``)."""
-    from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[config["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(config)))
+def _with_floats(value: Any) -> Any:
+    """``{"__float__": "Infinity"}``, as transformers spells what JSON cannot, becomes what it says (Mamba's ``time_step_limit``)."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: Exception) -> str:

@@ -183,7 +183,8 @@ def _unsolvable(parameter: Parameter, rule: Rule, architecture: Architecture | N
     if architecture is None or not architecture.blocks:
         return f"{name} runs the model block by block, and no blocks were found in it"
     if not any(module.startswith(f"{block}.") for block in architecture.blocks for module in parameter.modules):
-        return f"{name} works block by block, and it lies in none; use rtn"
+        own = f"{{match: {parameter.modules[0]}, scheme: {rule.scheme}}}"
+        return f"{name} works block by block, and it lies in none; use rtn, with a rule of its own before this one: {own}"
     return None
 
 

@@ -197,11 +197,6 @@ def find_graphs(folder: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def find_graph(folder: Path) -> str:
-    """The one graph of a folder, or of an encoder-decoder the decoder's. Raises :class:`FormatError` as :func:`find_graphs` does."""
-    return find_graphs(folder)[-1]
-
-
 def read_graph(path: Path, *, data: Mapping[str, int] | None = None) -> ModelProto:
     """A graph without its data. Raises :class:`FormatError` for what is no ONNX, for operators that no reader here knows, and for data that
     is not where the graph says it is: outside its folder, beyond the end of its file, of another size than its shape.

@@ -14,14 +14,10 @@ from formats.scheme import Grid
 _SHARES = tuple(0.95**i for i in range(104))
 
 
-def scale_by_absmax(absmax: torch.Tensor | float, grid: Grid) -> float:
-    """``absmax / grid.high``. Raises ``ValueError`` for what is zero or not finite; so do the others."""
-    return _checked(float(absmax)) / grid.high
-
-
 def scale_by_percentile(counts: torch.Tensor, grid: Grid, *, percentile: float) -> float:
     """The smallest magnitude that at least ``percentile`` % of those in a :class:`convert.statistics.Histogram` do not exceed, over
-    ``grid.high``; the smallest that is not zero, where that is zero."""
+    ``grid.high``; the smallest that is not zero, where that is zero. Raises ``ValueError`` where the largest is zero or not finite; so do
+    the others."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"a percentile of {percentile:g}; it is a share in %, from 0 to 100")
     values, seen = _seen(counts)
@@ -77,11 +73,7 @@ def _seen(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     occurs = counts > 0
     occurs[0] = True
     values, seen = magnitudes(counts.device)[occurs], counts[occurs]
-    _checked(float(values[-1]))
-    return values, seen
-
-
-def _checked(largest: float) -> float:
+    largest = float(values[-1])
     if not 0 < largest < float("inf"):
         raise ValueError(f"calibration saw a largest magnitude of {largest:g}")
-    return largest
+    return values, seen

@@ -248,7 +248,8 @@ def test_a_killed_run_is_taken_up_behind_rotations_observers_and_with_a_static_h
 def test_a_head_that_no_block_holds_is_refused_to_gptq_with_its_line(make_llama: Any, recipe_for: Any) -> None:
     rules = "[{{match: lm_head, scheme: int8-dynamic, algorithm: gptq}}]"
     text = _text("int8-dynamic").replace("[{{match: linear, scheme: int8-dynamic, algorithm: rtn}}]", rules)
-    message = r"^test.yaml:6:13: lm_head.weight cannot be int8-dynamic: gptq works block by block, and it lies in none; use rtn"
+    message = r"^test.yaml:6:13: lm_head.weight cannot be int8-dynamic: gptq works block by block, and it lies in none; use rtn, "
+    message += r"with a rule of its own before this one: \{match: lm_head, scheme: int8-dynamic\}"
     with pytest.raises(RecipeError, match=message):
         plan(recipe_for(make_llama(), text=text))
 

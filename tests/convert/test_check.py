@@ -248,9 +248,18 @@ def test_artifacts_of_two_models_are_not_checked_against_one_of_them(make_llama:
     assert not list(tmp_path.glob("*/*.report.json"))
 
 
-def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("not much")
-    with pytest.raises(InputError, match=r"validation text .*short.txt: 8 tokens, 256 are needed"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("not much " * 20, r"validation text .*short.txt: 1\d\d tokens, 256 are needed"),
+        ("not much", r"test\.yaml:2:1: validation: 256 tokens are asked of .*short.txt, which has 8 bytes"),
+    ],
+)
+def test_a_text_that_is_too_short_says_how_many_tokens_are_needed(
+    text: str, said: str, make_llama: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text(text)
+    with pytest.raises(InputError, match=said):
         pipeline.convert(recipe_for(make_llama(), **{"validation.text": str(tmp_path / "short.txt")}), tmp_path / "out")
 
 

@@ -140,7 +140,7 @@ def test_documents_that_are_not_utf_8(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_validation_text_is_looked_at_before_any_work(make_llama: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("Short.")
+    (tmp_path / "short.txt").write_text("Short." * 30)
     with pytest.raises(InputError, match=r"short\.txt: \d+ tokens, 256 are needed"):
         pipeline.convert(recipe_for(make_llama(), **{"validation.text": str(tmp_path / "short.txt")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from convert.recipe import parse_recipe
 from formats.errors import InputError, RecipeError
 from formats.inspect import inspect
 from formats.manifest import read_manifest
-from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
+from formats.onnx_graph import find_graphs, metadata_of, read_folder, read_graph
 from formats.verify import verify
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "intermediate_size": 96}
@@ -101,7 +101,7 @@ def run(folder: Path, inputs: dict[str, np.ndarray], *, optimised: bool = False)
     options = onnxruntime.SessionOptions()
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(folder / find_graph(folder)), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / find_graphs(folder)[-1]), options, providers=["CPUExecutionProvider"])
     given = dict(inputs)
     if "token_type_ids" in {item.name for item in session.get_inputs()}:
         given["token_type_ids"] = np.zeros_like(inputs["input_ids"])
@@ -143,7 +143,7 @@ def graphs(saved: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
 def test_float_graph_is_the_model(kind: str, saved: Callable[..., Any], graphs: Callable[..., dict[str, Path]]) -> None:
     _, model = saved(kind)
     out = graphs(kind)["float"]
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     inputs = inputs_for(kind)
     expected, got = expect(model, inputs), run(out, inputs)
     assert set(got) == set(expected)
@@ -160,7 +160,7 @@ def test_int8_graph_is_the_model_with_the_weights_it_decodes_to(
 ) -> None:
     _, model = saved(kind)
     out = graphs(kind)["int8"]
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     inputs = inputs_for(kind)
     plain = expect(model, inputs)
     layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
@@ -235,7 +235,7 @@ def test_every_form_of_a_layer(name: str, saved: Callable[..., Any], formed: dic
     length = np.linalg.norm(state, axis=-1).mean()
     assert np.linalg.norm(found - state, axis=-1).mean() / length < tolerance
     assert np.linalg.norm(source - state, axis=-1).mean() / length > 1e-4  # the codes did change something
-    graph = read_graph(formed[name] / find_graph(formed[name]))
+    graph = read_graph(formed[name] / find_graphs(formed[name])[-1])
     if operator:
         # Query, key and value read one input, whose codes are made once.
         together = 2 * model.config.num_hidden_layers if scheme == "int8-dynamic" else 0
@@ -264,7 +264,7 @@ def test_the_ledger_accounts_for_every_tensor_and_every_initializer(saved: Calla
     assert dropped
     assert all(name.endswith("num_batches_tracked") for name in dropped)
     assert set(dropped.values()) == {"nothing that the graph returns depends on it"}
-    graph = read_graph(out / find_graph(out))
+    graph = read_graph(out / find_graphs(out)[-1])
     promised = {output[0] for entry in ledger.values() for output in entry["outputs"]}
     external = {item.name for item in graph.graph.initializer if item.data_location == item.EXTERNAL}
     assert external == promised
@@ -287,7 +287,7 @@ def test_nothing_of_this_machine_is_in_the_graph_and_its_bytes_are_always_the_sa
 def test_a_graph_in_half_precision_is_the_model(saved: Callable[..., Any], export: Callable[..., Path]) -> None:
     folder, model = saved("distilbert")
     out = export(folder, "[{match: linear, scheme: int8-weight-only}]", targets__0__options="{floats: float16}")
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     inputs = inputs_for("distilbert")
     put_back(model, out)
     expected, got = expect(model, inputs)["last_hidden_state"], run(out, inputs)["last_hidden_state"]
