@@ -36,7 +36,7 @@ from formats.dtypes import numpy_dtype
 from formats.errors import RecipeError
 from formats.inspect import compatibility, inspect
 from formats.manifest import read_manifest
-from formats.onnx_graph import find_graph, metadata_of, read_folder, read_graph
+from formats.onnx_graph import find_graphs, metadata_of, read_folder, read_graph
 from formats.safetensors import TensorSpec
 from formats.scheme import SCHEMES
 from formats.verify import verify
@@ -96,7 +96,7 @@ def run(folder: Path, ids: np.ndarray, mask: np.ndarray | None = None, past: dic
     """What the graph returns, as exported."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(folder / find_graph(folder)), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / find_graphs(folder)[-1]), options, providers=["CPUExecutionProvider"])
     return dict(
         zip([item.name for item in session.get_outputs()], session.run(None, feeds(session.get_inputs(), ids, mask, past)), strict=True)
     )
@@ -125,7 +125,7 @@ def logits(model: Any, ids: np.ndarray) -> np.ndarray:
 def test_float_graph_is_the_model(family: str, tmp_path: Path, export: Callable[..., Path]) -> None:
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT)
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     ids = np.random.default_rng(0).integers(3, 300, (2, 11))
     expected = logits(model, ids)
     got = run(out, ids)["logits"]
@@ -183,7 +183,7 @@ def test_frequencies_that_depend_on_the_length_are_transformers(
     monkeypatch.setitem(SETTINGS, family, settings)
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT, targets__0__options=f"{{attention: {attention}}}")
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     ids = np.random.default_rng(0).integers(3, 300, (2, switch + 9))
 
     def near(got: np.ndarray, expected: np.ndarray, share: float = 5e-5) -> bool:
@@ -253,7 +253,7 @@ def tensor(folder: Path, item: Any) -> torch.Tensor:
 def test_int8_graph_is_the_model_with_the_weights_it_decodes_to(family: str, tmp_path: Path, export: Callable[..., Path]) -> None:
     folder, model = save(family, tmp_path)
     out = export(folder, INT8)
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     put_back(model, out)
     ids = np.random.default_rng(0).integers(3, 300, (2, 11))
     expected = logits(model, ids)
@@ -275,7 +275,7 @@ def test_inputs_of_two_codes_leave_the_model_with_the_weights_it_decodes_to(
     mask[1, :4] = 0
     eight_bits = deployed(plain, ids, mask)
     out = export(folder, INT8, **TWO_CODES)
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     assert verify(out).findings == ()
     put_back(model, out)
     largest = np.abs(expected := logits(model, ids)).max()
@@ -287,13 +287,13 @@ def test_inputs_of_two_codes_leave_the_model_with_the_weights_it_decodes_to(
     first = run(out, ids[:1, :5])
     rest = run(out, ids[:1, 5:], past={name: value for name, value in first.items() if name != "logits"})
     assert np.abs(rest["logits"][0] - expected[0, 5:]).max() < 2e-3 * largest
-    products = Counter(node.op_type for node in read_graph(out / find_graph(out)).graph.node)
+    products = Counter(node.op_type for node in read_graph(out / find_graphs(out)[-1]).graph.node)
     assert products["MatMulInteger"] == products["MatMul"] == 9
 
 
 def deployed(folder: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits with the optimisations that a session has by default."""
-    session = onnxruntime.InferenceSession(str(folder / find_graph(folder)), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / find_graphs(folder)[-1]), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(["logits"], feeds(session.get_inputs(), ids, mask, None))[0])
 
 
@@ -371,7 +371,7 @@ def test_reference_evaluator_agrees(rules: str, tmp_path: Path, export: Callable
     """ONNX's own evaluator is the oracle of what the operators mean, with a window, a cache and padding."""
     folder, _ = save("mistral", tmp_path)
     out = export(folder, rules)
-    model = onnx.load_model(out / find_graph(out))
+    model = onnx.load_model(out / find_graphs(out)[-1])
     evaluator = ReferenceEvaluator(model)
     ids = np.random.default_rng(0).integers(3, 300, (2, 7))
     mask = np.ones_like(ids)
@@ -384,7 +384,7 @@ def test_reference_evaluator_agrees(rules: str, tmp_path: Path, export: Callable
 
 
 def session_inputs(folder: Path) -> Any:
-    return onnxruntime.InferenceSession(str(folder / find_graph(folder)), providers=["CPUExecutionProvider"]).get_inputs()
+    return onnxruntime.InferenceSession(str(folder / find_graphs(folder)[-1]), providers=["CPUExecutionProvider"]).get_inputs()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -419,7 +419,7 @@ def test_grouped_attention_is_the_same_decoder(family: str, tmp_path: Path, expo
     """With a window, soft caps, a cache and padding on the left."""
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT, targets__0__options="{attention: gqa}")
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     ids = np.random.default_rng(0).integers(3, 300, (2, 9))
     mask = np.ones_like(ids)
     mask[1, :4] = 0
@@ -439,7 +439,7 @@ def test_grouped_attention_takes_what_it_can_do_itself(
     """Queries, keys and values as one, unless their heads are normed or turned before; angles, unless its kernels have no such size."""
     folder, model = save(family, tmp_path)
     out = export(folder, FLOAT, targets__0__options="{attention: gqa}")
-    nodes = read_graph(out / find_graph(out)).graph.node
+    nodes = read_graph(out / find_graphs(out)[-1]).graph.node
     grouped = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     assert [sum(bool(name) for name in node.input[:3]) for node in grouped] == [inputs] * 2
     assert [any(item.name == "do_rotary" for item in node.attribute) for node in grouped] == [inside] * 2
@@ -462,7 +462,7 @@ def test_matmulnbits_is_the_model_with_the_weights_it_decodes_to(
         pytest.skip("its head is not tied")
     options = {"targets.0.options": "{tied_embedding: shared}"} if shared else {}
     out = pipeline.convert(recipe_for(folder, INT8, text=text, **options), tmp_path / "out", check=False).artifacts[0].path
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     assert verify(out).findings == ()
     found = read_folder(out)
     form, scheme = FORMATS["onnx-matmulnbits"], SCHEMES["int8-weight-only"]
@@ -501,7 +501,7 @@ def test_names_and_shapes_are_those_that_transformers_js_wants(make_llama: Any, 
     assert list(inputs)[:3] == ["input_ids", "attention_mask", "past_key_values.0.key"]
     assert inputs["past_key_values.1.value"].shape == ["batch_size", 2, "past_sequence_length", 16]
     assert inputs["attention_mask"].shape == ["batch_size", "total_sequence_length"]
-    assert find_graph(out) == "onnx/model_quantized.onnx"
+    assert find_graphs(out)[-1] == "onnx/model_quantized.onnx"
     config = json.loads((out / "config.json").read_text())
     assert config["transformers.js_config"] == {"use_external_data_format": {"model_quantized.onnx": 1}}
     assert "quantization_config" not in config
@@ -536,7 +536,7 @@ def test_data_is_cut_into_files_of_the_size_asked_for(make_llama: Any, export: C
 
 def test_metadata_says_what_was_done(make_llama: Any, export: Callable[..., Path]) -> None:
     out = export(make_llama(), INT8)
-    said = metadata_of(read_graph(out / find_graph(out)))
+    said = metadata_of(read_graph(out / find_graphs(out)[-1]))
     assert said["schemes"] == ["int8-weight-only"]
     assert len(said["recipe_sha256"]) == 64
     assert said["tools"]["onnx"] == onnx.__version__
@@ -546,7 +546,7 @@ def test_metadata_says_what_was_done(make_llama: Any, export: Callable[..., Path
 def test_half_the_floats(tmp_path: Path, export: Callable[..., Path]) -> None:
     folder, model = save("llama", tmp_path)
     out = export(folder, "[{match: linear, scheme: int8-weight-only}]", targets__0__options="{floats: float16}")
-    onnx.checker.check_model(out / find_graph(out), full_check=True)
+    onnx.checker.check_model(out / find_graphs(out)[-1], full_check=True)
     ids = np.random.default_rng(0).integers(3, 300, (2, 11))
     put_back(model, out)
     expected = logits(model, ids)
