@@ -9,6 +9,7 @@ for: they stay visible in every result. An update with no tokens changes nothing
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -23,11 +24,12 @@ MAGNITUDES = 1 << 15
 _PANEL = 384
 
 
-class OfChannels:
-    """Accumulators of the largest magnitude of each channel of an update, (in,) float32, that need to know no more of it."""
+class OfChannels(ABC):
+    """Accumulators that need to know no more of an update than the largest magnitude of each channel."""
 
     @staticmethod
     def reduce(x: torch.Tensor) -> torch.Tensor:
+        """Of x (tokens, in), of any float dtype, with one token at least: the largest magnitude of each channel, (in,) float32."""
         if x.is_cuda:
             # It reads x once; on a CPU it takes ten times as long as the others.
             largest: torch.Tensor = torch.linalg.vector_norm(x, torch.inf, dim=0)
@@ -38,8 +40,9 @@ class OfChannels:
         # torch.aminmax along a dimension takes six times as long as both of these.
         return torch.maximum(x.amax(dim=0), -x.amin(dim=0)).float()
 
+    @abstractmethod
     def add(self, largest: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Of what :meth:`reduce` returns."""
 
     def update(self, x: torch.Tensor) -> None:
         if x.numel():
@@ -174,7 +177,7 @@ class Hessian:
 
     @staticmethod
     def reduce(x: torch.Tensor) -> torch.Tensor:
-        """``x`` itself, or as it is multiplied."""
+        """x (tokens, in) as it is multiplied: itself, 16-bit on CUDA, else float32."""
         return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else x.float()
 
     def add(self, x: torch.Tensor) -> None:
