@@ -406,7 +406,7 @@ def test_a_lane_that_is_larger_than_memory_is_counted_where_it_lies(
 ) -> None:
     import psutil
 
-    settings = {"calibration.sequences": "30000", "calibration.length": "512"}
+    settings = {"calibration.sequences": "30000", "calibration.length": "512", "calibration.dtype": "float32"}
     job = plan(recipe_for(make_llama(), text=_text("int8-dynamic", "gptq"), **settings))
     assert job.architecture is not None
     lane = 30_000 * 512 * int(job.architecture.hidden_size or 0) * 4
